@@ -1,0 +1,111 @@
+"""What travels between the stages of a run: plain frozen records."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Block = int | Literal["row", "matrix"]
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Where a tensor lies: bytes offset .. offset + nbytes of a safetensors file, with its dtype and shape."""
+
+    name: str
+    dtype: str  # as safetensors writes it: "BF16", "F16", "F32"
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one tensor is packed. `method` "keep" leaves it as it is."""
+
+    method: str = "wgm"
+    groups: int = 2
+    solver: Literal["exact", "greedy", "windowed"] = "exact"
+    window: int = 512
+    lam: float = 0.0
+    lam_normalized: bool = False
+    block: Block = 128
+    bits: int = 4  # of the uniform method
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A matrix as the checkpoint has it: float bit patterns, uint16 (BF16, F16) or uint32 (F32), shape (rows, cols)."""
+
+    bits: NDArray[Any]
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows (out_features) and cols (in_features)."""
+        rows, cols = self.bits.shape
+        return rows, cols
+
+    @property
+    def flat(self) -> NDArray[Any]:
+        """The patterns in one dimension, row-major, without a copy."""
+        return self.bits.reshape(-1)
+
+    def float32(self, rows: slice = slice(None)) -> NDArray[np.float32]:
+        """Return the exact values of these rows."""
+        part = self.bits[rows]
+        if self.dtype == "BF16":
+            return (part.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        if self.dtype == "F16":
+            return part.view(np.float16).astype(np.float32)
+        return part.view(np.float32)
+
+
+@dataclass(frozen=True)
+class Binarized:
+    """A matrix as planes and coefficients (the formula of the README's "Store format").
+
+    The coefficient of term t is 2 ** coef_exponent * sum over i of mix[t][i] * coef[i]; without a mix, that of coef[t].
+    """
+
+    planes: NDArray[np.uint64]  # (planes, rows, words)
+    coef: NDArray[Any]  # float16 (stored, rows, blocks), or float32 (stored, 1, 1) for a whole-matrix unit
+    terms: tuple[int, ...]  # bit masks over planes
+    block: int  # columns per coefficient
+    squared_error: float
+    squared_norm: float
+    nominal_bits: float  # the paper's formula: signs and scales, without which weight is in which group
+    groups: int  # most groups in one unit
+    coef_exponent: int = 0
+    mix: tuple[tuple[float, ...], ...] | None = None
+    listed_index: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))  # flat, ascending
+    listed_value: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))  # exact values
+    notes: dict[str, Any] = field(default_factory=dict)  # what a reader of the report should know
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor's work: what to read, what to do, where to write. Paths only, so that it can travel."""
+
+    store: str
+    name: str
+    source: TensorSource
+    settings: Settings
+    kept: tuple[tuple[int, int], ...] = ()  # single weights kept exactly, (row, column)
+    archive: bool = False
+    run_id: str = ""
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """What came of a job: small, so that it can travel back."""
+
+    name: str
+    status: Literal["done", "unchanged", "failed"]
+    seconds: float
+    bytes_read: int
+    report: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+    fatal: bool = False  # the others would fail too: a full disk, a folder that cannot be written

@@ -1,0 +1,149 @@
+"""How a kernel is compiled: one signature each, on first use, cached per CPU, safe with many processes.
+
+Numba's own cache is not safe when several processes compile one function at the same time, and its key
+ignores callees in other files and survives a change of them. Here the cache folder's name holds a hash of every
+kernel source, the versions and the CPU, and a file lock is held while a kernel is loaded or compiled.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import llvmlite
+import llvmlite.binding
+import numba
+import numpy as np
+from numba.core import event
+
+_process_lock = threading.RLock()
+
+
+def view(dtype: Any, ndim: int) -> numba.types.Array:
+    """Return the Numba type of a C-contiguous array that a kernel only reads (writable arrays fit too)."""
+    return numba.types.Array(dtype, ndim, "C", readonly=True)
+
+
+def out(dtype: Any, ndim: int) -> numba.types.Array:
+    """Return the Numba type of a C-contiguous array that a kernel writes."""
+    return numba.types.Array(dtype, ndim, "C")
+
+
+def inline(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a helper that kernels of the same package call; it is compiled into each of them."""
+    return cast(Callable[..., Any], numba.njit(nogil=True, error_model="numpy")(function))
+
+
+def kernel(signature: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Mark a kernel: compiled for `signature` alone, on first use, without the GIL held while it runs.
+
+    Arguments of other types raise TypeError instead of compiling a second version.
+    """
+
+    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.wraps(function)(Kernel(function, signature))
+
+    return mark
+
+
+class Kernel:
+    """A function that compiles itself when it is first called."""
+
+    def __init__(self, function: Callable[..., Any], signature: Any) -> None:
+        self.function = function
+        self.signature = signature
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run the kernel."""
+        return (self._compiled or self.compile())(*arguments)
+
+    def compile(self) -> Callable[..., Any]:
+        """Load the kernel from the cache or compile it, and return the callable."""
+        with _process_lock:
+            if self._compiled is None:
+                with _cache_folder() as folder:
+                    self._compiled = _dispatcher(self.function, self.signature, folder)
+            return self._compiled
+
+
+def _dispatcher(function: Callable[..., Any], signature: Any, folder: Path | None) -> Callable[..., Any]:
+    config: Any = numba.config
+    before = config.CACHE_DIR
+    # Set only while this function is decorated: the folder is fixed then, and other users of Numba keep theirs.
+    if folder is not None:
+        config.CACHE_DIR = str(folder)
+    try:
+        # The "numpy" error model divides without a branch for zero, which would keep loops from being vectorised.
+        decorate = numba.njit([signature], nogil=True, cache=folder is not None, error_model="numpy")
+        return cast(Callable[..., Any], decorate(function))
+    finally:
+        config.CACHE_DIR = before
+
+
+@contextlib.contextmanager
+def _cache_folder() -> Iterator[Path | None]:
+    """Yield the locked cache folder, or None where no folder can be written (then each process compiles anew)."""
+    folder = cache_path()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Compiled code is loaded from here: not from a folder that somebody else made under a name that can be guessed.
+        if folder.stat().st_uid != os.getuid():
+            raise PermissionError(f"{folder} belongs to another user")
+        handle = open(folder / "lock", "a")  # noqa: SIM115 (closed by the with below)
+    except OSError:
+        yield None
+        return
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield folder
+
+
+@functools.cache
+def cache_path() -> Path:
+    """Return the folder for compiled kernels: BINCOMPRESS_CACHE, or the user's cache folder, or the temporary one."""
+    chosen = os.environ.get("BINCOMPRESS_CACHE")
+    if chosen:
+        base = Path(chosen)
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "bincompress"
+        if not _writable(base):
+            base = Path(tempfile.gettempdir()) / f"bincompress-{os.getuid()}"
+    return base / f"kernels-{_identity()}"
+
+
+def _writable(folder: Path) -> bool:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return os.access(folder, os.W_OK)
+
+
+def _identity() -> str:
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    host = llvmlite.binding.get_host_cpu_name() + llvmlite.binding.get_host_cpu_features().flatten()
+    for version in (numba.__version__, llvmlite.__version__, np.__version__, host):
+        digest.update(version.encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def announce(tell: Callable[[str], None]) -> Iterator[None]:
+    """Call `tell(kernel name)` whenever a kernel is really compiled (not loaded from the cache) in this block."""
+
+    class Listener(event.Listener):  # type: ignore[misc]
+        def on_start(self, seen: Any) -> None:
+            tell(seen.data["dispatcher"].py_func.__name__)
+
+        def on_end(self, seen: Any) -> None:
+            pass
+
+    with event.install_listener("numba:compile", Listener()):
+        yield

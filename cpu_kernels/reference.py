@@ -1,0 +1,38 @@
+"""What the kernels mean: their NumPy twins, written for reading."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def unpack_planes(planes: NDArray[np.uint64], cols: int) -> NDArray[np.int8]:
+    """Return planes (planes, rows, words) as +1 and -1, int8 (planes, rows, cols)."""
+    words = np.ascontiguousarray(planes).view(np.uint8)
+    bits = np.unpackbits(words, axis=-1, bitorder="little", count=cols)
+    return (2 * bits.astype(np.int8) - 1).astype(np.int8)
+
+
+def pack_bits(bits: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    """Return bits (..., cols) as words (..., words): bit i of word j is column 64 j + i, padding bits are zero."""
+    words = -(-bits.shape[-1] // 64)
+    octets = np.packbits(bits, axis=-1, bitorder="little")
+    padded = np.zeros((*bits.shape[:-1], 8 * words), np.uint8)
+    padded[..., : octets.shape[-1]] = octets
+    return padded.view("<u8").astype(np.uint64)
+
+
+def expand(
+    planes: NDArray[np.uint64], coef: NDArray[np.float32], terms: Sequence[int], block: int, cols: int
+) -> NDArray[np.float32]:
+    """Return the weights that planes and coefficients stand for, float32 (rows, cols)."""
+    signs = unpack_planes(planes, cols)
+    units = np.arange(cols) // block
+    weights = np.zeros(signs.shape[1:], np.float32)
+    for mask, term in zip(terms, coef, strict=True):
+        product = np.ones(signs.shape[1:], np.float32)
+        for plane in range(planes.shape[0]):
+            if mask >> plane & 1:
+                product *= signs[plane]
+        weights += np.broadcast_to(term[:, units], weights.shape) * product
+    return weights

@@ -1,0 +1,46 @@
+"""How do planes and coefficients become weights again?
+
+W[r, c] = sum over terms t of coef[t, r, c // block] * product of the +-1 planes in term t, at (r, c)
+"""
+
+import numba
+import numpy as np
+
+from cpu_kernels.compiler import kernel, out, view
+from cpu_kernels.intrinsics import add_signed
+
+U8, F4 = numba.uint64, numba.float32
+
+
+@kernel(numba.void(view(U8, 3), view(F4, 3), view(U8, 1), numba.int64, out(F4, 2)))
+def expand(planes, coef, terms, block, weights):
+    """Compute the weights that planes stand for, summed in float32 in the order of the terms.
+
+    planes: uint64 (planes, rows, words); coef: float32 (terms, rows or 1, blocks or 1); terms: uint64 bit masks over
+    planes; block: columns per coefficient, a multiple of 64 or at least cols; weights: float32 (rows, cols).
+    """
+    rows, cols = weights.shape
+    flat = weights.reshape(rows * cols)
+    buffer = np.empty(64, np.float32)
+    weights[:] = np.float32(0.0)
+    one_row = coef.shape[1] == 1
+    for row in range(rows):
+        coef_row = 0 if one_row else row
+        for word in range(planes.shape[2]):
+            start = row * cols + 64 * word
+            length = min(64, cols - 64 * word)
+            unit = 64 * word // block
+            if length < 64:
+                buffer[:] = np.float32(0.0)
+            for t in range(terms.size):
+                # The product of planes is +1 where an even number of them is -1: an exclusive or, begun with all ones.
+                signs = np.uint64(0xFFFFFFFFFFFFFFFF)
+                for plane in range(planes.shape[0]):
+                    if (terms[t] >> np.uint64(plane)) & np.uint64(1):
+                        signs ^= ~planes[plane, row, word]
+                if length == 64:
+                    add_signed(flat, start, signs, coef[t, coef_row, unit])
+                else:
+                    add_signed(buffer, 0, signs, coef[t, coef_row, unit])
+            if length < 64:
+                flat[start : start + length] = buffer[:length]
