@@ -1,0 +1,5 @@
+"""`python -m bincompress`."""
+
+from bincompress.cli import main
+
+main()

@@ -1,0 +1,79 @@
+"""The command line: one subcommand a verb, each one library call. Heavy imports happen inside the verbs."""
+
+import importlib
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from bincompress import __version__
+from bincompress.errors import BincompressError
+
+_COMMANDS = {
+    "demo": "Compress the small model that ships with the package, show the result, check it.",
+    "compress": "Pack a checkpoint's weight matrices into a store.",
+    "inspect": "Show what is in a store: bits, errors, times.",
+    "verify": "Read everything in a store and hold it against its hashes.",
+    "export": "Write a store as a Hugging Face folder (dequantized, bfloat16).",
+    "report": "Write one self-contained HTML page about a store.",
+}
+
+
+class _Commands(click.Group):
+    """Loads a verb's module only when that verb is called, so that --help is quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command = importlib.import_module(f"bincompress.commands.{name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="bincompress")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def group(ctx: click.Context, debug: bool) -> None:
+    """Compress language models into binary planes of 1 to 3 bits a weight, for CPUs.
+
+    \b
+    Example:
+      bincompress demo
+      bincompress compress meta-llama/Llama-3.2-1B ./llama-1b
+    """
+    ctx.obj = {"debug": debug}
+
+
+def main() -> Any:
+    """Run the command line; errors of the user's are one line and exit code 2."""
+    try:
+        return group(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        click.echo("\ninterrupted; what was complete is kept: the same command goes on from there", err=True)
+        sys.exit(130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except BincompressError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(141)

@@ -1,0 +1,206 @@
+"""bincompress compress"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bincompress.commands.shared import byte_bar, kernels_announced, print_json
+
+if TYPE_CHECKING:
+    from bincompress.compress import Outcome
+    from bincompress.plan import Plan
+
+_SETTINGS = ("method", "groups", "solver", "window", "lam", "lam_normalized", "block", "embeddings")
+
+
+class _Block(click.ParamType[int | str]):
+    name = "64|128|256|row|matrix"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value in ("row", "matrix"):
+            return str(value)
+        if str(value) in ("64", "128", "256"):
+            return int(value)
+        self.fail(f"{value!r}: expected one of {self.name}", param, ctx)
+
+
+@click.command()
+@click.argument("source")
+@click.argument("store")
+@click.option("--method", type=click.Choice(["xnor", "wgm"]), help="How matrices become planes.  [default: wgm]")
+@click.option("--groups", type=int, help="wgm: at most so many groups of magnitudes in a unit.  [default: 2]")
+@click.option(
+    "--solver",
+    type=click.Choice(["exact", "greedy", "windowed"]),
+    help="wgm: the paper's algorithm 1, 2 or 3.  [default: exact]",
+)
+@click.option("--window", type=int, help="windowed: magnitudes in a starting group.  [default: 512]")
+@click.option("--lambda", "lam", type=float, help="wgm: the weight of 1/size in a group's cost.  [default: 0]")
+@click.option(
+    "--lambda-normalized",
+    "lam_normalized",
+    is_flag=True,
+    default=None,
+    help="wgm: lambda is a share between the paper's l_min and l_max.",
+)
+@click.option("--block", type=_Block(), help="The unit that shares scales.  [default: 128]")
+@click.option(
+    "--embeddings", type=click.Choice(["keep", "4bit", "8bit"]), help="Embeddings and output head.  [default: keep]"
+)
+@click.option(
+    "--recipe", type=click.Path(dir_okay=False, path_type=Path), help="TOML file: defaults and overrides per tensor."
+)
+@click.option("--keep", multiple=True, metavar="PATTERN", help="Leave matching tensors as they are (repeatable).")
+@click.option(
+    "--keep-weights",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Single weights kept exactly, lines of 'tensor row column'.",
+)
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done: tensors, bytes, memory.")
+@click.option("--overwrite", is_flag=True, help="Replace a store made with other settings.")
+@click.option("--archive", is_flag=True, help="Code the arrays with zstd: smaller, slower to load.")
+@click.option("--verbose", "-v", is_flag=True, help="A line per tensor.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(
+    source: str, store: str, recipe: Path | None, keep: tuple[str, ...], keep_weights: Path | None, workers: int,
+    dry_run: bool, overwrite: bool, archive: bool, verbose: bool, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Pack the weight matrices of SOURCE into STORE.
+
+    SOURCE is a checkpoint folder or a Hub id (owner/name, owner/name@revision); STORE is a path or an fsspec URL. The
+    same command goes on where an interrupted one stopped. Exit code: 0 all done, 1 some tensors failed, 2 refused.
+
+    \b
+    Examples:
+      bincompress compress ./Llama-3.2-1B ./store
+      bincompress compress ./Llama-3.2-1B ./store --groups 32 --block matrix
+      bincompress compress meta-llama/Llama-3.2-1B ./store --embeddings 8bit --dry-run
+    """
+    from bincompress.hub import open_source
+    from bincompress.plan import make_plan
+    from bincompress.recipe import load_kept_weights, load_recipe
+
+    given = {key: options[key] for key in _SETTINGS if options[key] is not None}
+    chosen = load_recipe(recipe, given, keep)
+    kept = load_kept_weights(keep_weights) if keep_weights else {}
+    plan = make_plan(open_source(source, headers_only=dry_run), chosen, kept, archive)
+    if dry_run:
+        _show_plan(plan, verbose, as_json)
+        return
+    outcome = run(plan, store, workers=workers, overwrite=overwrite, verbose=verbose, quiet=as_json)
+    finish(store, outcome, as_json)
+
+
+def run(plan: Plan, store: str, *, workers: int, overwrite: bool, verbose: bool, quiet: bool) -> Outcome:
+    """Compress with a progress bar, and a line per tensor where `verbose`."""
+    from bincompress.compress import compress
+    from bincompress.records import JobReport
+    from bincompress.runner import run_local
+
+    with byte_bar(plan.source_bytes, "compress", quiet) as bar, kernels_announced(None if bar.disable else bar):
+        seen = 0
+
+        def on_report(report: JobReport) -> None:
+            nonlocal seen
+            seen += 1
+            bar.set_postfix_str(f"{seen}/{len(plan.tensors)} tensors", refresh=False)
+            bar.update(report.bytes_read)
+            if verbose or report.status == "failed":
+                bar.write(_line(report), file=sys.stderr) if not bar.disable else click.echo(_line(report), err=True)
+
+        return compress(
+            plan, store, runner=lambda jobs: run_local(jobs, workers), overwrite=overwrite, on_report=on_report
+        )
+
+
+def _line(report: Any) -> str:
+    if report.status == "failed":
+        return f"FAILED {report.error}"
+    found = report.report
+    return (
+        f"{report.name}  {report.status}  {found['method']}  groups {found['groups']}  "
+        f"nominal {found['nominal_bits']:.3f}  "
+        f"stored {found['stored_bits']:.3f} bits  error {found['relative_error']:.3g}  {report.seconds:.3f} s"
+    )
+
+
+def finish(store: str, outcome: Outcome, as_json: bool) -> None:
+    """Show what a run made, and exit with 1 where tensors failed."""
+    from bincompress.inspection import inspect, totals
+    from bincompress.store import open_store
+
+    found = inspect(open_store(store))
+    if as_json:
+        print_json(
+            {
+                "store": store,
+                "done": outcome.done,
+                "unchanged": outcome.unchanged,
+                "failures": outcome.failures,
+                **found,
+            }
+        )
+    else:
+        again = f", {outcome.unchanged} were complete already" if outcome.unchanged else ""
+        click.echo(f"{store}: {outcome.done} tensors done{again}")
+        click.echo("\n".join(totals(found["total"])))
+    if not outcome.complete:
+        sys.exit(1)
+
+
+def _show_plan(plan: Plan, verbose: bool, as_json: bool) -> None:
+    weights = {t.source.name: max(1, _weights(t)) for t in plan.tensors}
+    if as_json:
+        print_json(
+            {
+                "source": plan.record()["source"],
+                "source_bytes": plan.source_bytes,
+                "expected_bytes": plan.expected_bytes,
+                "peak_memory_bytes": plan.peak_memory,
+                "tensors": {
+                    t.source.name: {
+                        "kind": t.kind,
+                        "method": t.settings.method,
+                        "shape": list(t.source.shape),
+                        "dtype": t.source.dtype,
+                        "source_bytes": t.source.nbytes,
+                        "expected_bytes": t.expected_bytes,
+                        "peak_memory_bytes": t.peak_memory,
+                    }
+                    for t in plan.tensors
+                },
+            }
+        )  # fmt: skip
+        return
+    if verbose:
+        for t in plan.tensors:
+            click.echo(
+                f"{t.source.name}  {t.source.dtype} {list(t.source.shape)}  {t.settings.method}  "
+                f"{t.expected_bytes:,} bytes, {8 * t.expected_bytes / weights[t.source.name]:.3f} bits"
+            )
+    for kind in ("linear", "embedding", "head", "other"):
+        chosen = [t for t in plan.tensors if t.kind == kind]
+        if chosen:
+            total = sum(weights[t.source.name] for t in chosen)
+            expected = sum(t.expected_bytes for t in chosen)
+            methods = ", ".join(sorted({t.settings.method for t in chosen}))
+            click.echo(
+                f"{kind:10s} {len(chosen):5d} tensors  {total:15,d} weights  {methods:12s} "
+                f"{expected:15,d} bytes  {8 * expected / total:7.3f} bits"
+            )
+    click.echo(
+        f"reads {plan.source_bytes:,} bytes, writes {plan.expected_bytes:,} bytes "
+        f"({plan.source_bytes / max(1, plan.expected_bytes):.1f} x smaller)"
+    )
+    click.echo(f"memory: at most about {plan.peak_memory / 1e6:,.0f} MB a worker")
+
+
+def _weights(tensor: Any) -> int:
+    import math
+
+    return math.prod(tensor.source.shape)

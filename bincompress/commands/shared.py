@@ -1,0 +1,49 @@
+"""What the verbs share: progress bars, the kernel compiler's one-time message, JSON."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+
+def print_json(found: Any) -> None:
+    """Print an object as JSON."""
+    click.echo(json.dumps(found, indent=1))
+
+
+@contextlib.contextmanager
+def kernels_announced(bar: Any = None) -> Iterator[None]:
+    """Say once, on standard error, when kernels are compiled instead of loaded: it takes seconds and happens once."""
+    from cpu_kernels.compiler import announce
+
+    told = False
+
+    def tell(name: str) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            message = "compiling kernels for this CPU (once; later runs load them from the cache) ..."
+            if bar is None:
+                click.echo(message, err=True)
+            else:
+                bar.write(message)
+
+    with announce(tell):
+        yield
+
+
+def byte_bar(total: int, title: str, hidden: bool) -> Any:
+    """Return a progress bar over bytes, on standard error; hidden where asked or where nobody watches."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total,
+        desc=title,
+        unit="B",
+        unit_scale=True,
+        disable=True if hidden else None,
+        dynamic_ncols=True,
+        smoothing=0.1,
+    )

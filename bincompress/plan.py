@@ -1,0 +1,173 @@
+"""What will be done? From headers alone: settings, expected bytes and memory per tensor, and every refusal."""
+
+import fnmatch
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from bincompress.checkpoint import ITEM_BYTES, Checkpoint, check_shapes
+from bincompress.errors import RecipeError
+from bincompress.hub import source_record
+from bincompress.recipe import KEEP, Recipe, check_settings
+from bincompress.records import Settings, TensorSource
+
+Kind = Literal["linear", "embedding", "head", "other"]
+_EMBEDDINGS = ("*embed_tokens.weight", "*wte.weight", "*word_embeddings.weight")
+_HEADS = ("*lm_head.weight",)
+_KEPT = ("*norm*", "*.mlp.gate.weight", "*router*", "*position*")  # small, and every error in them is multiplied
+
+# Bytes a weight beside its own and its planes' bytes, at the height of a job (measured with `benchmarks/memory.py`).
+_SCRATCH = {"exact": 0.6, "greedy": 80.0, "windowed": 8.0}
+_BASE_BYTES = 250 << 20  # Python, NumPy, Numba and Zarr, kernels loaded
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the plan."""
+
+    source: TensorSource
+    kind: Kind
+    settings: Settings
+    kept: tuple[tuple[int, int], ...]
+    expected_bytes: int
+    peak_memory: int  # bytes
+
+    @property
+    def packed(self) -> bool:
+        """Whether planes are made of it."""
+        return self.settings.method != KEEP
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    archive: bool
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def expected_bytes(self) -> int:
+        """Bytes of all arrays to be written, before an archive's coding."""
+        return sum(tensor.expected_bytes for tensor in self.tensors)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all tensors to be read."""
+        return sum(tensor.source.nbytes for tensor in self.tensors)
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of memory of one worker at its height."""
+        return max(tensor.peak_memory for tensor in self.tensors)
+
+    def record(self) -> dict[str, Any]:
+        """Return what has to be equal for a run to go on with a store that another run began."""
+        return {
+            "source": source_record(self.checkpoint),
+            "config": self.checkpoint.config,
+            "recipe": self.recipe.record(),
+            "keep_weights": {t.source.name: [list(place) for place in t.kept] for t in self.tensors if t.kept},
+            "archive": self.archive,
+            "tensors": {t.source.name: "packed" if t.packed else "plain" for t in self.tensors},
+        }
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    kept: Mapping[str, tuple[tuple[int, int], ...]] | None = None,
+    archive: bool = False,
+) -> Plan:
+    """Return the plan for a checkpoint; raises CheckpointError or RecipeError for all that can be refused now."""
+    check_shapes(checkpoint)
+    kept = dict(kept or {})
+    _check_names(checkpoint, recipe, kept)
+    tensors = tuple(_planned(tensor, recipe, kept.get(tensor.name, ())) for tensor in checkpoint.tensors.values())
+    return Plan(checkpoint, recipe, archive, tensors)
+
+
+def _check_names(checkpoint: Checkpoint, recipe: Recipe, kept: Mapping[str, object]) -> None:
+    for override in recipe.overrides:
+        if not fnmatch.filter(checkpoint.tensors, override.pattern):
+            example = next(iter(checkpoint.tensors))
+            raise RecipeError(
+                f"pattern {override.pattern!r} matches none of the {len(checkpoint.tensors)} tensors, such as {example}"
+            )
+    for name in kept:
+        if name not in checkpoint.tensors:
+            raise RecipeError(f"kept weights name the tensor {name}, which the checkpoint does not have")
+
+
+def kind_of(source: TensorSource) -> Kind:
+    """Return what a tensor is to the model, by its name and shape."""
+
+    def named(patterns: tuple[str, ...]) -> bool:
+        return any(fnmatch.fnmatchcase(source.name, pattern) for pattern in patterns)
+
+    if len(source.shape) != 2 or min(source.shape) < 1 or not source.name.endswith("weight") or named(_KEPT):
+        return "other"
+    return "embedding" if named(_EMBEDDINGS) else "head" if named(_HEADS) else "linear"
+
+
+def _planned(source: TensorSource, recipe: Recipe, kept: tuple[tuple[int, int], ...]) -> PlannedTensor:
+    kind = kind_of(source)
+    if kind == "linear":
+        base = recipe.defaults
+    elif kind == "other" or recipe.embeddings == KEEP:
+        base = Settings(method=KEEP)
+    else:
+        base = Settings(method="uniform", bits=int(recipe.embeddings[0]), block=128)
+    settings = recipe.settings_for(source.name, base)
+    if settings.method == KEEP:
+        if kept:
+            raise RecipeError(f"{source.name}: single weights are to be kept, but the whole tensor is")
+        memory = _BASE_BYTES + 2 * min(source.nbytes, 512 << 20) + source.nbytes
+        return PlannedTensor(source, kind, settings, (), source.nbytes, memory)
+    if len(source.shape) != 2 or min(source.shape) < 1:
+        raise RecipeError(f"{source.name}: shape {list(source.shape)}; only matrices can be packed, keep it instead")
+    if source.dtype not in ITEM_BYTES:
+        raise RecipeError(f"{source.name}: dtype {source.dtype} cannot be packed; expected {', '.join(ITEM_BYTES)}")
+    rows, cols = source.shape
+    check_settings(settings, source.name, (rows, cols))
+    for row, col in kept:
+        if row >= rows or col >= cols:
+            raise RecipeError(f"{source.name}: kept weight ({row}, {col}) lies outside its shape [{rows}, {cols}]")
+    expected = packed_bytes(settings, rows, cols) + 12 * len(kept)
+    scratch = _SCRATCH[settings.solver] * rows * cols
+    if source.dtype == "F32" and settings.block == "matrix":
+        scratch += 48 * rows * cols  # sorted distinct values and their prefix sums
+    memory = int(_BASE_BYTES + source.nbytes + 2 * expected + scratch)
+    return PlannedTensor(source, kind, settings, kept, expected, memory)
+
+
+def packed_bytes(settings: Settings, rows: int, cols: int) -> int:
+    """Return the bytes of planes and coefficients of a matrix, without listed weights."""
+    if settings.method == "uniform":
+        planes, stored = settings.bits, 2
+    elif settings.method == "wgm":
+        planes = 1 + (settings.groups - 1).bit_length()
+        stored = 1 << (planes - 1)
+    else:
+        planes, stored = 1, 1
+    plane_bytes = 8 * planes * rows * math.ceil(cols / 64)
+    if settings.block == "matrix":
+        return plane_bytes + 4 * stored
+    block = settings.block if isinstance(settings.block, int) else cols
+    return plane_bytes + 2 * stored * rows * math.ceil(cols / block)
+
+
+def settings_record(settings: Settings) -> dict[str, Any]:
+    """Return the settings that matter to a method's bytes, as JSON."""
+    everything = asdict(settings)
+    used = {
+        "keep": ["method"],
+        "uniform": ["method", "bits", "block"],
+        "xnor": ["method", "block"],
+        "wgm": ["method", "groups", "solver", "window", "lam", "lam_normalized", "block"],
+    }[settings.method]
+    if settings.solver != "windowed" and "window" in used:
+        used.remove("window")
+    return {key: everything[key] for key in used}

@@ -1,0 +1,358 @@
+"""How does a model lie in a Zarr v3 store? The README's "Store format" says it; this file does it.
+
+A tensor is complete once its attributes say so; they are written last, after its arrays. Nothing else marks completion.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+import zarr
+import zarr.storage
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.sync import sync
+
+from bincompress.errors import DamagedError, StoreError
+from bincompress.records import Binarized, Weight
+
+FORMAT = "bincompress"
+VERSION = 1
+_CHUNK_LIMIT = 64 << 20  # bytes of one chunk file: a larger array is cut by rows, so that no writer holds it twice
+_ZSTD_LEVEL = 9
+_PLAIN_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_ROW_AXIS = {3: 1, 2: 0, 1: 0, 0: 0}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed tensor as the store has it, its coefficients ready for the formula."""
+
+    planes: NDArray[np.uint64]  # (planes, rows, words)
+    coef: NDArray[np.float32]  # (terms, rows or 1, blocks or 1)
+    terms: tuple[int, ...]
+    block: int
+    shape: tuple[int, int]
+    listed_index: NDArray[np.uint64]  # flat places of weights kept as they are
+    listed_value: NDArray[np.float32]
+    attributes: dict[str, Any]
+
+
+def is_local(url: str) -> bool:
+    """Return whether a store's name is a path of this machine."""
+    return "://" not in url
+
+
+def _zarr_store(url: str) -> Any:
+    return zarr.storage.LocalStore(url) if is_local(url) else zarr.storage.FsspecStore.from_url(url)
+
+
+class Store:
+    """A bincompress store, open for reading or writing."""
+
+    def __init__(self, url: str, root: zarr.Group) -> None:
+        self.url = url
+        self.root = root
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The root's attributes: format, version, source, config, recipe, tensors, status, failures."""
+        return dict(self.root.attrs)
+
+    def tensors(self) -> dict[str, str]:
+        """Return the planned tensors by name: "packed" or "plain"."""
+        return dict(self.attributes["tensors"])
+
+    # Tensors
+
+    def node_attributes(self, name: str) -> dict[str, Any]:
+        """Return a tensor's attributes; empty where nothing of it is there."""
+        try:
+            return dict(self.root[self._path(name)].attrs)
+        except KeyError:
+            return {}
+
+    def _path(self, name: str) -> str:
+        kinds = self.root.attrs["tensors"]
+        if not isinstance(kinds, dict) or name not in kinds:
+            raise StoreError(f"{self.url}: no tensor {name!r}; `bincompress inspect {self.url}` lists those there are")
+        return f"{'tensors' if kinds[name] == 'packed' else 'plain'}/{name}"
+
+    def remove(self, name: str) -> None:
+        """Remove what a broken run left of a tensor."""
+        sync(self.root.store.delete_dir(f"{self.root.path}/{self._path(name)}".strip("/")))
+
+    def write_packed(self, name: str, found: Binarized, archive: bool) -> tuple[dict[str, str], int]:
+        """Write a packed tensor's arrays; returns their hashes and stored bytes. `commit` makes it count."""
+        self.remove(name)
+        group = self.root.create_group(self._path(name))
+        arrays: dict[str, NDArray[Any]] = {"planes": found.planes, "coef": found.coef}
+        if found.listed_index.size:
+            arrays |= {"listed_index": found.listed_index, "listed_value": found.listed_value}
+        hashes, stored = {}, 0
+        for key, values in arrays.items():
+            hashes[key] = array_hash(values)
+            stored += self._chunk_bytes(_write(group, key, values, archive))
+        return hashes, stored
+
+    def write_plain(
+        self, name: str, weight: Weight, shape: tuple[int, ...], archive: bool
+    ) -> tuple[dict[str, str], int]:
+        """Write a tensor as it is; returns its hash and stored bytes. `commit` makes it count."""
+        self.remove(name)
+        values = weight.bits.reshape(shape)
+        if weight.dtype == "F32":
+            values = values.view(np.float32)
+        array = _write(self.root, self._path(name), values, archive)
+        return {"array": array_hash(values)}, self._chunk_bytes(array)
+
+    def _chunk_bytes(self, array: zarr.Array[Any]) -> int:
+        """Return the bytes of an array's chunks as they lie in the store, coded and with their checksums."""
+        return int(sync(self.root.store.getsize_prefix(f"{array.path}/c")))
+
+    def total_bytes(self) -> int:
+        """Return the bytes of everything in the store: chunks, metadata, assets and logs."""
+        return int(sync(self.root.store.getsize_prefix("")))
+
+    def commit(self, name: str, attributes: Mapping[str, Any]) -> None:
+        """Mark a tensor complete: its arrays are there, and these are its attributes."""
+        self.root[self._path(name)].attrs.put({**attributes, "status": "complete"})
+
+    def write_log(self, name: str, attributes: Mapping[str, Any]) -> None:
+        """Write what differs between equal runs (times), outside the bytes that a run determines."""
+        self.root.create_group(f"log/{name}", overwrite=True, attributes=dict(attributes))
+
+    def read_log(self, name: str) -> dict[str, Any]:
+        """Return what `write_log` wrote; empty where it did not."""
+        try:
+            return dict(self.root[f"log/{name}"].attrs)
+        except KeyError:
+            return {}
+
+    def complete_attributes(self, name: str) -> dict[str, Any]:
+        """Return a complete tensor's attributes; raises StoreError where it is not complete."""
+        attributes = self.node_attributes(name)
+        if attributes.get("status") != "complete":
+            raise StoreError(
+                f"{self.url}: {name} is not complete; run the same `bincompress compress` again to finish it"
+            )
+        return attributes
+
+    def read_packed(self, name: str) -> Packed:
+        """Read a packed tensor and check that its arrays fit together; raises DamagedError naming it."""
+        attributes = self.complete_attributes(name)
+        group = self.root[self._path(name)]
+        try:
+            rows, cols = (int(size) for size in attributes["shape"])
+            block, terms = int(attributes["block"]), tuple(int(term) for term in attributes["terms"])
+            planes, stored = self._read(name, group, "planes"), self._read(name, group, "coef")
+            mix, exponent = attributes["mix"], int(attributes["coef_exponent"])
+            listed = "listed_index" in attributes["hashes"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedError(f"{self.url}: {name}: attributes are not those of a packed tensor ({error!r})") from None
+        units = -(-cols // block) if block > 0 else 0
+        if planes.ndim != 3 or planes.shape[1:] != (rows, -(-cols // 64)) or planes.dtype != np.uint64:
+            raise DamagedError(
+                f"{self.url}: {name}: planes {planes.shape} {planes.dtype} do not fit shape {rows} x {cols}"
+            )
+        if stored.ndim != 3 or stored.shape[1:] not in ((rows, units), (1, 1)) or stored.dtype.kind != "f":
+            raise DamagedError(f"{self.url}: {name}: coef {stored.shape} does not fit {rows} rows of {units} blocks")
+        if len(mix or stored) != len(terms) or any(not 0 <= term < 1 << planes.shape[0] for term in terms):
+            raise DamagedError(f"{self.url}: {name}: {len(terms)} terms do not fit {planes.shape[0]} planes and coef")
+        coef = np.ldexp(stored.astype(np.float32), exponent)
+        if mix is not None:
+            weights = np.array(mix, np.float32)
+            coef = np.stack([sum(w * c for w, c in zip(row, coef, strict=True)) for row in weights]).astype(np.float32)
+        index, value = np.empty(0, np.uint64), np.empty(0, np.float32)
+        if listed:
+            index, value = self._read(name, group, "listed_index"), self._read(name, group, "listed_value")
+            if index.shape != value.shape or index.ndim != 1 or (index.size and int(index.max()) >= rows * cols):
+                raise DamagedError(f"{self.url}: {name}: listed weights lie outside the matrix")
+        return Packed(planes, coef, terms, block, (rows, cols), index, value, attributes)
+
+    def plain_shape(self, name: str) -> list[int]:
+        """Return the shape of a tensor that was kept as it is."""
+        array = self.root[self._path(name)]
+        return list(array.shape) if isinstance(array, zarr.Array) else []
+
+    def read_plain(self, name: str) -> tuple[Weight, tuple[int, ...]]:
+        """Read a tensor that was kept as it is, with its shape."""
+        attributes = self.complete_attributes(name)
+        values = self._read(name, self.root, self._path(name))
+        names = {stored: dtype for dtype, stored in _PLAIN_DTYPES.items()}
+        dtype = names.get(str(attributes.get("dtype")))
+        if dtype is None or values.dtype != (np.float32 if dtype == "F32" else np.uint16):
+            raise DamagedError(
+                f"{self.url}: {name}: holds {values.dtype}, its attributes say {attributes.get('dtype')!r}"
+            )
+        bits = values.view(np.uint32) if dtype == "F32" else values
+        rows = int(np.prod(values.shape[:-1]))
+        return Weight(bits.reshape(rows, values.shape[-1] if values.ndim else 1), dtype), values.shape
+
+    def _read(self, name: str, group: Any, key: str) -> NDArray[Any]:
+        try:
+            return np.asarray(group[key][...])
+        except (KeyError, OSError, ValueError, RuntimeError) as error:
+            raise DamagedError(f"{self.url}: {name}: array {key.split('/')[-1]} cannot be read: {error}") from None
+
+    def stored_arrays(self, name: str) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Yield the arrays of a tensor by the name under which their hash is kept."""
+        if self.tensors()[name] == "plain":
+            yield "array", self._read(name, self.root, self._path(name))
+            return
+        for key in self.complete_attributes(name)["hashes"]:
+            yield key, self._read(name, self.root[self._path(name)], key)
+
+    # Assets and manifest
+
+    def write_assets(self, assets: Mapping[str, bytes]) -> None:
+        """Write the model's small files."""
+        group = self.root.create_group("assets", overwrite=True)
+        for name, content in assets.items():
+            values = np.frombuffer(content, np.uint8)
+            _write(group, name, values, archive=False).attrs.put({"hashes": {"array": array_hash(values)}})
+
+    def read_assets(self) -> dict[str, bytes]:
+        """Return the model's small files by name; raises DamagedError where one differs from what was written."""
+        found = {}
+        group = zarr.open_group(self.root.store, path=f"{self.root.path}/assets".strip("/"), mode="r", zarr_format=3)
+        for name, array in group.arrays():
+            values = self._read(f"assets/{name}", group, name)
+            if array.attrs.get("hashes") != {"array": array_hash(values)}:
+                raise DamagedError(f"{self.url}: assets/{name}: its bytes are not those that were written")
+            found[name] = values.tobytes()
+        return found
+
+    def finish(self, failures: Mapping[str, str]) -> bool:
+        """Write the manifest: the store is complete if every planned tensor is."""
+        missing = [name for name in self.tensors() if self.node_attributes(name).get("status") != "complete"]
+        attributes = {key: value for key, value in self.attributes.items() if key != "run_id"}
+        self.root.attrs.put(
+            {**attributes, "failures": dict(failures), "status": "incomplete" if missing or failures else "complete"}
+        )
+        return not missing and not failures
+
+
+def array_hash(values: NDArray[Any]) -> str:
+    """Return the xxh3-128 hash of an array's bytes, row-major, little-endian."""
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+
+
+def _write(group: zarr.Group, name: str, values: NDArray[Any], archive: bool) -> zarr.Array[Any]:
+    axis = _ROW_AXIS[values.ndim]
+    pieces = max(1, -(-values.nbytes // _CHUNK_LIMIT)) if values.ndim else 1
+    step = max(1, -(-values.shape[axis] // pieces)) if values.ndim else 1
+    chunks = tuple(step if i == axis else max(1, size) for i, size in enumerate(values.shape))
+    array = group.create_array(
+        name,
+        shape=values.shape,
+        dtype=values.dtype,
+        chunks=chunks,
+        filters=None,
+        compressors=[*([ZstdCodec(level=_ZSTD_LEVEL)] if archive else []), Crc32cCodec()],
+        # Without this an all-zero plane would have no file, and could not be memory-mapped.
+        config={"write_empty_chunks": True},
+        overwrite=True,
+    )
+    if values.size:
+        for start in range(0, values.shape[axis] if values.ndim else 1, step):
+            part = (slice(None),) * axis + (slice(start, start + step),) if values.ndim else ()
+            array[part] = values[part]
+    return array
+
+
+def open_store(url: str) -> Store:
+    """Open a store for reading; raises StoreError where there is none or another version wrote it."""
+    if is_local(url) and not Path(url).is_dir():
+        raise StoreError(f"{url}: no such store; `bincompress compress SOURCE {url}` makes one")
+    try:
+        root = zarr.open_group(_zarr_store(url), mode="r+", zarr_format=3)
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise StoreError(f"{url}: not a Zarr v3 store: {str(error) or type(error).__name__}") from None
+    _check_format(url, dict(root.attrs))
+    return Store(url, root)
+
+
+def _check_format(url: str, attributes: dict[str, Any]) -> None:
+    if attributes.get("format") != FORMAT:
+        raise StoreError(f"{url}: a Zarr store, but not of bincompress (format {attributes.get('format')!r})")
+    if attributes.get("version") != VERSION:
+        raise StoreError(
+            f"{url}: store version {attributes.get('version')!r}; this program reads version {VERSION}: "
+            "install the one that wrote it, or compress again"
+        )
+    if not isinstance(attributes.get("tensors"), dict):
+        raise StoreError(f"{url}: its manifest lacks the list of tensors; compress again with --overwrite")
+
+
+def begin_store(url: str, plan: Mapping[str, Any], assets: Mapping[str, bytes], run_id: str, overwrite: bool) -> Store:
+    """Create a store, or open one that the same plan began; raises StoreError where another plan began it.
+
+    plan: what has to be equal, as JSON. run_id: kept in the root of a store that is no local folder, where a later
+    run that takes the store over is noticed at commit.
+    """
+    record = {"format": FORMAT, "version": VERSION, **plan}
+    extra = {} if is_local(url) else {"run_id": run_id}
+    if overwrite and is_local(url) and Path(url).exists():
+        _remove_store(Path(url))
+    elif is_local(url) and Path(url).exists() and any(Path(url).iterdir()):
+        return _continue(url, record, extra)
+    elif not is_local(url) and not overwrite:
+        with contextlib.suppress(FileNotFoundError):
+            zarr.open_group(_zarr_store(url), mode="r", zarr_format=3)
+            return _continue(url, record, extra)
+    root = zarr.create_group(_zarr_store(url), zarr_format=3, overwrite=overwrite, attributes={"format": FORMAT})
+    store = Store(url, root)
+    store.write_assets(assets)
+    for name in ("tensors", "plain", "log"):
+        root.create_group(name)
+    root.attrs.put({**record, **extra, "status": "incomplete", "failures": {}})
+    return store
+
+
+def _continue(url: str, record: dict[str, Any], extra: dict[str, str]) -> Store:
+    try:
+        store = open_store(url)
+    except StoreError as error:
+        raise StoreError(f"{error}; nothing was changed (--overwrite replaces a bincompress store)") from None
+    difference = _difference(store.attributes, record)
+    if difference:
+        raise StoreError(
+            f"{url}: was begun with other settings: {difference}; use another store, the same settings, or --overwrite"
+        )
+    if is_local(url):
+        for leftover in Path(url).rglob(".*.partial"):
+            leftover.unlink()
+    if extra:
+        store.root.attrs.update(extra)
+    return store
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> str:
+    """Return the first setting that differs, with both values; empty if none does."""
+    for key, value in wanted.items():
+        name, other = f"{where}{key}", found.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            inner = _difference(other, value, f"{name}.") or _difference(value, other, f"{name}.")
+            if inner:
+                return inner
+        elif value != other:
+            return f"{name} is {other!r:.60} there and {value!r:.60} now"
+    return ""
+
+
+def _remove_store(path: Path) -> None:
+    """Remove a store to make room for another; refuses a folder that holds anything else."""
+    if any(path.iterdir()):
+        try:
+            known = dict(zarr.open_group(zarr.storage.LocalStore(path), mode="r", zarr_format=3).attrs)
+        except (FileNotFoundError, KeyError, ValueError):
+            known = {}
+        if known.get("format") != FORMAT:
+            raise StoreError(f"{path}: not a bincompress store, so --overwrite does not remove it; choose another path")
+    shutil.rmtree(path)

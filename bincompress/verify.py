@@ -1,0 +1,43 @@
+"""Is every byte of a store what was written, and does it fit the formula?"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from bincompress.errors import StoreError
+from bincompress.store import Packed, Store, array_hash
+
+
+def verify(store: Store) -> Iterator[tuple[str, str]]:
+    """Yield (name, problem) for every tensor and for the assets; the problem is empty where all is well."""
+    for name in sorted(store.tensors()):
+        try:
+            yield name, _tensor_problem(store, name)
+        except StoreError as error:
+            yield name, str(error)
+    try:
+        store.read_assets()
+        yield "assets", ""
+    except (StoreError, KeyError) as error:
+        yield "assets", str(error)
+
+
+def _tensor_problem(store: Store, name: str) -> str:
+    attributes = store.complete_attributes(name)
+    for key, values in store.stored_arrays(name):
+        if array_hash(values) != attributes["hashes"].get(key):
+            return f"{store.url}: {name}: {key}: its bytes are not those that were written; compress this store again"
+    if store.tensors()[name] == "packed":
+        return _packed_problem(store.read_packed(name), f"{store.url}: {name}")
+    return ""
+
+
+def _packed_problem(packed: Packed, where: str) -> str:
+    cols = packed.shape[1]
+    if cols % 64 and packed.planes.size and np.any(packed.planes[:, :, -1] >> np.uint64(cols % 64)):
+        return f"{where}: padding bits of a plane are not zero"
+    if not np.all(np.isfinite(packed.coef)) or not np.all(np.isfinite(packed.listed_value)):
+        return f"{where}: a coefficient is not finite"
+    if np.any(np.diff(packed.listed_index.astype(np.int64)) <= 0):
+        return f"{where}: listed weights are not in ascending order"
+    return ""
