@@ -1,21 +1,22 @@
-"""From a checkpoint to a finished store: plan, begin or continue, run the jobs, write the manifest."""
+"""From checkpoints to finished stores: plan, begin or continue, run the jobs, write the manifests."""
 
 import contextlib
 import errno
 import os
 import uuid
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from bincompress.errors import StoreError
-from bincompress.job import make_jobs
+from bincompress.job import largest_first, make_jobs
 from bincompress.plan import Plan
 from bincompress.records import Job, JobReport
 from bincompress.runner import run_local
-from bincompress.store import begin_store, is_local
+from bincompress.store import Store, begin_store, is_local
 
 Runner = Callable[[Sequence[Job]], Generator[JobReport, None, None]]
 
@@ -43,29 +44,51 @@ def compress(
     on_report is called as each job finishes. Raises StoreError where another plan or another driver holds the store,
     or where nothing can be written any more; what was complete stays complete.
     """
+    return compress_all({store: plan}, runner=runner, overwrite=overwrite, on_report=on_report)[store]
+
+
+def compress_all(
+    plans: Mapping[str, Plan],
+    *,
+    runner: Runner = run_local,
+    overwrite: bool = False,
+    on_report: Callable[[JobReport], None] = lambda report: None,
+) -> dict[str, Outcome]:
+    """Do several plans, each into its store, as `compress` does one: a single queue, the largest matrices first."""
     run_id = uuid.uuid4().hex
-    with _exclusive(store):
-        try:
-            opened = begin_store(store, plan.record(), plan.checkpoint.assets(), run_id, overwrite)
-        except OSError as error:
-            raise StoreError(f"{store}: cannot be written: {_cause(error)}") from None
-        done = unchanged = 0
-        failures: dict[str, str] = {}
+    with contextlib.ExitStack() as held:
+        for store in plans:
+            held.enter_context(_exclusive(store))
+        opened = {store: _begin(plan, store, run_id, overwrite) for store, plan in plans.items()}
+        jobs = largest_first(job for store, plan in plans.items() for job in make_jobs(plan, store, run_id))
+        counts: dict[str, Counter[str]] = {store: Counter() for store in plans}
+        failures: dict[str, dict[str, str]] = {store: {} for store in plans}
         # Closed at the end, whatever happens: a runner stops its workers then.
-        with contextlib.closing(runner(make_jobs(plan, store, run_id))) as reports:
+        with contextlib.closing(runner(jobs)) as reports:
             for report in reports:
                 if report.fatal:
+                    complete = sum(count["done"] + count["unchanged"] for count in counts.values())
                     raise StoreError(
-                        f"{report.error}; {done + unchanged} of {len(plan.tensors)} tensors are complete: "
+                        f"{report.error}; {complete} of {len(jobs)} tensors are complete: "
                         "mend the cause and run the same command again to go on from there"
                     )
-                done += report.status == "done"
-                unchanged += report.status == "unchanged"
+                counts[report.store][report.status] += 1
                 if report.status == "failed":
-                    failures[report.name] = report.error
+                    failures[report.store][report.name] = report.error
                 on_report(report)
-        complete = opened.finish({name: error.splitlines()[-1] for name, error in sorted(failures.items())})
-    return Outcome(done, unchanged, failures, complete)
+        outcomes = {}
+        for store, failed in failures.items():
+            causes = {name: error.splitlines()[-1] for name, error in sorted(failed.items())}
+            finished = opened[store].finish(causes)
+            outcomes[store] = Outcome(counts[store]["done"], counts[store]["unchanged"], failed, finished)
+    return outcomes
+
+
+def _begin(plan: Plan, store: str, run_id: str, overwrite: bool) -> Store:
+    try:
+        return begin_store(store, plan.record(), plan.checkpoint.assets(), run_id, overwrite)
+    except OSError as error:
+        raise StoreError(f"{store}: cannot be written: {_cause(error)}") from None
 
 
 def _cause(error: OSError) -> str:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
 
 from bincompress.checkpoint import INDEX
 from bincompress.dequantize import dequantize, to_bfloat16
@@ -48,26 +50,26 @@ def export(store: Store, folder: Path, on_tensor: Callable[[str, int], None] = l
 def _write_shards(store: Store, folder: Path, on_tensor: Callable[[str, int], None]) -> None:
     shards: list[Path] = []
     where: dict[str, int] = {}
-    waiting: dict[str, Any] = {}
+    waiting: dict[str, NDArray[Any]] = {}
     size = total = 0
 
     def flush() -> None:
         nonlocal size
         path = folder / f"shard-{len(shards)}"
-        safetensors.serialize_file(waiting, str(path), {"format": "pt"})
+        safetensors.numpy.save_file(waiting, path, {"format": "pt"})
         shards.append(path)
         waiting.clear()
         size = 0
 
     for name in sorted(store.tensors()):
         tensor = _tensor(store, name)
-        if waiting and size + len(tensor["data"]) > _SHARD_BYTES:
+        if waiting and size + tensor.nbytes > _SHARD_BYTES:
             flush()
         waiting[name] = tensor
         where[name] = len(shards)
-        size += len(tensor["data"])
-        total += len(tensor["data"])
-        on_tensor(name, len(tensor["data"]))
+        size += tensor.nbytes
+        total += tensor.nbytes
+        on_tensor(name, tensor.nbytes)
     flush()
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for path, name in zip(shards, names, strict=True):
@@ -76,11 +78,10 @@ def _write_shards(store: Store, folder: Path, on_tensor: Callable[[str, int], No
     (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
-def _tensor(store: Store, name: str) -> dict[str, Any]:
+def _tensor(store: Store, name: str) -> NDArray[Any]:
     if store.tensors()[name] == "packed":
-        packed = store.read_packed(name)
-        values = to_bfloat16(dequantize(packed))
-        return {"dtype": "bfloat16", "shape": list(packed.shape), "data": values.tobytes()}
+        return to_bfloat16(dequantize(store.read_packed(name))).view(ml_dtypes.bfloat16)
     weight, shape = store.read_plain(name)
-    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-    return {"dtype": names[weight.dtype], "shape": list(shape), "data": np.ascontiguousarray(weight.bits).tobytes()}
+    dtype = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}[weight.dtype]
+    tensor: NDArray[Any] = weight.bits.view(dtype).reshape(shape)
+    return tensor

@@ -32,6 +32,8 @@ def _from_hub(repo: str, revision: str | None, headers_only: bool) -> Checkpoint
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, NotASafetensorsRepoError
 
+    # The HTTP library's own base error: which library it is has changed between versions of the Hub client.
+    http_error: Any = HfHubHTTPError.__mro__[1]
     try:
         commit = huggingface_hub.model_info(repo, revision=revision).sha or ""
         if headers_only:
@@ -46,7 +48,7 @@ def _from_hub(repo: str, revision: str | None, headers_only: bool) -> Checkpoint
             f"{repo}: no such folder here, and the Hub says: {_line(error)}; check the name, or log in "
             "(hf auth login) for gated models"
         ) from None
-    except OSError as error:
+    except (OSError, http_error) as error:
         raise CheckpointError(
             f"{repo}: no such folder here, and the Hub could not be reached: {_line(error)}"
         ) from None

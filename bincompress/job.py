@@ -1,10 +1,12 @@
 """What is done with one tensor, wherever it runs: read, binarize, write, commit, report."""
 
 import errno
+import functools
 import json
 import math
 import time
 import traceback
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,16 @@ _FINITE = {"BF16": 0x7F7F, "F16": 0x7BFF, "F32": 0x7F7FFFFF}  # greatest finite 
 
 def make_jobs(plan: Plan, store: str, run_id: str) -> list[Job]:
     """Return a job per tensor, the largest first, so that workers finish together."""
-    jobs = [Job(store, t.source.name, t.source, t.settings, t.kept, plan.archive, run_id) for t in plan.tensors]
-    return sorted(jobs, key=lambda job: (-job.source.nbytes, job.name))
+    jobs = [
+        Job(store, t.source.name, t.source, t.settings, t.kept, plan.archive, run_id, t.peak_memory)
+        for t in plan.tensors
+    ]
+    return largest_first(jobs)
+
+
+def largest_first(jobs: Iterable[Job]) -> list[Job]:
+    """Return jobs in the order in which they are begun."""
+    return sorted(jobs, key=lambda job: (-job.source.nbytes, job.name, job.store))
 
 
 def run_job(job: Job) -> JobReport:
@@ -40,20 +50,22 @@ def run_job(job: Job) -> JobReport:
     begin = time.perf_counter()
 
     def failed(error: str, fatal: bool = False) -> JobReport:
-        return JobReport(job.name, "failed", time.perf_counter() - begin, 0, error=error, fatal=fatal)
+        seconds = time.perf_counter() - begin
+        return JobReport(job.name, "failed", seconds, 0, error=error, fatal=fatal, store=job.store)
 
     try:
-        store = open_store(job.store)
+        store = _opened(job.store, job.run_id)
         weight = read_weight(job.source)
         digest = xxhash.xxh3_128_hexdigest(weight.flat.view(np.uint8).data)
         fingerprint = _fingerprint(job, digest)
         before = store.node_attributes(job.name)
         if before.get("status") == "complete" and before.get("fingerprint") == fingerprint:
-            return JobReport(job.name, "unchanged", time.perf_counter() - begin, job.source.nbytes, before["report"])
+            seconds = time.perf_counter() - begin
+            return JobReport(job.name, "unchanged", seconds, job.source.nbytes, before["report"], store=job.store)
         report = _write(store, job, weight, fingerprint)
         seconds = time.perf_counter() - begin
         store.write_log(job.name, {"seconds": seconds})
-        return JobReport(job.name, "done", seconds, job.source.nbytes, report)
+        return JobReport(job.name, "done", seconds, job.source.nbytes, report, store=job.store)
     except BincompressError as error:
         return failed(str(error))
     except MemoryError:
@@ -62,6 +74,12 @@ def run_job(job: Job) -> JobReport:
         return failed(f"{job.name}: {job.store}: {error.strerror or error}", fatal=error.errno in _FATAL)
     except Exception:  # a fault of the program must not lose the other tensors: it is reported with its place
         return failed(f"{job.name}: {traceback.format_exc().strip()}")
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(url: str, run_id: str) -> Store:
+    """Open a store once per run and process: its list of tensors does not change within a run."""
+    return open_store(url)
 
 
 def _write(store: Store, job: Job, weight: Weight, fingerprint: dict[str, Any]) -> dict[str, Any]:
@@ -181,10 +199,10 @@ def _formula_at(found: Binarized, rows: NDArray[np.intp], cols: NDArray[np.intp]
 
 def sample_histogram(weight: Weight) -> dict[str, Any]:
     """Return a histogram of evenly spaced weights, for the report: the original is not in the store."""
-    cols = weight.shape[1]
-    places = np.arange(0, weight.bits.size, max(1, weight.bits.size // _SAMPLE))
-    values = _values(weight, places // cols, places % cols).astype(np.float64)
-    reach = float(np.max(np.abs(values), initial=0.0)) or 1.0
+    sample = np.ascontiguousarray(weight.flat[:: max(1, weight.bits.size // _SAMPLE)])
+    values = Weight(sample[None], weight.dtype).float32()[0].astype(np.float64)
+    # Single weights far out would leave the bell a spike in the middle.
+    reach = min(float(np.max(np.abs(values), initial=0.0)), 6.0 * float(np.std(values))) or 1.0
     counts, _ = np.histogram(values, bins=_BINS, range=(-reach, reach))
     return {"low": _rounded(-reach), "high": _rounded(reach), "counts": counts.tolist()}
 

@@ -96,6 +96,7 @@ class Job:
     kept: tuple[tuple[int, int], ...] = ()  # single weights kept exactly, (row, column)
     archive: bool = False
     run_id: str = ""
+    peak_memory: int = 0  # bytes, as planned; 0: not known
 
 
 @dataclass(frozen=True)
@@ -109,3 +110,5 @@ class JobReport:
     report: dict[str, Any] = field(default_factory=dict)
     error: str = ""
     fatal: bool = False  # the others would fail too: a full disk, a folder that cannot be written
+    store: str = ""  # where it belongs: one run may fill several stores
+    node: str = ""  # the machine that did it, where there are several

@@ -8,33 +8,33 @@ from concurrent.futures.process import BrokenProcessPool
 from bincompress.job import run_job
 from bincompress.records import Job, JobReport
 
-_TRIES = 2  # of a job whose worker died
-
 
 def run_local(jobs: Sequence[Job], workers: int = 1) -> Generator[JobReport, None, None]:
-    """Run jobs in this process (workers 1) or in so many processes, and yield a report each."""
+    """Run jobs in this process (workers 1) or in so many processes, and yield a report each.
+
+    A job whose worker process dies is tried once more, alone; if that one dies too, the job has failed.
+    """
     if workers == 1:
         yield from map(run_job, jobs)
         return
     waiting = list(jobs)
-    tries: dict[str, int] = {}
     while waiting:
-        broken: list[Job] = []
-        yield from _run_pool(waiting, workers, broken)
-        waiting = []
-        for job in broken:
-            tries[job.name] = tries.get(job.name, 0) + 1
-            if tries[job.name] < _TRIES:
-                waiting.append(job)
-            else:
-                error = f"{job.name}: its worker process died {_TRIES} times (out of memory?); try fewer --workers"
-                yield JobReport(job.name, "failed", 0.0, 0, error=error)
-        # What broke a pool is tried again alone, so that it takes nobody with it.
-        workers = 1 if broken else workers
+        suspects: list[Job] = []
+        rest: list[Job] = []
+        yield from _run_pool(waiting, workers, suspects, rest)
+        for job in suspects:
+            died: list[Job] = []
+            yield from _run_pool([job], 1, died, [])
+            if died:
+                error = f"{job.name}: its worker process died twice (out of memory?); try fewer --workers"
+                yield JobReport(job.name, "failed", 0.0, 0, error=error, store=job.store)
+        waiting = rest
 
 
-def _run_pool(jobs: Sequence[Job], workers: int, broken: list[Job]) -> Generator[JobReport, None, None]:
-    """Run jobs in a pool until all are done or a worker dies; then `broken` holds the jobs without a report."""
+def _run_pool(
+    jobs: Sequence[Job], workers: int, suspects: list[Job], rest: list[Job]
+) -> Generator[JobReport, None, None]:
+    """Run jobs in a pool until all are done or a worker dies: then `suspects` had begun and `rest` had not."""
     # A forked child would inherit Zarr's and Numba's threads half alive.
     context = multiprocessing.get_context("spawn")
     queue = list(jobs)[::-1]
@@ -42,19 +42,16 @@ def _run_pool(jobs: Sequence[Job], workers: int, broken: list[Job]) -> Generator
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         try:
             while queue or running:
-                while queue and len(running) < 2 * workers:
-                    job = queue.pop()
-                    try:
-                        running[pool.submit(run_job, job)] = job
-                    except BrokenProcessPool:
-                        queue.append(job)
-                        break
+                while queue and len(running) < workers + 1:  # one more than can run, so that no worker waits
+                    running[pool.submit(run_job, queue[-1])] = queue[-1]
+                    queue.pop()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     report = future.result()
                     del running[future]
                     yield report
         except BrokenProcessPool:
-            broken.extend([*running.values(), *queue])
+            suspects.extend(running.values())
+            rest.extend(queue[::-1])
         finally:
             for future in running:
                 future.cancel()

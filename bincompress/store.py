@@ -13,11 +13,15 @@ from typing import Any
 import numpy as np
 import xxhash
 import zarr
+import zarr.api.asynchronous
 import zarr.storage
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.group import GroupMetadata
 from zarr.core.sync import sync
 
+from bincompress.direct_store import DirectStore
 from bincompress.errors import DamagedError, StoreError
 from bincompress.records import Binarized, Weight
 
@@ -26,7 +30,6 @@ VERSION = 1
 _CHUNK_LIMIT = 64 << 20  # bytes of one chunk file: a larger array is cut by rows, so that no writer holds it twice
 _ZSTD_LEVEL = 9
 _PLAIN_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-_ROW_AXIS = {3: 1, 2: 0, 1: 0, 0: 0}
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def is_local(url: str) -> bool:
 
 
 def _zarr_store(url: str) -> Any:
-    return zarr.storage.LocalStore(url) if is_local(url) else zarr.storage.FsspecStore.from_url(url)
+    return DirectStore(url) if is_local(url) else zarr.storage.FsspecStore.from_url(url)
 
 
 class Store:
@@ -89,31 +92,24 @@ class Store:
 
     def write_packed(self, name: str, found: Binarized, archive: bool) -> tuple[dict[str, str], int]:
         """Write a packed tensor's arrays; returns their hashes and stored bytes. `commit` makes it count."""
-        self.remove(name)
-        group = self.root.create_group(self._path(name))
         arrays: dict[str, NDArray[Any]] = {"planes": found.planes, "coef": found.coef}
         if found.listed_index.size:
             arrays |= {"listed_index": found.listed_index, "listed_value": found.listed_value}
-        hashes, stored = {}, 0
-        for key, values in arrays.items():
-            hashes[key] = array_hash(values)
-            stored += self._chunk_bytes(_write(group, key, values, archive))
-        return hashes, stored
+        self.remove(name)
+        path = self._path(name)
+        stored = sync(_write_all(self.root, {f"{path}/{key}": values for key, values in arrays.items()}, archive))
+        return {key: array_hash(values) for key, values in arrays.items()}, stored
 
     def write_plain(
         self, name: str, weight: Weight, shape: tuple[int, ...], archive: bool
     ) -> tuple[dict[str, str], int]:
         """Write a tensor as it is; returns its hash and stored bytes. `commit` makes it count."""
-        self.remove(name)
         values = weight.bits.reshape(shape)
         if weight.dtype == "F32":
             values = values.view(np.float32)
-        array = _write(self.root, self._path(name), values, archive)
-        return {"array": array_hash(values)}, self._chunk_bytes(array)
-
-    def _chunk_bytes(self, array: zarr.Array[Any]) -> int:
-        """Return the bytes of an array's chunks as they lie in the store, coded and with their checksums."""
-        return int(sync(self.root.store.getsize_prefix(f"{array.path}/c")))
+        self.remove(name)
+        stored = sync(_write_all(self.root, {self._path(name): values}, archive))
+        return {"array": array_hash(values)}, stored
 
     def total_bytes(self) -> int:
         """Return the bytes of everything in the store: chunks, metadata, assets and logs."""
@@ -121,11 +117,15 @@ class Store:
 
     def commit(self, name: str, attributes: Mapping[str, Any]) -> None:
         """Mark a tensor complete: its arrays are there, and these are its attributes."""
-        self.root[self._path(name)].attrs.put({**attributes, "status": "complete"})
+        complete = {**attributes, "status": "complete"}
+        if self.tensors()[name] == "packed":
+            sync(_put_group(self.root, self._path(name), complete))
+        else:
+            self.root[self._path(name)].attrs.put(complete)
 
     def write_log(self, name: str, attributes: Mapping[str, Any]) -> None:
         """Write what differs between equal runs (times), outside the bytes that a run determines."""
-        self.root.create_group(f"log/{name}", overwrite=True, attributes=dict(attributes))
+        sync(_put_group(self.root, f"log/{name}", attributes))
 
     def read_log(self, name: str) -> dict[str, Any]:
         """Return what `write_log` wrote; empty where it did not."""
@@ -213,9 +213,10 @@ class Store:
     def write_assets(self, assets: Mapping[str, bytes]) -> None:
         """Write the model's small files."""
         group = self.root.create_group("assets", overwrite=True)
-        for name, content in assets.items():
-            values = np.frombuffer(content, np.uint8)
-            _write(group, name, values, archive=False).attrs.put({"hashes": {"array": array_hash(values)}})
+        arrays = {name: np.frombuffer(content, np.uint8) for name, content in assets.items()}
+        sync(_write_all(group, arrays, archive=False))
+        for name, values in arrays.items():
+            group[name].attrs.put({"hashes": {"array": array_hash(values)}})
 
     def read_assets(self) -> dict[str, bytes]:
         """Return the model's small files by name; raises DamagedError where one differs from what was written."""
@@ -243,27 +244,39 @@ def array_hash(values: NDArray[Any]) -> str:
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
 
-def _write(group: zarr.Group, name: str, values: NDArray[Any], archive: bool) -> zarr.Array[Any]:
-    axis = _ROW_AXIS[values.ndim]
-    pieces = max(1, -(-values.nbytes // _CHUNK_LIMIT)) if values.ndim else 1
-    step = max(1, -(-values.shape[axis] // pieces)) if values.ndim else 1
-    chunks = tuple(step if i == axis else max(1, size) for i, size in enumerate(values.shape))
-    array = group.create_array(
-        name,
-        shape=values.shape,
-        dtype=values.dtype,
-        chunks=chunks,
-        filters=None,
-        compressors=[*([ZstdCodec(level=_ZSTD_LEVEL)] if archive else []), Crc32cCodec()],
-        # Without this an all-zero plane would have no file, and could not be memory-mapped.
-        config={"write_empty_chunks": True},
-        overwrite=True,
-    )
-    if values.size:
+async def _put_group(root: zarr.Group, path: str, attributes: Mapping[str, Any]) -> None:
+    """Write a group's metadata, whatever was there before, without looking: a third of what creating one costs."""
+    metadata = GroupMetadata(attributes=dict(attributes), zarr_format=3)
+    for key, content in metadata.to_buffer_dict(default_buffer_prototype()).items():
+        await root.store.set(f"{root.path}/{path}/{key}".strip("/"), content)
+
+
+async def _write_all(group: zarr.Group, arrays: Mapping[str, NDArray[Any]], archive: bool) -> int:
+    """Write arrays by their paths below a group, one after the other; returns the bytes of their chunks."""
+    stored = 0
+    for name, values in arrays.items():
+        path = f"{group.path}/{name}".strip("/")
+        axis = 1 if values.ndim == 3 else 0  # the rows
+        pieces = max(1, -(-values.nbytes // _CHUNK_LIMIT))
+        step = max(1, -(-values.shape[axis] // pieces)) if values.ndim else 1
+        array = await zarr.api.asynchronous.create_array(
+            group.store,
+            name=path,
+            shape=values.shape,
+            dtype=values.dtype,
+            chunks=tuple(step if i == axis else max(1, size) for i, size in enumerate(values.shape)),
+            filters=None,
+            compressors=[*([ZstdCodec(level=_ZSTD_LEVEL)] if archive else []), Crc32cCodec()],
+            # Without this an all-zero plane would have no file, and could not be memory-mapped.
+            config={"write_empty_chunks": True},
+            zarr_format=3,
+        )
         for start in range(0, values.shape[axis] if values.ndim else 1, step):
             part = (slice(None),) * axis + (slice(start, start + step),) if values.ndim else ()
-            array[part] = values[part]
-    return array
+            if values[part].size:
+                await array.setitem(part, values[part])
+        stored += await group.store.getsize_prefix(f"{path}/c")
+    return stored
 
 
 def open_store(url: str) -> Store:
@@ -350,7 +363,7 @@ def _remove_store(path: Path) -> None:
     """Remove a store to make room for another; refuses a folder that holds anything else."""
     if any(path.iterdir()):
         try:
-            known = dict(zarr.open_group(zarr.storage.LocalStore(path), mode="r", zarr_format=3).attrs)
+            known = dict(zarr.open_group(DirectStore(path), mode="r", zarr_format=3).attrs)
         except (FileNotFoundError, KeyError, ValueError):
             known = {}
         if known.get("format") != FORMAT:

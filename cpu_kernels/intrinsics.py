@@ -63,6 +63,17 @@ def bit_plane(typing: Any, array: Any, start: Any, bit: Any) -> Any:
 
 
 @intrinsic
+def four_items(typing: Any, array: Any, start: Any) -> Any:
+    """Return four consecutive items of a flat uint16 array as one uint64 (item 0 in the low bits)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _pointer(context, builder, signature.args[0], arguments[0], arguments[1], _WORD)
+        return builder.load(pointer, align=2)
+
+    return types.uint64(array, types.intp), generate
+
+
+@intrinsic
 def above(typing: Any, array: Any, start: Any, mask: Any, threshold: Any) -> Any:
     """Return for 64 consecutive items of a flat unsigned array whether `item & mask > threshold`, as one uint64."""
 

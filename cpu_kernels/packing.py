@@ -10,10 +10,11 @@ import numba
 import numpy as np
 
 from cpu_kernels.compiler import inline, kernel, out, view
-from cpu_kernels.intrinsics import above, bit_plane, high_bits
+from cpu_kernels.intrinsics import above, bit_plane, four_items, high_bits
 
 U1, U2, U4, U8 = numba.uint8, numba.uint16, numba.uint32, numba.uint64
 
+_STRETCH = 4096  # weights whose codes lie in the first-level cache
 BLOCK_STEP = 64  # a block is a multiple of a word, so that no word has two thresholds
 
 
@@ -122,18 +123,28 @@ def pack_by_table(bits, cols, table, planes):
 
     bits: uint16 (rows * cols); table: uint8 (32768), a code per magnitude; planes: uint64 (at most 8, rows, words).
     """
-    # 0.95 ns a weight with five planes (Xeon with AVX-512); 31 compares a weight instead of the table: 37 ns.
-    buffer = np.zeros(64, np.uint8)
+    # All codes of a stretch first, then their planes: a vector loaded right behind the byte stores that made it would
+    # wait for them. Four codes a store. With five planes 0.67 ns a weight; 0.89 word by word (Xeon with AVX-512).
+    codes = np.zeros(_STRETCH, np.uint8)
+    fours = codes.view(np.uint32)
+    mask = np.uint64(0x7FFF)
     for row in range(planes.shape[1]):
-        base = row * cols
-        for start in range(0, cols, 64):
-            length = min(64, cols - start)
-            if length == 64:
-                for j in range(64):
-                    buffer[j] = table[bits[base + start + j] & np.uint16(0x7FFF)]
-            else:
-                buffer[:] = 0
-                for j in range(length):
-                    buffer[j] = table[bits[base + start + j] & np.uint16(0x7FFF)]
-            for plane in range(planes.shape[0]):
-                planes[plane, row, start // 64] = bit_plane(buffer, 0, plane)
+        for start in range(0, cols, _STRETCH):
+            length = min(_STRETCH, cols - start)
+            base = row * cols + start
+            for j in range(length // 4):
+                four = four_items(bits, base + 4 * j)
+                fours[j] = (
+                    np.uint32(table[four & mask])
+                    | np.uint32(table[(four >> np.uint64(16)) & mask]) << np.uint32(8)
+                    | np.uint32(table[(four >> np.uint64(32)) & mask]) << np.uint32(16)
+                    | np.uint32(table[(four >> np.uint64(48)) & mask]) << np.uint32(24)
+                )
+            for j in range(length // 4 * 4, length):
+                codes[j] = table[bits[base + j] & np.uint16(0x7FFF)]
+            whole = -(-length // 64)
+            for j in range(length, 64 * whole):
+                codes[j] = 0
+            for word in range(whole):
+                for plane in range(planes.shape[0]):
+                    planes[plane, row, start // 64 + word] = bit_plane(codes, 64 * word, plane)

@@ -18,7 +18,7 @@ def command(store: str) -> None:
     from importlib.resources import as_file, files
 
     from bincompress.checkpoint import open_checkpoint
-    from bincompress.commands.compress import run
+    from bincompress.commands.running import Placement, run_plans
     from bincompress.commands.verify import check
     from bincompress.inspection import inspect, table
     from bincompress.plan import make_plan
@@ -27,7 +27,7 @@ def command(store: str) -> None:
 
     with as_file(files("bincompress") / "demo_model") as folder:
         plan = make_plan(open_checkpoint(Path(folder)), load_recipe(None, {"embeddings": "8bit"}))
-        outcome = run(plan, store, workers=1, overwrite=False, verbose=False, quiet=False)
+        outcome = run_plans({store: plan}, Placement(), overwrite=False, verbose=False, quiet=False)[store]
     click.echo(table(inspect(open_store(store))))
     problems = check(store, quiet=False)
     for name, problem in problems.items():

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bincompress.methods.coefficients import sign_terms, unwalsh, walsh
 from bincompress.records import Binarized, Settings, Weight
-from cpu_kernels.counting import MAGNITUDES, count_magnitudes
+from cpu_kernels.counting import MAGNITUDES, count_magnitudes, find_zeros
 from cpu_kernels.grouping import cost_rows, exact_groups, merged_groups
 from cpu_kernels.packing import pack_by_table, pack_codes, pack_signs, pack_two, words_for
 from cpu_kernels.units import assign_groups
@@ -57,7 +57,8 @@ def binarize(weight: Weight, settings: Settings) -> Binarized:
         level_bytes = 0 if number < 1 << depth else planes_bytes(rows, cols)
         if level_bytes > _LISTED_BYTES * seen.zeros:
             zero_code = 0
-            listed = _zero_places(weight)
+            listed = np.empty(seen.zeros, np.uint64)
+            find_zeros(weight.flat, listed)
         elif level_bytes:
             depth += 1
         notes = {"zeros": seen.zeros, "zeros_as": "a list of places" if listed.size else "a level of their own"}
@@ -227,8 +228,3 @@ def _pack_codes(weight: Weight, seen: Magnitudes, groups: Groups, zero_code: int
         packed = np.empty((planes.shape[0], keys.size // cols, planes.shape[2]), np.uint64)
         pack_codes(codes, cols, packed)
         planes[:, part] = packed
-
-
-def _zero_places(weight: Weight) -> NDArray[np.uint64]:
-    magnitude = weight.bits.dtype.type((1 << (8 * weight.bits.itemsize - 1)) - 1)
-    return np.flatnonzero((weight.flat & magnitude) == 0).astype(np.uint64)

@@ -11,6 +11,7 @@ from bincompress.methods import matrix_groups
 from bincompress.methods.coefficients import from_float16, sign_terms, to_float16, unwalsh, walsh
 from bincompress.records import Binarized, Settings, Weight
 from cpu_kernels.blocks import split_blocks
+from cpu_kernels.counting import find_zeros
 from cpu_kernels.packing import pack_codes, pack_signs, pack_two, words_for
 from cpu_kernels.units import group_units
 
@@ -128,6 +129,5 @@ def _grouped_units(weight: Weight, settings: Settings, block: int) -> Binarized:
 
 def _zero_note(weight: Weight) -> dict[str, object]:
     """Tell how many zeros became a small value: the format of row-blocks has no level for them."""
-    magnitude = weight.bits.dtype.type((1 << (8 * weight.bits.itemsize - 1)) - 1)
-    zeros = weight.bits.size - sum(int(np.count_nonzero(row & magnitude)) for row in weight.bits)
+    zeros = find_zeros(weight.flat, np.empty(0, np.uint64))
     return {"zeros": zeros, "zeros_as": "smallest scale of their unit (the format has no zero level)"} if zeros else {}

@@ -1,0 +1,115 @@
+"""How well a model predicts a text: perplexity, and how far its predictions are from a baseline's."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bincompress.model.cache import CacheType
+from bincompress.model.decoder import Decoder
+from bincompress.model.errors import PromptError
+
+Floats = NDArray[np.float32]
+Progress = Callable[[int, int], None]  # windows done, windows in all
+
+_LOGITS_AT_ONCE = 1 << 21  # items of a chunk of logits: 16 MB in float64
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures over the scored tokens, and the settings they hold for."""
+
+    perplexity: float
+    tokens: int  # scored
+    windows: int
+    context: int
+    baseline_perplexity: float | None = None
+    kl_divergence: float | None = None  # mean of KL(baseline || model), nats per token
+    top1_agreement: float | None = None  # share of positions where both prefer the same token
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return asdict(self)
+
+
+def evaluate(
+    model: Decoder,
+    tokens: NDArray[np.int64],
+    context: int = 1024,
+    windows: int | None = None,
+    baseline: Decoder | None = None,
+    progress: Progress | None = None,
+    cache: CacheType = "float32",
+) -> Evaluation:
+    """Score consecutive windows of `context` tokens, each from its second token.
+
+    `tokens` (n,) is the whole text as the tokenizer encodes it at once, so a beginning-of-text token comes first in
+    the first window only. A rest shorter than `context` is left out, unless the text has no whole window. The baseline
+    runs with a float32 cache.
+    """
+    for decoder in (model, baseline):
+        if decoder is not None and not 2 <= context <= decoder.config.context:
+            raise PromptError(f"context: expected 2 to {decoder.config.context} (the model's limit), found {context}")
+    if baseline is not None and baseline.config.vocab != model.config.vocab:
+        raise PromptError(
+            f"baseline: expected the same vocabulary of {model.config.vocab} tokens, found {baseline.config.vocab}"
+        )
+    if windows is not None and windows < 1:
+        raise PromptError(f"windows: expected at least 1, found {windows}")
+    if len(tokens) < 2:
+        raise PromptError(f"the text has {len(tokens)} tokens; expected at least 2")
+    context = min(context, len(tokens))
+    count = min(windows or len(tokens), len(tokens) // context)
+    scores = np.zeros(4)  # sums of: the model's loss, the baseline's, divergence, agreement
+    caches = [model.new_cache(context, cache), baseline.new_cache(context) if baseline else None]
+    for window in range(count):
+        ids = tokens[window * context : (window + 1) * context]
+        states = []
+        for decoder, own in zip((model, baseline), caches, strict=True):
+            if decoder is not None and own is not None:
+                own.rewind()
+                states.append(decoder.states(ids, own))
+        scores += _score(model, baseline, states, ids)
+        if progress is not None:
+            progress(window + 1, count)
+    scored = count * (context - 1)
+    means = scores / scored
+    return Evaluation(
+        perplexity=float(np.exp(means[0])),
+        tokens=scored,
+        windows=count,
+        context=context,
+        baseline_perplexity=float(np.exp(means[1])) if baseline else None,
+        kl_divergence=float(means[2]) if baseline else None,
+        top1_agreement=float(means[3]) if baseline else None,
+    )
+
+
+def _score(model: Decoder, baseline: Decoder | None, states: list[Floats], ids: NDArray[np.int64]) -> NDArray[Any]:
+    """Return the four sums over one window, whose final states are given per decoder, each (context, hidden)."""
+    sums = np.zeros(4)
+    step = max(1, _LOGITS_AT_ONCE // model.config.vocab)
+    for start in range(0, len(ids) - 1, step):
+        stop = min(start + step, len(ids) - 1)
+        following = ids[start + 1 : stop + 1]
+        rows = np.arange(len(following))
+        own = log_softmax(model.head(states[0][start:stop]))
+        sums[0] -= own[rows, following].sum()
+        if baseline is not None:
+            other = log_softmax(baseline.head(states[1][start:stop]))
+            sums[1] -= other[rows, following].sum()
+            sums[3] += np.count_nonzero(own.argmax(axis=1) == other.argmax(axis=1))
+            np.subtract(other, own, out=own)
+            np.exp(other, out=other)
+            sums[2] += np.einsum("ij,ij->", other, own)
+    return sums
+
+
+def log_softmax(logits: Floats) -> NDArray[np.float64]:
+    """Return log probabilities (n, vocab) in float64."""
+    values = logits.astype(np.float64)
+    values -= values.max(axis=1, keepdims=True)
+    values -= np.log(np.exp(values).sum(axis=1, keepdims=True))
+    return values

@@ -1,0 +1,64 @@
+"""The key-value cache: allocated once for a number of positions, filled by the decoder, rewound for the next text."""
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bincompress.model import rope
+from bincompress.model.config import ModelConfig
+from bincompress.model.errors import PromptError
+from cpu_kernels.attention import BLOCK, padded
+
+CacheType = Literal["float32", "float16"]
+
+# float16 patterns are uint16 here, as the kernels take them.
+_ITEMS: dict[CacheType, type[Any]] = {"float32": np.float32, "float16": np.uint16}
+
+
+class KvCache:
+    """Keys and values of the positions so far, and the rotation table for all that fit.
+
+    float16 halves the memory and the reading: decoding one token at 512 and 4096 positions (32 heads of 64, 8 of keys,
+    one core) took 0.086 and 0.83 ms a layer against 0.15 and 2.2 ms with float32; float32 is exact.
+    """
+
+    def __init__(self, config: ModelConfig, capacity: int, kind: CacheType = "float32") -> None:
+        if not 0 < capacity <= config.context:
+            raise PromptError(f"context: expected 1 to {config.context} tokens (this model's limit), found {capacity}")
+        self.capacity = capacity
+        self.kind = kind
+        self.length = 0
+        blocks = -(-capacity // BLOCK)
+        item = _ITEMS[kind]
+        # Zeros are handed out by the system page by page, so what a short text does not reach costs no memory.
+        self.keys: list[NDArray[Any]] = [
+            np.zeros((config.kv_heads, blocks, config.head_dim, BLOCK), item) for _ in range(config.layers)
+        ]
+        self.values: list[NDArray[Any]] = [
+            np.zeros((config.kv_heads, blocks * BLOCK, padded(config.head_dim)), item) for _ in range(config.layers)
+        ]
+        self.cosines, self.sines = rope.table(config.rope, config.head_dim, capacity)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole cache, filled or not."""
+        return sum(array.nbytes for array in (*self.keys, *self.values, self.cosines, self.sines))
+
+    @property
+    def free(self) -> int:
+        """Positions that are still to be filled."""
+        return self.capacity - self.length
+
+    def rewind(self, length: int = 0) -> None:
+        """Forget all positions from `length` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} positions")
+        self.length = length
+
+
+def cache_bytes(config: ModelConfig, capacity: int, kind: CacheType = "float32") -> int:
+    """Return the bytes that a cache of this capacity takes, before one is made."""
+    positions = -(-capacity // BLOCK) * BLOCK
+    per_position = config.layers * config.kv_heads * (config.head_dim + padded(config.head_dim))
+    return positions * per_position * np.dtype(_ITEMS[kind]).itemsize + capacity * config.head_dim * 4

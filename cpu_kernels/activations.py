@@ -1,0 +1,110 @@
+"""Symmetric quantization of activations to 8 or 6 bits, with a scale per token or per token and 128 columns."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numba import types
+from numpy.typing import NDArray
+
+from cpu_kernels.compiler import inline, kernel, out, view
+
+SEGMENT = 128  # columns that share a scale where `per` is "segment"; the columns are padded to a multiple of it
+LEVELS = {8: 127, 6: 31}
+
+Per = Literal["token", "segment"]
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """Quantized inputs of a product: x[t, c] is about q[t, c] * scale[t, c // 128]; columns past `cols` are zero."""
+
+    cols: int
+    bits: int
+    q: NDArray[np.int8]  # (n, columns padded to 128)
+    scale: NDArray[np.float32]  # (n, segments)
+    sums: NDArray[np.int32]  # (n, words): sum of q per 64 columns
+    absolute: NDArray[np.int32]  # (n, words): sum of |q| per 64 columns
+    prepared: dict[Any, Any] = field(default_factory=dict, repr=False)  # tables by kernel, shared by the products
+
+
+def quantize(x: NDArray[np.float32], bits: int = 8, per: Per = "token") -> Activations:
+    """Quantize x (n, cols) or (cols,) to -127..127 (8 bits) or -31..31 (6 bits), with one scale per token or segment.
+
+    A token or segment that holds NaN or infinity gets q = 0 and the scale NaN, so that its products are NaN.
+    """
+    if bits not in LEVELS:
+        raise ValueError(f"activation bits: {bits}; expected 8 or 6")
+    if per not in ("token", "segment"):
+        raise ValueError(f"activation scale per {per!r}; expected 'token' or 'segment'")
+    x = np.ascontiguousarray(x, np.float32)
+    if x.ndim == 1:
+        x = x[None]
+    tokens, cols = x.shape
+    segments = -(-cols // SEGMENT)
+    q = np.empty((tokens, segments * SEGMENT), np.int8)
+    scale = np.empty((tokens, segments), np.float32)
+    sums = np.empty((tokens, 2 * segments), np.int32)
+    absolute = np.empty((tokens, 2 * segments), np.int32)
+    span = SEGMENT if per == "segment" else segments * SEGMENT
+    _quantize(x, np.float32(LEVELS[bits]), span, q, scale, sums, absolute)
+    return Activations(cols, bits, q, scale, sums, absolute)
+
+
+@inline
+def _largest(bits: Any, start: Any, end: Any) -> Any:
+    # As integers without the sign, floats keep their order and NaN is above infinity; and integers vectorise.
+    largest = np.int32(0)
+    for c in range(np.uint64(start), np.uint64(end)):
+        largest = max(largest, np.int32(bits[c] & np.int32(0x7FFFFFFF)))
+    return largest
+
+
+@kernel(
+    types.void(
+        view(types.float32, 2),
+        types.float32,
+        types.intp,
+        out(types.int8, 2),
+        out(types.float32, 2),
+        out(types.int32, 2),
+        out(types.int32, 2),
+    )
+)
+def _quantize(x: Any, level: Any, span: Any, q: Any, scale: Any, sums: Any, absolute: Any) -> None:
+    bits = x.view(np.int32)
+    cols = x.shape[1]
+    for t in range(x.shape[0]):
+        # One-dimensional rows and unsigned positions: without the tests for negative indices the loops vectorise.
+        values = x[t]
+        row = q[t]
+        for start in range(0, q.shape[1], span):
+            end = min(start + span, cols)
+            largest = np.int32(_largest(bits[t], start, end)).view(np.float32)
+            step = np.float32(largest / level)
+            inverse = np.float32(level / largest)
+            if not math.isfinite(largest):
+                step = np.float32(np.nan)
+                inverse = np.float32(0)
+            elif not math.isfinite(inverse):  # all zero, or below 1e-36: too small to matter
+                step = np.float32(0)
+                inverse = np.float32(0)
+            for segment in range(start // 128, (start + span) // 128):
+                scale[t, segment] = step
+            if inverse == 0:
+                row[start : start + span] = 0
+            else:
+                for c in range(np.uint64(start), np.uint64(end)):
+                    # The product exceeds the level by its rounding at most, and so never after rint.
+                    row[c] = np.int8(np.int32(np.rint(values[c] * inverse)))
+                row[end : start + span] = 0
+        for w in range(sums.shape[1]):
+            total = np.int32(0)
+            size = np.int32(0)
+            for c in range(np.uint64(64 * w), np.uint64(64 * w + 64)):
+                value = np.int32(row[c])
+                total = np.int32(total + value)
+                size = np.int32(size + max(value, np.int32(-value)))
+            sums[t, w] = total
+            absolute[t, w] = size

@@ -1,0 +1,46 @@
+"""NumPy twins of the decoder's kernels: what they mean, without tiles, threads or fused steps."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+def rms_norm(x: Floats, weight: Floats, epsilon: float) -> Floats:
+    """Return weight * x / rms(x) over the last axis."""
+    scale = 1.0 / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=-1, keepdims=True) + epsilon)
+    return np.asarray(weight * (x * scale), dtype=np.float32)
+
+
+def gate(gate_up: Floats, bias: Floats) -> Floats:
+    """Return silu(first half) * second half of gate_up + bias, (n, 2 * inner) to (n, inner)."""
+    first, second = np.split(gate_up.astype(np.float64) + bias, 2, axis=-1)
+    return np.asarray(first / (1.0 + np.exp(-np.maximum(first, -700.0))) * second, dtype=np.float32)
+
+
+def rotate(x: Floats, cosines: Floats, sines: Floats) -> Floats:
+    """Rotate heads x (n, heads, head_dim) by their token's angles; cosines and sines (n, head_dim / 2)."""
+    low, high = np.split(x, 2, axis=-1)
+    c, s = cosines[:, None, :], sines[:, None, :]
+    return np.concatenate([low * c - high * s, high * c + low * s], axis=-1)
+
+
+def attend(queries: Floats, keys: Floats, values: Floats, first: int, window: int | None = None) -> Floats:
+    """Return causal attention of scaled queries (n, heads, dim) at positions first.. over keys, values (m, kv, dim).
+
+    A token at position p sees positions p - window + 1 .. p; result (n, heads, dim).
+    """
+    tokens, heads = queries.shape[:2]
+    group = heads // keys.shape[1]
+    own = first + np.arange(tokens)[:, None]
+    seen = np.arange(len(keys))[None, :]
+    visible = seen <= own
+    if window is not None:
+        visible &= seen > own - window
+    result = np.empty(queries.shape, np.float32)
+    for head in range(heads):
+        scores = queries[:, head].astype(np.float64) @ keys[:, head // group].T
+        scores = np.where(visible, scores, -np.inf)
+        scores = np.exp(scores - scores.max(axis=1, keepdims=True))
+        result[:, head] = (scores / scores.sum(axis=1, keepdims=True)) @ values[:, head // group]
+    return result

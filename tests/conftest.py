@@ -1,0 +1,114 @@
+"""Small checkpoints and settings that many tests share."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import settings
+
+from bincompress.records import Settings, Weight
+
+settings.register_profile("suite", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("suite")
+
+SHARED_MODEL = Path(__file__).parents[2] / "shared" / "models" / "doclm-29m"
+DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
+
+# Every method and unit, for laws that hold for all: the oracle of most tests is the NumPy formula.
+EVERY_METHOD = [
+    Settings("xnor", block=128),
+    Settings("xnor", block="row"),
+    Settings("xnor", block="matrix"),
+    Settings("uniform", bits=4),
+    Settings("uniform", bits=8, block="row"),
+    Settings("wgm"),
+    Settings("wgm", block=64),
+    Settings("wgm", block=256),
+    Settings("wgm", block="row"),
+    Settings("wgm", block="matrix"),
+    Settings("wgm", lam=0.3, lam_normalized=True),
+    Settings("wgm", groups=1, block=64),
+    Settings("wgm", groups=3, block=64),
+    Settings("wgm", groups=8, block="row"),
+    Settings("wgm", groups=5, block="matrix"),
+    Settings("wgm", groups=8, block="matrix", lam=0.1, lam_normalized=True),
+    Settings("wgm", groups=4, block=128, solver="greedy"),
+    Settings("wgm", groups=4, block="matrix", solver="greedy"),
+    Settings("wgm", groups=4, block=64, solver="windowed", window=4),
+    Settings("wgm", groups=8, block="matrix", solver="windowed", window=8),
+]
+
+
+def as_weight(values: Any, dtype: str) -> Weight:
+    """Return values rounded to a checkpoint dtype, as bit patterns."""
+    rounded = np.ascontiguousarray(np.asarray(values, np.float32).astype(DTYPES[dtype]))
+    return Weight(rounded.view(np.uint32 if dtype == "F32" else np.uint16), dtype)
+
+
+def tiny_tensors(layers: int = 2, hidden: int = 64, inner: int = 160, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return the tensors of a tiny Llama, bfloat16."""
+    random = np.random.default_rng(seed)
+    shapes = {"model.embed_tokens.weight": (96, hidden), "lm_head.weight": (96, hidden), "model.norm.weight": (hidden,)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            shapes[f"{prefix}self_attn.{name}.weight"] = (hidden, hidden)
+        shapes[f"{prefix}mlp.gate_proj.weight"] = shapes[f"{prefix}mlp.up_proj.weight"] = (inner, hidden)
+        shapes[f"{prefix}mlp.down_proj.weight"] = (hidden, inner)
+        shapes[f"{prefix}input_layernorm.weight"] = shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+    return {
+        name: (random.standard_normal(shape) * 0.05 + (len(shape) == 1)).astype(ml_dtypes.bfloat16)
+        for name, shape in shapes.items()
+    }
+
+
+def tiny_config(layers: int = 2, hidden: int = 64, inner: int = 160) -> dict[str, Any]:
+    """Return the config.json of `tiny_tensors`."""
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": hidden // 4, "num_hidden_layers": layers,
+        "vocab_size": 96, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 128,
+        "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+
+
+def write_model(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any], shards: int = 1) -> Path:
+    """Write a checkpoint folder: one file, or shards with an index."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+        return folder
+    names = sorted(tensors)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in names[shard::shards]}
+        safetensors.numpy.save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> Path:
+    """A tiny Llama checkpoint in two shards."""
+    return write_model(tmp_path / "model", tiny_tensors(), tiny_config(), shards=2)
+
+
+@pytest.fixture
+def tree() -> Callable[[Path], dict[str, bytes]]:
+    """Returns a function that reads a store's files, without the logs, which hold times."""
+
+    def read(store: Path) -> dict[str, bytes]:
+        files = (path for path in store.rglob("*") if path.is_file())
+        found = {str(path.relative_to(store)): path.read_bytes() for path in files}
+        return {name: content for name, content in found.items() if not name.startswith("log/")}
+
+    return read

@@ -1,0 +1,142 @@
+"""Are Hub ids resolved with real huggingface_hub calls? Against a local server that answers as the Hub does."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class FakeHub(ThreadingHTTPServer):
+    """Serves one folder as the model `team/tiny`."""
+
+    folder: Path
+    asked: list[str]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        self.server.asked.append(path)
+        if path in ("/api/models/team/tiny", *(f"/api/models/team/tiny/revision/{r}" for r in ("main", "v1", COMMIT))):
+            files = [{"rfilename": file.name} for file in self.server.folder.iterdir()]
+            body = {
+                "id": "team/tiny",
+                "modelId": "team/tiny",
+                "sha": COMMIT,
+                "siblings": files,
+                "tags": [],
+                "private": False,
+            }
+            self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+            return
+        if path == f"/api/models/team/tiny/tree/{COMMIT}":
+            entries = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0"}
+                for file in self.server.folder.iterdir()
+            ]
+            self.answer(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
+            return
+        file = self.server.folder / path.split("/")[-1]
+        if not path.startswith(f"/team/tiny/resolve/{COMMIT}/") or not file.is_file():
+            code = "RepoNotFound" if "team/tiny" not in path else "EntryNotFound"
+            self.answer(404, b"{}", {"X-Error-Code": code, "X-Error-Message": "not there"})
+            return
+        content = file.read_bytes()
+        headers = {"ETag": f'"{len(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if "Range" in self.headers:
+            first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+            end = min(int(last or len(content) - 1), len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{end}/{len(content)}"
+            self.answer(206, content[int(first) : end + 1], headers)
+        else:
+            self.answer(200, content, headers)
+
+
+@pytest.fixture
+def hub(tiny_model: Path) -> Iterator[FakeHub]:
+    server = FakeHub(("127.0.0.1", 0), Handler)
+    server.folder, server.asked = tiny_model, []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def bincompress(folder: Path, port: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+        "HF_HOME": str(folder / "hub"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "bincompress", *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("source", ["team/tiny", "team/tiny@v1"])
+def test_a_hub_model_is_downloaded_and_compressed(hub: FakeHub, tmp_path: Path, source: str) -> None:
+    done = bincompress(tmp_path, hub.server_port, "compress", source, str(tmp_path / "store"))
+    assert done.returncode == 0, done.stderr
+    inspected = bincompress(tmp_path, hub.server_port, "inspect", str(tmp_path / "store"), "--json")
+    total = json.loads(inspected.stdout)["total"]
+    assert (total["source"]["id"], total["source"]["revision"], total["complete"]) == ("team/tiny", COMMIT, 21)
+
+
+def test_a_dry_run_fetches_headers_alone(hub: FakeHub, tmp_path: Path) -> None:
+    done = bincompress(
+        tmp_path, hub.server_port, "compress", "team/tiny", str(tmp_path / "store"), "--dry-run", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["tensors"]["model.layers.0.mlp.up_proj.weight"]["method"] == "wgm"
+    assert not (tmp_path / "store").exists()
+    assert not list((tmp_path / "hub").rglob("*.safetensors"))
+
+
+def test_a_name_that_the_hub_does_not_know(hub: FakeHub, tmp_path: Path) -> None:
+    done = bincompress(tmp_path, hub.server_port, "compress", "team/other", str(tmp_path / "store"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: team/other: no such folder here, and the Hub says:")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
+    done = bincompress(tmp_path, 9, "compress", "team/tiny", str(tmp_path / "store"))
+    assert done.returncode == 2
+    assert "could not be reached" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_source_that_is_neither_folder_nor_id(tmp_path: Path) -> None:
+    done = bincompress(tmp_path, 9, "compress", "./no/such/folder", str(tmp_path / "store"))
+    assert done.returncode == 2
+    assert "neither a folder nor a Hub id" in done.stderr

@@ -1,0 +1,146 @@
+"""config.json: what is read, what is refused and by which name."""
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bincompress.errors import BincompressError
+from bincompress.model import rope
+from bincompress.model.config import ModelConfig, parse
+from bincompress.model.errors import ConfigError, UnsupportedModelError
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "rms_norm_eps": 1e-5,
+}
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2}
+SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def test_absent_fields_take_the_architectures_defaults() -> None:
+    config = parse(LLAMA)
+    assert (config.kv_heads, config.head_dim, config.context, config.tied) == (4, 16, 2048, False)
+    assert config.windows == (None, None)
+    mistral = parse(
+        LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2}
+    )
+    assert mistral.windows == (4096, 4096)
+    qwen3 = parse(QWEN2 | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"})
+    assert (qwen3.head_dim, qwen3.qk_norm, qwen3.qkv_bias) == (128, True, False)
+    assert parse(QWEN2).qkv_bias
+
+
+def test_model_type_alone_names_the_architecture() -> None:
+    raw = {key: value for key, value in QWEN2.items() if key != "architectures"}
+    assert parse(raw).architecture == "Qwen2ForCausalLM"
+
+
+def test_tensor_shapes() -> None:
+    shapes = parse(LLAMA | {"num_key_value_heads": 2, "attention_bias": True}).tensors()
+    assert shapes["model.embed_tokens.weight"] == (100, 64)
+    assert shapes["lm_head.weight"] == (100, 64)
+    assert shapes["model.layers.1.self_attn.k_proj.weight"] == (32, 64)
+    assert shapes["model.layers.1.self_attn.o_proj.bias"] == (64,)
+    assert shapes["model.layers.0.mlp.down_proj.weight"] == (64, 96)
+    assert "model.layers.0.mlp.down_proj.bias" not in shapes
+    assert "model.layers.2.mlp.down_proj.weight" not in shapes
+    assert "lm_head.weight" not in parse(LLAMA | {"tie_word_embeddings": True}).tensors()
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"architectures": ["Gemma2ForCausalLM"]}, "architecture Gemma2ForCausalLM is not supported; known: LlamaFor"),
+    ({"architectures": None, "model_type": "gemma2"}, "model_type 'gemma2' is not supported"),
+    ({"model_type": "gemma2"}, "LlamaForCausalLM has model_type 'llama', found 'gemma2'"),
+    ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported; known: default, linear"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope type 'dynamic'"),
+    ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope'"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per kind of layer"),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+    ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    ({"num_local_experts": 8}, "num_local_experts = 8"),
+    ({"num_experts": 60}, "num_experts"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config = 'gptq'"),
+    ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types contradict"),
+    ({"layer_types": ["full_attention", "chunked_attention"]}, "layer type 'chunked_attention'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+def test_what_changes_the_arithmetic_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        parse(LLAMA | change)
+    assert message in str(caught.value)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"hidden_size": "64"}, "hidden_size: expected a whole number, found '64'"),
+    ({"hidden_size": 64.0}, "hidden_size: expected a whole number, found 64.0"),
+    ({"hidden_size": True}, "hidden_size: expected a whole number, found True"),
+    ({"hidden_size": None}, "hidden_size: expected a whole number, found None"),
+    ({"hidden_size": 0}, "hidden_size: expected 1 to"),
+    ({"vocab_size": -5}, "vocab_size: expected a whole number, found -5"),
+    ({"vocab_size": 1 << 60}, "vocab_size: expected 1 to"),
+    ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers: expected 1 to 4096"),
+    ({"num_attention_heads": 5}, "num_attention_heads 5 does not divide hidden_size 64"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
+    ({"head_dim": 7}, "head_dim 7 is odd"),
+    ({"rms_norm_eps": 0}, "rms_norm_eps: expected a positive number, found 0"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+    ({"rope_theta": "10000"}, "rope_theta: expected a positive number"),
+    ({"rope_scaling": {"type": "linear"}}, "factor: expected a positive number, found None"),
+    ({"rope_scaling": {"type": "linear", "factor": -1.0}}, "factor"),
+    ({"rope_scaling": {"rope_type": "llama3", **SCALING, "low_freq_factor": 4.0}}, "low_freq_factor 4.0 must be below"),
+    ({"rope_scaling": [1]}, "rope_parameters: expected an object"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: expected true or false"),
+    ({"tie_word_embeddings": 1}, "tie_word_embeddings: expected true or false"),
+    ({"architectures": []}, "architectures: expected a list of one name"),
+    ({"architectures": ["LlamaForCausalLM"] * 2}, "architectures: expected a list of one name"),
+    ({"architectures": [3]}, "architectures: expected a list of one name"),
+    ({"layer_types": ["full_attention"]}, "layer_types: expected a list of 2 kinds"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_wrong_values_are_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(LLAMA | change)
+    assert message in str(caught.value)
+
+
+words = st.text("silu_é", max_size=6)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = [*LLAMA, "rope_scaling", "rope_parameters", "sliding_window", "layer_types", "head_dim", "num_experts"]
+
+
+@given(
+    base=st.sampled_from([LLAMA, QWEN2 | {"use_sliding_window": True}]),
+    changes=st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=3),
+)
+def test_any_json_is_read_or_refused(base: dict[str, Any], changes: dict[str, Any]) -> None:
+    with contextlib.suppress(BincompressError):
+        assert isinstance(parse(base | changes), ModelConfig)
+
+
+def test_rope_frequencies_by_hand() -> None:
+    plain = rope.frequencies(rope.Rope(100.0), 4)
+    assert np.allclose(plain, [1.0, 0.1])
+    assert np.allclose(rope.frequencies(rope.Rope(100.0, "linear", 2.0), 4), [0.5, 0.05])
+    # Wavelengths 6.3 and 62.8 against 32 / 4 = 8 and 32 / 1 = 32: the first stays, the second is stretched.
+    assert np.allclose(rope.frequencies(rope.Rope(100.0, "llama3", 8.0, 1.0, 4.0, 32), 4), [1.0, 0.0125])
