@@ -45,7 +45,14 @@ def best(work: Callable[[], Any], repeats: int = 5) -> float:
 
 def machine() -> dict[str, Any]:
     """Return what the figures depend on."""
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "",
+    )
     return {
         "cpu": model or platform.processor(), "threads": 1, "python": platform.python_version(),
         "numpy": np.__version__, "numba": numba.__version__, "zarr": zarr.__version__,
@@ -250,7 +257,8 @@ def _text(found: dict[str, Any]) -> str:
         ),
         "",
         f"--help {cold['help_seconds']:.3f} s (bar 0.3);"
-        f" first demo {cold['first_demo_seconds']:.1f} s (kernels compiled), second {cold['second_demo_seconds']:.1f} s",
+        f" first demo {cold['first_demo_seconds']:.1f} s (kernels compiled),"
+        f" second {cold['second_demo_seconds']:.1f} s",
     ]
     return "\n".join(lines)
 

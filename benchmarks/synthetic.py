@@ -49,13 +49,15 @@ def bfloat16_normal(shape: tuple[int, ...], scale: float, random: np.random.Gene
     return ((values.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)).astype(np.uint16)
 
 
-def write_checkpoint(folder: Path, config: dict[str, int], seed: int = 0) -> int:
+def write_checkpoint(folder: Path, config: dict[str, int], seed: int = 0, tied: bool = True) -> int:
     """Write a Llama checkpoint with these sizes and return the bytes of its tensors."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     weight_map: dict[str, str] = {}
     total = 0
     shards = shapes(config)
+    if not tied:
+        shards[0]["lm_head.weight"] = shards[0]["model.embed_tokens.weight"]
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         data = {}
@@ -69,7 +71,7 @@ def write_checkpoint(folder: Path, config: dict[str, int], seed: int = 0) -> int
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     full = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0, "max_position_embeddings": 8192, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "rope_theta": 500000.0, "max_position_embeddings": 8192, "tie_word_embeddings": tied, "torch_dtype": "bfloat16",
         "bos_token_id": 0, "eos_token_id": 1, **config,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(full, indent=1))

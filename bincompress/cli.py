@@ -13,9 +13,14 @@ from bincompress.errors import BincompressError
 _COMMANDS = {
     "demo": "Compress the small model that ships with the package, show the result, check it.",
     "compress": "Pack a checkpoint's weight matrices into a store.",
+    "batch": "Compress several models in one go, from a manifest.",
     "inspect": "Show what is in a store: bits, errors, times.",
     "verify": "Read everything in a store and hold it against its hashes.",
     "export": "Write a store as a Hugging Face folder (dequantized, bfloat16).",
+    "generate": "Continue a text with the model in a store.",
+    "chat": "Talk with the model in a store.",
+    "evaluate": "Measure a model's perplexity on a text, and what the bits cost.",
+    "bench": "Time a model: reading a prompt and writing tokens.",
     "report": "Write one self-contained HTML page about a store.",
 }
 

@@ -41,13 +41,14 @@ class Model:
     decoder: Decoder
     tokenizer: Tokenizer
     template: ChatTemplate | None = None
+    defaults: GenerationSettings = field(default_factory=GenerationSettings)  # as the model's authors set them
 
     def stream(self, prompt: str | Sequence[int], settings: GenerationSettings | None = None) -> "Generation":
         """Return an iterator over the pieces of text that continue the prompt; raise PromptError at once."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids and self.tokenizer.bos_id is not None:
             ids = [self.tokenizer.bos_id]
-        return Generation(self, ids, settings or GenerationSettings())
+        return Generation(self, ids, settings or self.defaults)
 
     def chat(
         self,
@@ -59,7 +60,7 @@ class Model:
         if self.template is None:
             raise TemplateError("the model has no chat template; use generate, or add chat_template.jinja to the model")
         text = self.template.render(messages, tools)
-        return Generation(self, self.tokenizer.encode(text, special=False), settings or GenerationSettings())
+        return Generation(self, self.tokenizer.encode(text, special=False), settings or self.defaults)
 
 
 class Generation:

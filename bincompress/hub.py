@@ -9,6 +9,7 @@ from typing import Any
 from bincompress.checkpoint import ASSETS, INDEX, Checkpoint, open_checkpoint, read_json
 from bincompress.errors import CheckpointError
 from bincompress.records import TensorSource
+from bincompress.shapes import has_only_config, open_shapes
 
 _HUB_ID = re.compile(r"(?P<id>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[\w.\-/]+))?")
 _FILES = [*ASSETS, INDEX, "*.safetensors"]
@@ -18,9 +19,12 @@ def open_source(source: str, *, headers_only: bool = False) -> Checkpoint:
     """Return the checkpoint that `source` names: a folder, or a Hub id with an optional @revision (downloaded, cached).
 
     headers_only: of a Hub model only config.json and the safetensors headers are fetched (its folder then has no
-    weights). Raises CheckpointError where there is none or the Hub cannot be reached.
+    weights), and of a folder that holds only config.json the tensors are those it describes. Raises CheckpointError
+    where there is none or the Hub cannot be reached.
     """
     if Path(source).is_dir():
+        if headers_only and has_only_config(Path(source)):
+            return open_shapes(Path(source))
         return open_checkpoint(Path(source))
     match = _HUB_ID.fullmatch(source)
     if match is None or Path(source).exists():

@@ -10,13 +10,13 @@ _SUMS = ("squared_error", "squared_norm", "stored_bytes", "weights")
 def inspect(store: Store) -> dict[str, Any]:
     """Return `{"tensors": {name: report}, "total": {...}}`; bits are per weight, errors relative and squared."""
     tensors: dict[str, dict[str, Any]] = {}
-    for name, kind in sorted(store.tensors().items()):
+    for name in sorted(store.tensors()):
         attributes = store.node_attributes(name)
         if attributes.get("status") != "complete":
             tensors[name] = {"method": None, "status": "missing"}
             continue
         report = {key: value for key, value in attributes["report"].items() if key != "histogram"}
-        shape = attributes["shape"] if kind == "packed" else store.plain_shape(name)
+        shape = list(store.shape(name))
         tensors[name] = {**report, "shape": shape, "status": "complete", "seconds": store.read_log(name).get("seconds")}
     return {"tensors": tensors, "total": _total(store, list(tensors.values()))}
 

@@ -26,7 +26,7 @@ from cpu_kernels.counting import greatest_magnitude
 
 BYTES_VERSION = 1  # raised when a change of the program changes the bytes of a tensor
 _FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-_SAMPLE = 1 << 16  # weights in a tensor's histogram
+_SAMPLE = 1 << 14  # weights in a tensor's histogram
 _BINS = 100
 _FINITE = {"BF16": 0x7F7F, "F16": 0x7BFF, "F32": 0x7F7FFFFF}  # greatest finite magnitude
 

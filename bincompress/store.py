@@ -4,6 +4,8 @@ A tensor is complete once its attributes say so; they are written last, after it
 """
 
 import contextlib
+import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,8 +29,9 @@ from bincompress.records import Binarized, Weight
 
 FORMAT = "bincompress"
 VERSION = 1
-_CHUNK_LIMIT = 64 << 20  # bytes of one chunk file: a larger array is cut by rows, so that no writer holds it twice
+_CHUNK_LIMIT = 256 << 20  # bytes of one chunk file: a larger array is cut by rows, so that no writer holds it twice
 _ZSTD_LEVEL = 9
+_CHECKSUM_BYTES = 4  # of crc32c, behind the data
 _PLAIN_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -73,12 +76,29 @@ class Store:
 
     # Tensors
 
+    def _node(self, path: str) -> dict[str, Any]:
+        """Return a node's Zarr metadata; empty where there is none."""
+        # Read straight: opening a node through zarr takes a millisecond, and loading a model opens hundreds.
+        key = f"{self.root.path}/{path}/zarr.json".strip("/")
+        if is_local(self.url):
+            try:
+                content = (Path(self.url) / key).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return {}
+        else:
+            found = sync(self.root.store.get(key, default_buffer_prototype()))
+            if found is None:
+                return {}
+            content = found.to_bytes()
+        try:
+            node = json.loads(content)
+        except ValueError:
+            raise DamagedError(f"{self.url}: {path}: zarr.json is not readable") from None
+        return node if isinstance(node, dict) else {}
+
     def node_attributes(self, name: str) -> dict[str, Any]:
         """Return a tensor's attributes; empty where nothing of it is there."""
-        try:
-            return dict(self.root[self._path(name)].attrs)
-        except KeyError:
-            return {}
+        return dict(self._node(self._path(name)).get("attributes", {}))
 
     def _path(self, name: str) -> str:
         kinds = self.root.attrs["tensors"]
@@ -129,10 +149,7 @@ class Store:
 
     def read_log(self, name: str) -> dict[str, Any]:
         """Return what `write_log` wrote; empty where it did not."""
-        try:
-            return dict(self.root[f"log/{name}"].attrs)
-        except KeyError:
-            return {}
+        return dict(self._node(f"log/{name}").get("attributes", {}))
 
     def complete_attributes(self, name: str) -> dict[str, Any]:
         """Return a complete tensor's attributes; raises StoreError where it is not complete."""
@@ -143,18 +160,25 @@ class Store:
             )
         return attributes
 
-    def read_packed(self, name: str) -> Packed:
-        """Read a packed tensor and check that its arrays fit together; raises DamagedError naming it."""
+    def read_packed(self, name: str, check_hashes: bool = False) -> Packed:
+        """Map or read a packed tensor and check that its arrays fit together; raises DamagedError naming it.
+
+        check_hashes: hold the arrays' bytes against the hashes in the attributes, too.
+        """
         attributes = self.complete_attributes(name)
-        group = self.root[self._path(name)]
+        path = self._path(name)
         try:
             rows, cols = (int(size) for size in attributes["shape"])
             block, terms = int(attributes["block"]), tuple(int(term) for term in attributes["terms"])
-            planes, stored = self._read(name, group, "planes"), self._read(name, group, "coef")
+            planes, stored = self._read(name, f"{path}/planes"), self._read(name, f"{path}/coef")
             mix, exponent = attributes["mix"], int(attributes["coef_exponent"])
             listed = "listed_index" in attributes["hashes"]
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedError(f"{self.url}: {name}: attributes are not those of a packed tensor ({error!r})") from None
+        if check_hashes:
+            for key, values in (("planes", planes), ("coef", stored)):
+                if array_hash(values) != attributes["hashes"].get(key):
+                    raise DamagedError(f"{self.url}: {name}: {key}: its bytes are not those that were written")
         units = -(-cols // block) if block > 0 else 0
         if planes.ndim != 3 or planes.shape[1:] != (rows, -(-cols // 64)) or planes.dtype != np.uint64:
             raise DamagedError(
@@ -170,20 +194,21 @@ class Store:
             coef = np.stack([sum(w * c for w, c in zip(row, coef, strict=True)) for row in weights]).astype(np.float32)
         index, value = np.empty(0, np.uint64), np.empty(0, np.float32)
         if listed:
-            index, value = self._read(name, group, "listed_index"), self._read(name, group, "listed_value")
+            index, value = self._read(name, f"{path}/listed_index"), self._read(name, f"{path}/listed_value")
             if index.shape != value.shape or index.ndim != 1 or (index.size and int(index.max()) >= rows * cols):
                 raise DamagedError(f"{self.url}: {name}: listed weights lie outside the matrix")
         return Packed(planes, coef, terms, block, (rows, cols), index, value, attributes)
 
-    def plain_shape(self, name: str) -> list[int]:
-        """Return the shape of a tensor that was kept as it is."""
-        array = self.root[self._path(name)]
-        return list(array.shape) if isinstance(array, zarr.Array) else []
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a complete tensor."""
+        if self.tensors()[name] == "packed":
+            return tuple(int(size) for size in self.complete_attributes(name)["shape"])
+        return tuple(int(size) for size in self._node(self._path(name)).get("shape", ()))
 
     def read_plain(self, name: str) -> tuple[Weight, tuple[int, ...]]:
         """Read a tensor that was kept as it is, with its shape."""
         attributes = self.complete_attributes(name)
-        values = self._read(name, self.root, self._path(name))
+        values = self._read(name, self._path(name))
         names = {stored: dtype for dtype, stored in _PLAIN_DTYPES.items()}
         dtype = names.get(str(attributes.get("dtype")))
         if dtype is None or values.dtype != (np.float32 if dtype == "F32" else np.uint16):
@@ -194,19 +219,35 @@ class Store:
         rows = int(np.prod(values.shape[:-1]))
         return Weight(bits.reshape(rows, values.shape[-1] if values.ndim else 1), dtype), values.shape
 
-    def _read(self, name: str, group: Any, key: str) -> NDArray[Any]:
+    def _read(self, name: str, path: str, mapped: bool = True) -> NDArray[Any]:
+        """Return an array: mapped, read-only and unchecked, where it is one uncompressed chunk of a local file."""
         try:
-            return np.asarray(group[key][...])
-        except (KeyError, OSError, ValueError, RuntimeError) as error:
-            raise DamagedError(f"{self.url}: {name}: array {key.split('/')[-1]} cannot be read: {error}") from None
+            found = self._mapped(path) if mapped else None
+            return np.asarray(self.root[path][...]) if found is None else found  # type: ignore[index]
+        except (KeyError, OSError, TypeError, ValueError, RuntimeError) as error:
+            raise DamagedError(f"{self.url}: {name}: array {path.split('/')[-1]} cannot be read: {error}") from None
+
+    def _mapped(self, path: str) -> NDArray[Any] | None:
+        node = self._node(path)
+        if not is_local(self.url) or [codec["name"] for codec in node.get("codecs", [])] != ["bytes", "crc32c"]:
+            return None
+        shape, dtype = tuple(int(size) for size in node["shape"]), np.dtype(str(node["data_type"])).newbyteorder("<")
+        size = math.prod(shape) * dtype.itemsize
+        if tuple(node["chunk_grid"]["configuration"]["chunk_shape"]) != shape or not size:
+            return None
+        chunk = Path(self.url) / path / "c" / "/".join("0" * len(shape))
+        found = chunk.stat().st_size
+        if found != size + _CHECKSUM_BYTES:
+            raise ValueError(f"{found:,} bytes; expected {size + _CHECKSUM_BYTES:,}")
+        return np.asarray(np.memmap(chunk, dtype, "r", shape=shape))
 
     def stored_arrays(self, name: str) -> Iterator[tuple[str, NDArray[Any]]]:
-        """Yield the arrays of a tensor by the name under which their hash is kept."""
+        """Read the arrays of a tensor, checksums included, and yield them by the name of their hash."""
         if self.tensors()[name] == "plain":
-            yield "array", self._read(name, self.root, self._path(name))
+            yield "array", self._read(name, self._path(name), mapped=False)
             return
         for key in self.complete_attributes(name)["hashes"]:
-            yield key, self._read(name, self.root[self._path(name)], key)
+            yield key, self._read(name, f"{self._path(name)}/{key}", mapped=False)
 
     # Assets and manifest
 
@@ -223,7 +264,7 @@ class Store:
         found = {}
         group = zarr.open_group(self.root.store, path=f"{self.root.path}/assets".strip("/"), mode="r", zarr_format=3)
         for name, array in group.arrays():
-            values = self._read(f"assets/{name}", group, name)
+            values = self._read(f"assets/{name}", f"assets/{name}")
             if array.attrs.get("hashes") != {"array": array_hash(values)}:
                 raise DamagedError(f"{self.url}: assets/{name}: its bytes are not those that were written")
             found[name] = values.tobytes()

@@ -40,14 +40,15 @@ def inline(function: Callable[..., Any]) -> Callable[..., Any]:
     return cast(Callable[..., Any], numba.njit(nogil=True, error_model="numpy")(function))
 
 
-def kernel(signature: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def kernel(signature: Any, reassociate: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Mark a kernel: compiled for `signature` alone, on first use, without the GIL held while it runs.
 
-    Arguments of other types raise TypeError instead of compiling a second version.
+    Arguments of other types raise TypeError instead of compiling a second version. `reassociate` lets float sums be
+    taken in any order, so that they vectorise; their last bits then depend on the CPU.
     """
 
     def mark(function: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.wraps(function)(Kernel(function, signature))
+        return functools.wraps(function)(Kernel(function, signature, reassociate))
 
     return mark
 
@@ -55,9 +56,10 @@ def kernel(signature: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 class Kernel:
     """A function that compiles itself when it is first called."""
 
-    def __init__(self, function: Callable[..., Any], signature: Any) -> None:
+    def __init__(self, function: Callable[..., Any], signature: Any, reassociate: bool = False) -> None:
         self.function = function
         self.signature = signature
+        self.reassociate = reassociate
         self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
@@ -69,11 +71,11 @@ class Kernel:
         with _process_lock:
             if self._compiled is None:
                 with _cache_folder() as folder:
-                    self._compiled = _dispatcher(self.function, self.signature, folder)
+                    self._compiled = _dispatcher(self, folder)
             return self._compiled
 
 
-def _dispatcher(function: Callable[..., Any], signature: Any, folder: Path | None) -> Callable[..., Any]:
+def _dispatcher(wanted: Kernel, folder: Path | None) -> Callable[..., Any]:
     config: Any = numba.config
     before = config.CACHE_DIR
     # Set only while this function is decorated: the folder is fixed then, and other users of Numba keep theirs.
@@ -81,8 +83,14 @@ def _dispatcher(function: Callable[..., Any], signature: Any, folder: Path | Non
         config.CACHE_DIR = str(folder)
     try:
         # The "numpy" error model divides without a branch for zero, which would keep loops from being vectorised.
-        decorate = numba.njit([signature], nogil=True, cache=folder is not None, error_model="numpy")
-        return cast(Callable[..., Any], decorate(function))
+        decorate = numba.njit(
+            [wanted.signature],
+            nogil=True,
+            cache=folder is not None,
+            error_model="numpy",
+            fastmath={"reassoc", "contract"} if wanted.reassociate else False,
+        )
+        return cast(Callable[..., Any], decorate(wanted.function))
     finally:
         config.CACHE_DIR = before
 

@@ -229,11 +229,30 @@ def prepack_rows(
         block_bytes = units_per_block * count * unit_words * 8 * tile
         tile_bytes = blocks * header + units * count * unit_words * 8 * tile
         stream = _aligned(tiles * tile_bytes)
-        inexact = sum(
-            layout.write_scales(bits, first, row, tile, block_bytes, header, tile_bytes, half, exponents, stream)
-            for bits, first, row in pieces
-        )
-        if not inexact or not half:
+        inexact: list[int] = []
+        for bits, first_set, first_row in pieces:
+
+            def write_some(
+                begin: int,
+                end: int,
+                bits: NDArray[np.int32] = bits,
+                first_set: int = first_set,
+                row: int = first_row,
+                stream: NDArray[np.uint8] = stream,
+                half: int = half,
+                header: int = header,
+                block_bytes: int = block_bytes,
+                tile_bytes: int = tile_bytes,
+                inexact: list[int] = inexact,
+            ) -> None:
+                inexact.append(
+                    layout.write_scales(
+                        bits, first_set, row, tile, block_bytes, header, tile_bytes, half, exponents, stream, begin, end
+                    )
+                )
+
+            _share(write_some, first_row // tile, -(-(first_row + bits.shape[1]) // tile), pool)
+        if not any(inexact) or not half:
             break
     multipliers = np.ldexp(np.float32(1), exponents - 127 - layout.TOP) if half else np.ones(rows, np.float32)
 

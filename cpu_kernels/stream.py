@@ -177,6 +177,8 @@ def _half(bits: Any, largest: Any) -> Any:
         types.intp,  # 1 to write float16
         view(types.int32, 1),  # exponent of each row
         out(types.uint8, 1),  # stream
+        types.intp,  # first tile to write
+        types.intp,  # tile to stop before
     )
 )
 def write_scales(
@@ -190,13 +192,15 @@ def write_scales(
     half: Any,
     exponents: Any,
     stream: Any,
+    begin: Any,
+    end: Any,
 ) -> Any:
     """Write scales into the stream and return how many are no float16 values after the row's power of two."""
     halves = stream.view(np.uint16)
     singles = stream.view(np.int32)
     inexact = 0
     rows = scale.shape[1]
-    for number in range(row // tile, (row + rows + tile - 1) // tile):
+    for number in range(max(begin, row // tile), min(end, (row + rows + tile - 1) // tile)):
         top = number * tile - row
         for s in range(scale.shape[0]):
             for b in range(scale.shape[2]):

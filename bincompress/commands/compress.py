@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bincompress.commands.shared import byte_bar, kernels_announced, print_json
+from bincompress.commands.running import Placement, Rate, placement_options, run_plans
+from bincompress.commands.shared import kernels_announced, print_json
 
 if TYPE_CHECKING:
     from bincompress.compress import Outcome
@@ -60,26 +61,30 @@ class _Block(click.ParamType[int | str]):
     type=click.Path(dir_okay=False, path_type=Path),
     help="Single weights kept exactly, lines of 'tensor row column'.",
 )
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
-@click.option("--dry-run", is_flag=True, help="Show what would be done: tensors, bytes, memory.")
+@placement_options
+@click.option("--dry-run", is_flag=True, help="Show what would be done: tensors, bytes, memory, core-hours.")
+@click.option("--rate", type=Rate(), help="--dry-run: source bytes a second of one core.  [default: measured here]")
 @click.option("--overwrite", is_flag=True, help="Replace a store made with other settings.")
 @click.option("--archive", is_flag=True, help="Code the arrays with zstd: smaller, slower to load.")
 @click.option("--verbose", "-v", is_flag=True, help="A line per tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
-    source: str, store: str, recipe: Path | None, keep: tuple[str, ...], keep_weights: Path | None, workers: int,
-    dry_run: bool, overwrite: bool, archive: bool, verbose: bool, as_json: bool, **options: Any,
+    source: str, store: str, recipe: Path | None, keep: tuple[str, ...], keep_weights: Path | None,
+    placement: Placement, dry_run: bool, rate: int | None, overwrite: bool, archive: bool, verbose: bool, as_json: bool,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Pack the weight matrices of SOURCE into STORE.
 
     SOURCE is a checkpoint folder or a Hub id (owner/name, owner/name@revision); STORE is a path or an fsspec URL. The
-    same command goes on where an interrupted one stopped. Exit code: 0 all done, 1 some tensors failed, 2 refused.
+    same command goes on where an interrupted one stopped. For --dry-run a folder with only config.json does.
+    Exit code: 0 all done, 1 some tensors failed, 2 refused.
 
     \b
     Examples:
       bincompress compress ./Llama-3.2-1B ./store
       bincompress compress ./Llama-3.2-1B ./store --groups 32 --block matrix
       bincompress compress meta-llama/Llama-3.2-1B ./store --embeddings 8bit --dry-run
+      bincompress compress /shared/Llama-3.1-405B s3://bucket/store --runner ray --address auto
     """
     from bincompress.hub import open_source
     from bincompress.plan import make_plan
@@ -90,43 +95,10 @@ def command(
     kept = load_kept_weights(keep_weights) if keep_weights else {}
     plan = make_plan(open_source(source, headers_only=dry_run), chosen, kept, archive)
     if dry_run:
-        _show_plan(plan, verbose, as_json)
+        _show_plan(plan, rate, verbose, as_json)
         return
-    outcome = run(plan, store, workers=workers, overwrite=overwrite, verbose=verbose, quiet=as_json)
-    finish(store, outcome, as_json)
-
-
-def run(plan: Plan, store: str, *, workers: int, overwrite: bool, verbose: bool, quiet: bool) -> Outcome:
-    """Compress with a progress bar, and a line per tensor where `verbose`."""
-    from bincompress.compress import compress
-    from bincompress.records import JobReport
-    from bincompress.runner import run_local
-
-    with byte_bar(plan.source_bytes, "compress", quiet) as bar, kernels_announced(None if bar.disable else bar):
-        seen = 0
-
-        def on_report(report: JobReport) -> None:
-            nonlocal seen
-            seen += 1
-            bar.set_postfix_str(f"{seen}/{len(plan.tensors)} tensors", refresh=False)
-            bar.update(report.bytes_read)
-            if verbose or report.status == "failed":
-                bar.write(_line(report), file=sys.stderr) if not bar.disable else click.echo(_line(report), err=True)
-
-        return compress(
-            plan, store, runner=lambda jobs: run_local(jobs, workers), overwrite=overwrite, on_report=on_report
-        )
-
-
-def _line(report: Any) -> str:
-    if report.status == "failed":
-        return f"FAILED {report.error}"
-    found = report.report
-    return (
-        f"{report.name}  {report.status}  {found['method']}  groups {found['groups']}  "
-        f"nominal {found['nominal_bits']:.3f}  "
-        f"stored {found['stored_bits']:.3f} bits  error {found['relative_error']:.3g}  {report.seconds:.3f} s"
-    )
+    outcomes = run_plans({store: plan}, placement, overwrite=overwrite, verbose=verbose, quiet=as_json)
+    finish(store, outcomes[store], as_json)
 
 
 def finish(store: str, outcome: Outcome, as_json: bool) -> None:
@@ -153,7 +125,11 @@ def finish(store: str, outcome: Outcome, as_json: bool) -> None:
         sys.exit(1)
 
 
-def _show_plan(plan: Plan, verbose: bool, as_json: bool) -> None:
+def _show_plan(plan: Plan, rate: int | None, verbose: bool, as_json: bool) -> None:
+    from bincompress.estimate import estimate
+
+    with kernels_announced():
+        cost = estimate(plan.tensors, rate)
     weights = {t.source.name: max(1, _weights(t)) for t in plan.tensors}
     if as_json:
         print_json(
@@ -162,6 +138,7 @@ def _show_plan(plan: Plan, verbose: bool, as_json: bool) -> None:
                 "source_bytes": plan.source_bytes,
                 "expected_bytes": plan.expected_bytes,
                 "peak_memory_bytes": plan.peak_memory,
+                "estimate": cost.record(),
                 "tensors": {
                     t.source.name: {
                         "kind": t.kind,
@@ -198,6 +175,7 @@ def _show_plan(plan: Plan, verbose: bool, as_json: bool) -> None:
         f"({plan.source_bytes / max(1, plan.expected_bytes):.1f} x smaller)"
     )
     click.echo(f"memory: at most about {plan.peak_memory / 1e6:,.0f} MB a worker")
+    click.echo(cost.line())
 
 
 def _weights(tensor: Any) -> int:

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import click
 
+_PROMPT = "The scheduler"
+_TOKENS = 60
+
 
 @click.command()
 @click.argument("store", default="bincompress-demo")
 def command(store: str) -> None:
-    """Compress the small model that ships with the package into STORE (./bincompress-demo), show it, check it.
+    """Compress the small model that ships with the package into STORE (./bincompress-demo), check it, let it write.
 
     \b
     Example:
@@ -26,7 +29,9 @@ def command(store: str) -> None:
     from bincompress.store import open_store
 
     with as_file(files("bincompress") / "demo_model") as folder:
-        plan = make_plan(open_checkpoint(Path(folder)), load_recipe(None, {"embeddings": "8bit"}))
+        # So small a model bears two planes only with calibration; with eight groups a matrix it still writes sentences.
+        recipe = load_recipe(None, {"groups": 8, "block": "matrix", "embeddings": "8bit"})
+        plan = make_plan(open_checkpoint(Path(folder)), recipe)
         outcome = run_plans({store: plan}, Placement(), overwrite=False, verbose=False, quiet=False)[store]
     click.echo(table(inspect(open_store(store))))
     problems = check(store, quiet=False)
@@ -34,6 +39,24 @@ def command(store: str) -> None:
         click.echo(f"{name}: {problem}", err=True)
     if problems or not outcome.complete:
         sys.exit(1)
-    click.echo(f"\nverified: every tensor of {store} is as it was written. Next:")
-    click.echo(f"  bincompress inspect {store} model.layers.0.mlp.up_proj.weight")
+    click.echo(f"\nverified: every tensor of {store} is as it was written. The packed model writes:\n")
+    _write_text(store)
+    click.echo("\nNext:")
+    click.echo(f'  bincompress generate {store} "{_PROMPT}" --seed 7')
+    click.echo(f"  bincompress bench {store}")
     click.echo("  bincompress compress --help")
+
+
+def _write_text(store: str) -> None:
+    from dataclasses import replace
+
+    from bincompress import load
+    from bincompress.commands.shared import kernels_announced
+
+    with kernels_announced():
+        model = load(store)
+        sampling = replace(model.defaults.sampling, temperature=0.6, seed=1)
+        click.echo(_PROMPT, nl=False)
+        for piece in model.stream(_PROMPT, replace(model.defaults, max_tokens=_TOKENS, sampling=sampling)):
+            click.echo(piece, nl=False)
+    click.echo()

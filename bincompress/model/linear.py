@@ -6,9 +6,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from bincompress.model.threads import over_ranges
+from cpu_kernels.dense import bfloat16_rows
+from cpu_kernels.products import Workers
+
 Floats = NDArray[np.float32]
 
-_WIDENED_AT_ONCE = 1 << 22  # bf16 items that are float32 at a time: 16 MB
+_WIDENED_AT_ONCE = 1 << 21  # bf16 items that are float32 at a time in a thread: 8 MB
+_ROWS_PER_THREAD = 64
 
 
 class Linear(Protocol):
@@ -49,35 +54,36 @@ class WeightSource(Protocol):
 class DenseLinear:
     """A matrix of float32 values or bfloat16 bit patterns (uint16), also as an embedding table."""
 
-    def __init__(self, weight: NDArray[Any]) -> None:
-        self.weight = weight
-
-    @property
-    def rows(self) -> int:
-        """Outputs."""
-        return int(self.weight.shape[0])
-
-    @property
-    def cols(self) -> int:
-        """Inputs."""
-        return int(self.weight.shape[1])
+    def __init__(self, weight: NDArray[Any], workers: Workers | None = None) -> None:
+        self.rows, self.cols = (int(size) for size in weight.shape)
+        self.nbytes = weight.nbytes
+        self.path = "kept bfloat16" if weight.dtype == np.uint16 else "kept float32"
+        self._weight = weight
+        self._workers = workers or Workers(1)
 
     def __call__(self, x: Floats) -> Floats:
         """Return x (n, cols) times the transposed matrix, (n, rows)."""
-        if self.weight.dtype == np.float32:
-            return np.asarray(x @ self.weight.T)
         result = np.empty((len(x), self.rows), np.float32)
-        step = max(1, _WIDENED_AT_ONCE // self.cols)
-        for start in range(0, self.rows, step):
-            result[:, start : start + step] = x @ _widened(self.weight[start : start + step]).T
+        tile = max(1, _WIDENED_AT_ONCE // self.cols)
+
+        def work(start: int, stop: int, _: int) -> None:
+            if self._weight.dtype == np.uint16 and len(x) == 1:
+                bfloat16_rows(self._weight, x[0], start, stop, result[0])
+                return
+            for row in range(start, stop, tile):
+                last = min(stop, row + tile)
+                result[:, row:last] = x @ widened(self._weight[row:last]).T
+
+        over_ranges(self._workers, work, self.rows, _ROWS_PER_THREAD)
         return result
 
     def rows_of(self, ids: NDArray[np.int64]) -> Floats:
         """Return these rows, (n, cols), as float32."""
-        return _widened(self.weight[ids])
+        return np.array(widened(self._weight[ids]))
 
 
-def _widened(weight: NDArray[Any]) -> Floats:
+def widened(weight: NDArray[Any]) -> Floats:
+    """Return float32 values of bfloat16 patterns; float32 values come back as they are."""
     if weight.dtype == np.float32:
         return weight
     return (weight.astype(np.uint32) << np.uint32(16)).view(np.float32)

@@ -18,7 +18,7 @@ _WIDENED_AT_ONCE = 1 << 22  # items: 16 MB
 class CheckpointSource:
     """Float32 weights read one tensor at a time; a tied head shares the embedding's memory."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, workers: Workers | None = None) -> None:
         """Check that every tensor of the decoder is there in the shape that config.json gives."""
         for name, shape in config.tensors().items():
             if name not in checkpoint.tensors:
@@ -27,6 +27,7 @@ class CheckpointSource:
             if found != shape:
                 raise CheckpointError(f"{name}: expected shape {shape}, as config.json gives it, found {found}")
         self._tensors = checkpoint.tensors
+        self._workers = workers
         self._embedding: dict[str, DenseLinear] = {}
 
     def vector(self, names: Sequence[str]) -> Floats:
@@ -48,7 +49,7 @@ class CheckpointSource:
                 part = weight.float32(slice(start, start + step))
                 result[row : row + len(part)] = part
                 row += len(part)
-        return DenseLinear(result)
+        return DenseLinear(result, self._workers)
 
     def embedding(self, name: str) -> DenseLinear:
         """Return the table of token vectors."""
@@ -65,4 +66,4 @@ def load_checkpoint(checkpoint: Checkpoint | Path, workers: Workers | None = Non
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
     config = parse(checkpoint.config)
-    return Decoder(config, CheckpointSource(checkpoint, config), workers)
+    return Decoder(config, CheckpointSource(checkpoint, config, workers), workers)

@@ -1,0 +1,83 @@
+"""bincompress evaluate"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bincompress.commands.options import engine_options
+from bincompress.commands.shared import kernels_announced, print_json
+
+
+@click.command()
+@click.argument("store")
+@click.option(
+    "--text", type=click.Path(dir_okay=False, path_type=Path), required=True, help="A text that was not trained on."
+)
+@click.option("--context", type=int, default=1024, show_default=True, help="Tokens of a window.")
+@click.option("--windows", type=int, help="At most so many windows from the beginning.  [default: the whole text]")
+@click.option("--baseline", metavar="SOURCE", help="The unquantized checkpoint (folder or Hub id), to compare with.")
+@engine_options
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def command(
+    store: str, text: Path, context: int, windows: int | None, baseline: str | None, as_json: bool, **options: Any
+) -> None:
+    """Measure how well the model in STORE predicts a text: perplexity, and what the bits cost against a baseline.
+
+    The whole text is tokenized once; consecutive windows are scored, each from its second token. STORE may also be an
+    unquantized checkpoint folder, which runs in float32.
+
+    \b
+    Examples:
+      bincompress evaluate ./store --text held_out.txt --windows 16
+      bincompress evaluate ./store --text held_out.txt --baseline ./Llama-3.2-1B --json
+    """
+    import numpy as np
+    from tqdm import tqdm
+
+    from bincompress.engine import load_baseline, load_decoder
+    from bincompress.errors import BincompressError
+    from bincompress.evaluate import evaluate
+    from bincompress.hub import open_source
+    from bincompress.model.packed import ActivationSettings
+    from bincompress.model.tokenizer import load_tokenizer
+
+    try:
+        content = text.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise BincompressError(f"{text}: not readable as UTF-8 text: {error}") from None
+    settings = ActivationSettings(int(options["activation_bits"]), options["activation_scale"])
+    with kernels_announced():
+        if (Path(store) / "config.json").is_file():
+            source = open_source(store)
+            decoder, assets, activations = load_baseline(source, options["threads"]), source.assets(), "float32"
+        else:
+            loaded = load_decoder(store, options["threads"], settings, options["kernel"])
+            decoder, assets = loaded.decoder, loaded.assets
+            activations = "float32" if settings.bits == 16 else f"{settings.bits} bits per {settings.per}"
+        other = load_baseline(open_source(baseline), options["threads"]) if baseline else None
+        tokens = np.array(load_tokenizer(assets).encode(content), np.int64)
+        with tqdm(desc="evaluate", unit="window", disable=True if as_json else None) as bar:
+
+            def on_window(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            found = evaluate(decoder, tokens, context, windows, other, on_window)
+    if as_json:
+        print_json(
+            {"store": store, "text": str(text), "activations": activations, "baseline": baseline, **found.as_dict()}
+        )
+        return
+    click.echo(
+        f"perplexity {found.perplexity:.4f}  "
+        f"({found.tokens:,} tokens scored, {found.windows} windows of {found.context})"
+    )
+    click.echo(f"activations {activations}")
+    if found.baseline_perplexity is not None:
+        ratio = found.perplexity / found.baseline_perplexity
+        click.echo(f"baseline perplexity {found.baseline_perplexity:.4f}, ratio {ratio:.4f}")
+        click.echo(
+            f"mean KL divergence {found.kl_divergence:.5f} nats, "
+            f"top-1 agreement {100 * (found.top1_agreement or 0):.2f}%"
+        )

@@ -1,0 +1,55 @@
+"""bincompress generate"""
+
+import sys
+import time
+from typing import Any
+
+import click
+
+from bincompress.commands.options import engine_options, load_with, sampling_options, settings_from
+from bincompress.commands.shared import kernels_announced, print_json
+
+
+@click.command()
+@click.argument("store")
+@click.argument("prompt")
+@sampling_options
+@engine_options
+@click.option("--json", "as_json", is_flag=True, help="Print text, token counts and times as JSON.")
+def command(store: str, prompt: str, as_json: bool, **options: Any) -> None:
+    """Continue PROMPT with the model in STORE, token by token. PROMPT "-" reads standard input.
+
+    \b
+    Examples:
+      bincompress generate ./store "The scheduler" --max-tokens 60
+      bincompress generate ./store "The scheduler" --temperature 0 --threads 1 --json
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    begin = time.perf_counter()
+    with kernels_announced():
+        model = load_with(store, options)
+        loaded = time.perf_counter()
+        generation = model.stream(text, settings_from(model, options))
+        pieces, first = [], None
+        for piece in generation:
+            first = first or time.perf_counter()
+            pieces.append(piece)
+            if not as_json:
+                click.echo(piece, nl=False)
+    end = time.perf_counter()
+    if not as_json:
+        click.echo()
+        return
+    sampled = len(generation.tokens)
+    print_json(
+        {
+            "text": "".join(pieces),
+            "finish_reason": generation.finish_reason,
+            **generation.usage,
+            "load_seconds": loaded - begin,
+            "first_token_seconds": (first or end) - loaded,
+            "tokens_per_second": (sampled - 1) / (end - first) if first and sampled > 1 else None,
+            "activation_bits": int(options["activation_bits"]),
+            "threads": model.decoder.workers.threads,
+        }
+    )

@@ -1,0 +1,71 @@
+"""Options that the verbs which run a model share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+
+def engine_options(command: Command) -> Command:
+    """Add --threads, --activation-bits, --activation-scale and --kernel."""
+    for option in (
+        click.option("--kernel", help="Force a kernel: lookup, lookup-avx2, popcount, ...  [default: the CPU's best]"),
+        click.option(
+            "--activation-scale",
+            type=click.Choice(["token", "segment"]),
+            default="segment",
+            show_default=True,
+            help="One scale per token, or per token and 128 columns.",
+        ),
+        click.option(
+            "--activation-bits",
+            type=click.Choice(["6", "8", "16"]),
+            default="8",
+            show_default=True,
+            help="Bits of activations; 16: float32 on decoded weights, slow.",
+        ),
+        click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: all usable CPUs]"),
+    ):
+        command = option(command)
+    return command
+
+
+def sampling_options(command: Command) -> Command:
+    """Add the sampling options; those not given come from the model's generation_config.json."""
+    for option in (
+        click.option("--seed", type=int, help="Seed, for the same text again."),
+        click.option("--repetition-penalty", type=float, help="Above 1: tokens seen before become less likely."),
+        click.option("--min-p", type=float, help="Only tokens at least so likely, relative to the likeliest."),
+        click.option("--top-p", type=float, help="Only the likeliest tokens that sum up to this probability."),
+        click.option("--top-k", type=int, help="Only so many of the likeliest tokens (0: all)."),
+        click.option("--temperature", type=float, help="0: always the likeliest token."),
+        click.option("--stop", multiple=True, help="Text that ends the answer (repeatable)."),
+        click.option("--max-tokens", type=int, help="At most so many tokens.  [default: until the context is full]"),
+    ):
+        command = option(command)
+    return command
+
+
+def settings_from(model: Any, options: dict[str, Any]) -> Any:
+    """Return the generation settings of a model, changed by the options that were given."""
+    from dataclasses import replace
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    given = {name: options[name] for name in names if options[name] is not None}
+    sampling = replace(model.defaults.sampling, **given)
+    return replace(model.defaults, sampling=sampling, stop=options["stop"], max_tokens=options["max_tokens"])
+
+
+def load_with(store: str, options: dict[str, Any]) -> Any:
+    """Load a store with the engine's options."""
+    from bincompress.engine import load
+
+    return load(
+        store,
+        threads=options["threads"],
+        activation_bits=int(options["activation_bits"]),
+        activation_scale=options["activation_scale"],
+        kernel=options["kernel"],
+    )

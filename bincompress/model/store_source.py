@@ -1,0 +1,140 @@
+"""A store as the decoder's weights: every matrix laid out for this CPU, by the form that it is stored in."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import numpy as np
+
+from bincompress.dequantize import dequantize
+from bincompress.errors import StoreError
+from bincompress.model.config import ModelConfig
+from bincompress.model.linear import DenseLinear, Embedding, Floats, Linear
+from bincompress.model.lowering import Lowered, lower
+from bincompress.model.packed import (
+    ActivationSettings,
+    DecodedLinear,
+    Listed,
+    PackedEmbedding,
+    PackedLinear,
+    StackedLinear,
+)
+from bincompress.store import Packed, Store
+from cpu_kernels.products import Workers, prepack_rows
+
+_ROWS_AT_ONCE = 256  # whose planes are decoded to find what listed weights differ by
+
+
+class StoreSource:
+    """Matrices of a finished store, their bytes held against the hashes in it as they are laid out."""
+
+    def __init__(
+        self,
+        store: Store,
+        config: ModelConfig,
+        settings: ActivationSettings,
+        workers: Workers,
+        kernel: str | None = None,
+    ) -> None:
+        """Check that the store is finished and has every tensor of the decoder in its shape; nothing is read yet."""
+        if store.attributes["status"] != "complete":
+            raise StoreError(f"{store.url}: not complete; run the same `bincompress compress` again to finish it")
+        kinds = store.tensors()
+        for name, shape in config.tensors().items():
+            if name not in kinds:
+                raise StoreError(f"{store.url}: tensor {name} is missing; config.json asks for it")
+            found = store.shape(name)
+            if found != shape:
+                raise StoreError(f"{store.url}: {name}: shape {found}; config.json gives {shape}")
+        self._store = store
+        self._kinds = kinds
+        self._settings = settings
+        self._workers = workers
+        self._kernel = kernel
+        self._tables: dict[str, Embedding] = {}
+        self.paths: dict[str, str] = {}  # by tensor: which kernel multiplies it
+        self.nbytes = 0  # of all matrices as they are laid out
+
+    def vector(self, names: Sequence[str]) -> Floats:
+        """Return one-dimensional tensors, one after the other."""
+        return np.concatenate([self._store.read_plain(name)[0].float32().reshape(-1) for name in names])
+
+    def linear(self, names: Sequence[str]) -> Linear:
+        """Return matrices with the same input as one, rows one below the other."""
+        parts = [part for part in self._forms(names) if part is not None]
+        return parts[0] if len(parts) == 1 else StackedLinear(parts)
+
+    def embedding(self, name: str) -> Embedding:
+        """Return the table of token vectors; a packed one stays mapped where the store is a local folder."""
+        if name not in self._tables:
+            if self._kinds[name] == "packed":
+                self._tables[name] = PackedEmbedding(self._store.read_packed(name, check_hashes=True))
+            else:
+                self._tables[name] = self._kept(name)
+        return self._tables[name]
+
+    def _forms(self, names: Sequence[str]) -> Iterator[Linear]:
+        """Yield the matrices in order; neighbours of one layout become one."""
+        found = [(name, *self._read(name)) for name in names]
+        for kind, group in groupby(found, key=lambda entry: entry[2].kind if entry[2] else None):
+            entries = list(group)
+            if kind is None:
+                for name, packed, _ in entries:
+                    yield self._noted(
+                        [name], self._kept(name) if packed is None else DecodedLinear(packed, self._workers)
+                    )
+            else:
+                yield self._noted([name for name, _, _ in entries], self._laid_out(entries))
+
+    def _read(self, name: str) -> tuple[Packed | None, Lowered | None]:
+        if self._kinds[name] != "packed":
+            return None, None
+        packed = self._store.read_packed(name, check_hashes=True)
+        return packed, None if self._settings.bits == 16 else lower(packed)
+
+    def _laid_out(self, entries: Sequence[tuple[str, Packed | None, Lowered | None]]) -> PackedLinear:
+        lowered = [entry for _, _, entry in entries if entry is not None]
+        matrix = prepack_rows(
+            [entry.part for entry in lowered],
+            lowered[0].block,
+            entries[0][1].shape[1] if entries[0][1] is not None else 0,
+            plane_weights=lowered[0].plane_weights,
+            kernel=self._kernel,
+            pool=self._workers,
+        )
+        listed, row = [], 0
+        for _, packed, _ in entries:
+            if packed is not None:
+                listed.append((row, _differences(packed)))
+                row += packed.shape[0]
+        return PackedLinear(matrix, listed, self._settings, self._workers)
+
+    def _kept(self, name: str) -> DenseLinear:
+        if name in self._tables:
+            table = self._tables[name]
+            assert isinstance(table, DenseLinear)
+            return table
+        weight, _ = self._store.read_plain(name)
+        return DenseLinear(weight.bits if weight.dtype == "BF16" else weight.float32(), self._workers)
+
+    def _noted(self, names: Sequence[str], linear: PackedLinear | DecodedLinear | DenseLinear) -> Linear:
+        self.paths |= dict.fromkeys(names, linear.path)
+        self.nbytes += linear.nbytes
+        return linear
+
+
+def _differences(packed: Packed) -> Listed:
+    """Return what the listed weights of a matrix are above what its planes say."""
+    rows, cols = np.divmod(packed.listed_index.astype(np.int64), packed.shape[1])
+    difference = np.empty(rows.size, np.float32)
+    bare = Packed(
+        packed.planes, packed.coef, packed.terms, packed.block, packed.shape,
+        np.empty(0, np.uint64), np.empty(0, np.float32), packed.attributes,
+    )  # fmt: skip
+    start = 0
+    while start < rows.size:
+        first = int(rows[start])
+        stop = int(np.searchsorted(rows, first + _ROWS_AT_ONCE))
+        decoded = dequantize(bare, slice(first, int(rows[stop - 1]) + 1))
+        difference[start:stop] = packed.listed_value[start:stop] - decoded[rows[start:stop] - first, cols[start:stop]]
+        start = stop
+    return Listed(rows, cols, difference)
