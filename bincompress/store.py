@@ -23,7 +23,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.group import GroupMetadata
 from zarr.core.sync import sync
 
-from bincompress.direct_store import DirectStore
+from bincompress.direct_store import DirectStore, write_one_chunk
 from bincompress.errors import DamagedError, StoreError
 from bincompress.records import Binarized, Weight
 
@@ -117,7 +117,7 @@ class Store:
             arrays |= {"listed_index": found.listed_index, "listed_value": found.listed_value}
         self.remove(name)
         path = self._path(name)
-        stored = sync(_write_all(self.root, {f"{path}/{key}": values for key, values in arrays.items()}, archive))
+        stored = _write_all(self.root, {f"{path}/{key}": values for key, values in arrays.items()}, archive)
         return {key: array_hash(values) for key, values in arrays.items()}, stored
 
     def write_plain(
@@ -128,7 +128,7 @@ class Store:
         if weight.dtype == "F32":
             values = values.view(np.float32)
         self.remove(name)
-        stored = sync(_write_all(self.root, {self._path(name): values}, archive))
+        stored = _write_all(self.root, {self._path(name): values}, archive)
         return {"array": array_hash(values)}, stored
 
     def total_bytes(self) -> int:
@@ -255,7 +255,7 @@ class Store:
         """Write the model's small files."""
         group = self.root.create_group("assets", overwrite=True)
         arrays = {name: np.frombuffer(content, np.uint8) for name, content in assets.items()}
-        sync(_write_all(group, arrays, archive=False))
+        _write_all(group, arrays, archive=False)
         for name, values in arrays.items():
             group[name].attrs.put({"hashes": {"array": array_hash(values)}})
 
@@ -292,8 +292,21 @@ async def _put_group(root: zarr.Group, path: str, attributes: Mapping[str, Any])
         await root.store.set(f"{root.path}/{path}/{key}".strip("/"), content)
 
 
-async def _write_all(group: zarr.Group, arrays: Mapping[str, NDArray[Any]], archive: bool) -> int:
+def _write_all(group: zarr.Group, arrays: Mapping[str, NDArray[Any]], archive: bool) -> int:
     """Write arrays by their paths below a group, one after the other; returns the bytes of their chunks."""
+    stored = 0
+    others = {}
+    for name, values in arrays.items():
+        straight = isinstance(group.store, DirectStore) and not archive and values.ndim > 0
+        if straight and 0 < values.nbytes <= _CHUNK_LIMIT:
+            stored += write_one_chunk(group.store.root / f"{group.path}/{name}".strip("/"), values)
+        else:
+            others[name] = values
+    return stored + (sync(_write_with_zarr(group, others, archive)) if others else 0)
+
+
+async def _write_with_zarr(group: zarr.Group, arrays: Mapping[str, NDArray[Any]], archive: bool) -> int:
+    """Write arrays of several chunks, with compression, or into a store that is no local folder."""
     stored = 0
     for name, values in arrays.items():
         path = f"{group.path}/{name}".strip("/")

@@ -240,3 +240,17 @@ def test_exported_and_packed_agree(tiny_model: Path, tmp_path: Path) -> None:
     store = stored(tiny_model, tmp_path / "store", Recipe())
     exported = logits(load_checkpoint(export(open_store(store), tmp_path / "out")))
     assert close(logits(load_decoder(store, 1, EXACT).decoder), exported) < 0.02
+
+
+def test_kept_bfloat16_rows_are_numpys_product() -> None:
+    from bincompress.model.linear import DenseLinear, widened
+    from cpu_kernels.products import Workers
+
+    random = np.random.default_rng(0)
+    for rows, cols in ((1, 1), (130, 63), (257, 200)):
+        bits = (random.standard_normal((rows, cols)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        x = random.standard_normal((3, cols)).astype(np.float32)
+        with Workers(2) as workers:
+            for part in (x, x[:1]):
+                expected = part.astype(np.float64) @ widened(bits).T.astype(np.float64)
+                np.testing.assert_allclose(DenseLinear(bits, workers)(part), expected, rtol=1e-4, atol=1e-4)

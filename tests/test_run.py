@@ -10,15 +10,19 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
 import pytest
 import zarr
+import zarr.codecs
+import zarr.storage
 
+from bincompress import direct_store
 from bincompress.checkpoint import open_checkpoint
 from bincompress.compress import Outcome, compress
-from bincompress.direct_store import DirectStore
+from bincompress.direct_store import write_one_chunk
 from bincompress.errors import StoreError
 from bincompress.inspection import inspect
 from bincompress.plan import Plan, make_plan
@@ -63,6 +67,7 @@ def test_bytes_do_not_depend_on_workers_or_chance(tiny_model: Path, tmp_path: Pa
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from typing import BinaryIO
 from bincompress.store import Store
 from tests.test_run import run
 real, seen = Store.commit, 0
@@ -124,14 +129,15 @@ def test_overwrite_removes_nothing_but_stores(tiny_model: Path, tmp_path: Path) 
     assert (folder / "thesis.txt").read_text() == "words"
 
 
+@pytest.mark.parametrize("options", [{}, {"block": "matrix"}, {"block": "matrix", "method": "xnor"}])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_bad_tensor_fails_by_name_and_the_others_are_done(tmp_path: Path, value: float) -> None:
+def test_a_bad_tensor_fails_by_name_and_the_others_are_done(tmp_path: Path, value: float, options: dict) -> None:
     tensors = tiny_tensors()
     bad = "model.layers.1.mlp.up_proj.weight"
     tensors[bad][3, 5] = value
     model = write_model(tmp_path / "model", tensors, tiny_config())
     store = tmp_path / "store"
-    outcome = run(model, store)
+    outcome = run(model, store, **options)
     assert list(outcome.failures) == [bad]
     assert "row 3, column 5; expected finite weights" in outcome.failures[bad]
     assert (outcome.done, outcome.complete) == (20, False)
@@ -216,16 +222,25 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_complete(
     tiny_model: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, left = tmp_path / "store", 40_000
-    real = DirectStore.set
+    real = direct_store.replacing
 
-    async def write(self: DirectStore, key: str, value: object) -> None:
-        nonlocal left
-        left -= len(value)  # type: ignore[arg-type]
-        if left < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), key)
-        await real(self, key, value)
+    class Limited:
+        def __init__(self, file: BinaryIO) -> None:
+            self.file = file
 
-    monkeypatch.setattr(DirectStore, "set", write)
+        def write(self, content: bytes) -> None:
+            nonlocal left
+            left -= memoryview(content).nbytes
+            if left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
+            self.file.write(content)
+
+    @contextlib.contextmanager
+    def replacing(path: Path) -> Iterator[Limited]:
+        with real(path) as file:
+            yield Limited(file)
+
+    monkeypatch.setattr(direct_store, "replacing", replacing)
     with pytest.raises(StoreError, match=r"No space left on device; (\d+) of 21 tensors are complete: .* run the same"):
         run(tiny_model, store)
     monkeypatch.undo()
@@ -355,3 +370,19 @@ def test_stored_bits_are_the_files_bytes(tiny_model: Path, tmp_path: Path) -> No
             assert report["stored_bytes"] == sum(path.stat().st_size for path in files)
             total += report["stored_bytes"]
         assert found["total"]["stored_bytes"] == total
+
+
+@pytest.mark.parametrize("dtype", ["uint64", "float16", "float32", "uint16", "uint8"])
+@pytest.mark.parametrize("shape", [(3,), (2, 5), (2, 3, 4)])
+def test_a_chunk_written_straight_has_zarrs_own_bytes(
+    tmp_path: Path, tree: Tree, dtype: str, shape: tuple[int, ...]
+) -> None:
+    values = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
+    assert write_one_chunk(tmp_path / "ours" / "a", values) == values.nbytes + 4
+    array = zarr.create_array(
+        zarr.storage.LocalStore(tmp_path / "zarrs"), name="a", shape=shape, chunks=shape, dtype=dtype, filters=None,
+        compressors=[zarr.codecs.Crc32cCodec()], zarr_format=3,
+    )  # fmt: skip
+    array[...] = values
+    theirs = {name: content for name, content in tree(tmp_path / "zarrs").items() if name.startswith("a/")}
+    assert tree(tmp_path / "ours") == theirs

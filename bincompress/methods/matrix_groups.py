@@ -42,9 +42,14 @@ class Groups:
 
 
 def binarize(weight: Weight, settings: Settings) -> Binarized:
-    """Return the planes of one unit: signs, the group of every weight, and float32 Walsh coefficients (terms, 1, 1)."""
+    """Return the planes of one unit: signs, the group of every weight, and float32 Walsh coefficients (terms, 1, 1).
+
+    Raises FloatingPointError where a weight is NaN or infinite, which the count tells.
+    """
     rows, cols = weight.shape
     seen = magnitudes_of(weight)
+    if seen.keys.size and not np.isfinite(seen.values[-1]):
+        raise FloatingPointError("a weight is NaN or infinite")
     groups = _solve(seen, settings)
     number = groups.positions.size - 1
     sizes, total, squares = np.diff(groups.positions), np.diff(groups.first), np.diff(groups.second)

@@ -1,0 +1,100 @@
+"""bincompress batch"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bincompress.commands.running import Placement, Rate, placement_options, run_plans
+from bincompress.commands.shared import kernels_announced, print_json
+
+if TYPE_CHECKING:
+    from bincompress.plan import Plan
+
+
+@click.command()
+@click.argument("manifest", type=click.Path(dir_okay=False, path_type=Path))
+@placement_options
+@click.option("--dry-run", is_flag=True, help="Show what would be done: jobs, bytes, memory, core-hours.")
+@click.option("--rate", type=Rate(), help="--dry-run: source bytes a second of one core.  [default: measured here]")
+@click.option("--overwrite", is_flag=True, help="Replace stores made with other settings.")
+@click.option("--archive", is_flag=True, help="Code the arrays with zstd: smaller, slower to load.")
+@click.option("--verbose", "-v", is_flag=True, help="A line per tensor.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(
+    manifest: Path, placement: Placement, dry_run: bool, rate: int | None, overwrite: bool, archive: bool,
+    verbose: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Compress the models of MANIFEST, one queue over all their matrices, the largest first.
+
+    MANIFEST is a TOML file with a [[model]] table for each: source, store and, optionally, recipe. What can be
+    refused of any is refused before the first is begun. Exit code: 0 all done, 1 some tensors failed, 2 refused.
+
+    \b
+    Examples:
+      bincompress batch models.toml --dry-run
+      bincompress batch models.toml --workers 8
+      bincompress batch models.toml --runner ray --address auto --events events.jsonl
+    """
+    from bincompress.batch import read_manifest
+    from bincompress.hub import open_source
+    from bincompress.plan import make_plan
+    from bincompress.recipe import load_recipe
+
+    plans = {
+        entry.store: make_plan(
+            open_source(entry.source, headers_only=dry_run), load_recipe(entry.recipe, {}), archive=archive
+        )
+        for entry in read_manifest(manifest)
+    }
+    if dry_run:
+        _show(plans, rate, as_json)
+        return
+    outcomes = run_plans(plans, placement, overwrite=overwrite, verbose=verbose, quiet=as_json)
+    if as_json:
+        print_json(
+            {
+                store: {
+                    "done": outcome.done,
+                    "unchanged": outcome.unchanged,
+                    "failures": outcome.failures,
+                    "complete": outcome.complete,
+                }
+                for store, outcome in outcomes.items()
+            }
+        )
+    else:
+        for store, outcome in outcomes.items():
+            failed = f", {len(outcome.failures)} FAILED" if outcome.failures else ""
+            click.echo(f"{store}: {outcome.done} tensors done, {outcome.unchanged} were complete already{failed}")
+    if not all(outcome.complete for outcome in outcomes.values()):
+        sys.exit(1)
+
+
+def _show(plans: dict[str, Plan], rate: int | None, as_json: bool) -> None:
+    from bincompress.estimate import estimate
+
+    with kernels_announced():
+        whole = estimate((tensor for plan in plans.values() for tensor in plan.tensors), rate)
+    if as_json:
+        models = {
+            store: {
+                "source": plan.checkpoint.name,
+                "jobs": len(plan.tensors),
+                "source_bytes": plan.source_bytes,
+                "expected_bytes": plan.expected_bytes,
+                "peak_memory_bytes": plan.peak_memory,
+            }
+            for store, plan in plans.items()
+        }
+        print_json({"models": models, "estimate": whole.record()})
+        return
+    for store, plan in plans.items():
+        click.echo(
+            f"{plan.checkpoint.name} -> {store}: {len(plan.tensors):,} jobs, reads {plan.source_bytes:,} bytes, writes "
+            f"{plan.expected_bytes:,} bytes, at most about {plan.peak_memory / 1e6:,.0f} MB a job"
+        )
+    click.echo(whole.line())

@@ -1,0 +1,30 @@
+"""How many cores and how much memory have the nodes that are alive now?"""
+
+import time
+from typing import Any
+
+_LOOK_SECONDS = 1.0
+
+
+class Nodes:
+    """A view of the cluster that is at most a second old: looking costs a message to the head."""
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+        self._looked = float("-inf")
+        self.cpus = 0
+        self.largest_memory = 0  # bytes, of one node that has a core
+
+    def look(self) -> None:
+        """Bring the view up to date."""
+        if time.monotonic() - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        useful = [node for node in alive if node.get("CPU", 0) >= 1]
+        self.cpus = sum(int(node["CPU"]) for node in useful)
+        self.largest_memory = max((int(node.get("memory", 0)) for node in useful), default=0)
+
+    def hold(self, memory: int) -> bool:
+        """Return whether some node could run a job that needs so many bytes, were it idle."""
+        return self.cpus > 0 and memory <= self.largest_memory

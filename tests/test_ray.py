@@ -1,0 +1,317 @@
+"""Does a run on a real cluster survive what happens to clusters, and give the bytes of the run in process?"""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from bincompress import cli
+from bincompress.compress import Outcome, Runner, compress
+from bincompress.errors import BincompressError, StoreError
+from bincompress.events import JobEvent
+from bincompress.store import open_store
+from jobs.runner import run_ray
+from tests.gates import Notes, dies, gated, probe, wait_for
+from tests.s3 import CuttingProxy, s3_server
+from tests.test_run import Tree, plan_of, problems, run
+
+ray = pytest.importorskip("ray")
+from ray.cluster_utils import Cluster  # noqa: E402
+
+LARGEST = "model.layers.0.mlp.down_proj.weight"  # begun first
+AddNode = Callable[..., Any]
+GB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head without cores, to which tests add nodes."""
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    head = {"num_cpus": 0, "memory": GB, "object_store_memory": 100 << 20, "_system_config": quick}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # of workers, for tests.gates
+        started = Cluster(initialize_head=True, connect=False, head_node_args=head)
+        ray.init(address=started.address, log_to_driver=False, logging_level="ERROR")
+        yield started
+        ray.shutdown()
+        started.shutdown()
+
+
+@pytest.fixture
+def add_node(cluster: Cluster) -> Iterator[AddNode]:
+    def add(num_cpus: int = 1, memory: int = 4 * GB, **environment: str) -> Any:
+        return cluster.add_node(
+            num_cpus=num_cpus, memory=memory, object_store_memory=100 << 20, env_vars=environment or None
+        )
+
+    before = set(cluster.worker_nodes)
+    yield add
+    for node in set(cluster.worker_nodes) - before:
+        cluster.remove_node(node, allow_graceful=False)
+
+
+@pytest.fixture
+def home(cluster: Cluster) -> None:
+    """A node of two cores that tests share, as starting one takes seconds; those that look at nodes go without."""
+    if not cluster.worker_nodes:
+        cluster.add_node(num_cpus=2, memory=4 * GB, object_store_memory=100 << 20)
+
+
+@pytest.fixture
+def no_home(cluster: Cluster) -> None:
+    """No node but those that the test adds."""
+    for node in list(cluster.worker_nodes):
+        cluster.remove_node(node, allow_graceful=False)
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Notes:
+    return Notes(tmp_path / "notes")
+
+
+def on_ray(model: Path, store: Path | str, **options: Any) -> tuple[Outcome, list[JobEvent]]:
+    events: list[JobEvent] = []
+    runner = functools.partial(run_ray, on_event=events.append, **options)
+    return compress(plan_of(model), str(store), runner=runner), events
+
+
+def begin_on_ray(model: Path, store: Path, notes: Notes) -> Callable[[], tuple[Outcome, list[JobEvent]]]:
+    """Begin a run whose first job waits for its release, beside the test; the returned function waits for its end."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(on_ray, model, store, work=functools.partial(gated, notes.folder, LARGEST))
+    pool.shutdown(wait=False)
+    return future.result
+
+
+def assert_same_store(model: Path, store: Path, tree: Tree) -> None:
+    run(model, store.with_name("undisturbed"))
+    assert tree(store) == tree(store.with_name("undisturbed"))
+    assert problems(store) == {}
+
+
+def test_a_killed_worker(home: None, tiny_model: Path, tmp_path: Path, tree: Tree, notes: Notes) -> None:
+    end = begin_on_ray(tiny_model, tmp_path / "store", notes)
+    os.kill(wait_for(lambda: notes.runs(LARGEST))[0][0], signal.SIGKILL)
+    outcome, events = end()
+    assert (outcome.done, outcome.complete) == (21, True)
+    assert [event.name for event in events if event.event == "lost"] == [LARGEST]
+    assert notes.done_twice() == {LARGEST}
+    assert_same_store(tiny_model, tmp_path / "store", tree)
+
+
+@pytest.mark.parametrize("end", ["killed", "interrupted", "interrupted twice"])
+def test_a_driver_ends_early_and_the_next_one_goes_on(
+    cluster: Cluster, home: None, tiny_model: Path, tmp_path: Path, tree: Tree, notes: Notes, end: str
+) -> None:
+    held, store, events = "lm_head.weight", tmp_path / "store", tmp_path / "events"
+    code = "import sys; from tests.gates import drive; drive(*sys.argv[1:])"
+    arguments = [cluster.address, tiny_model, store, notes.folder, held, events]
+    driver = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=Path(__file__).parents[1])
+    worker, _ = wait_for(lambda: notes.runs(held))[0]
+    before = set(notes.all_runs()) - {held}
+    if end == "killed":
+        driver.kill()
+        assert driver.wait(60) == -signal.SIGKILL
+    else:
+        driver.send_signal(signal.SIGINT)
+        wait_for(lambda: "stopping" in events.read_text())
+        if end == "interrupted":
+            notes.release()
+            before |= {held}
+        else:
+            driver.send_signal(signal.SIGINT)
+        assert driver.wait(60) == 130
+    wait_for(lambda: not psutil.pid_exists(worker))
+    assert len(notes.all_runs()) < 21
+    assert on_ray(tiny_model, store)[0].unchanged == len(before)
+    assert_same_store(tiny_model, store, tree)
+
+
+def test_a_job_that_always_dies_is_given_up_by_name(home: None, tiny_model: Path, tmp_path: Path, tree: Tree) -> None:
+    store = tmp_path / "store"
+    outcome, events = on_ray(tiny_model, store, work=functools.partial(dies, LARGEST))
+    assert list(outcome.failures) == [LARGEST]
+    assert "its worker process died (3 of at most 3 times)" in outcome.failures[LARGEST]
+    assert [event.event for event in events if event.name == LARGEST] == ["submitted", "lost"] * 2 + ["submitted"]
+    assert (outcome.done, outcome.complete) == (20, False)
+    outcome, _ = on_ray(tiny_model, store)
+    assert (outcome.done, outcome.unchanged) == (1, 20)
+    assert_same_store(tiny_model, store, tree)
+
+
+def large_first(size: int, **options: Any) -> Runner:
+    """A runner for which the first job needs so many bytes of memory."""
+    return lambda jobs: run_ray([replace(jobs[0], peak_memory=size), *jobs[1:]], **options)
+
+
+def test_a_job_too_big_for_every_node(
+    home: None, add_node: AddNode, tiny_model: Path, tmp_path: Path, tree: Tree
+) -> None:
+    store = tmp_path / "store"
+    outcome = compress(plan_of(tiny_model), str(store), runner=large_first(1 << 45, patience=0))
+    assert list(outcome.failures) == [LARGEST]
+    assert "needs 35,184,372 MB of memory, and the largest node has 4,295 MB" in outcome.failures[LARGEST]
+    assert outcome.done == 20
+    added: list[JobEvent] = []
+
+    def on_event(event: JobEvent) -> None:
+        if event.event == "waiting":
+            added.append(event)
+            add_node(memory=16 * GB)
+
+    outcome = compress(plan_of(tiny_model), str(store), runner=large_first(8 * GB, on_event=on_event))
+    assert (outcome.done, outcome.unchanged, len(added)) == (1, 20, 1)
+    assert_same_store(tiny_model, store, tree)
+
+
+def test_a_node_with_another_version(home: None, tiny_model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("jobs.runner.__version__", "0.0.1")
+    with pytest.raises(StoreError, match=r"has bincompress .*, the driver 0\.0\.1; install one everywhere; 0 of 21"):
+        on_ray(tiny_model, tmp_path / "store")
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["bincompress", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as error:
+        return int(str(error.code or 0))
+    return 0
+
+
+def test_the_command_line(
+    home: None, tiny_model: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, events = tmp_path / "store", tmp_path / "events.jsonl"
+    options = ["--runner", "ray", "--max-in-flight", 3, "--memory-per-job", "500MB", "--events", events]
+    assert call(monkeypatch, "compress", tiny_model, store, *options) == 0
+    seen = [json.loads(line) for line in events.read_text().splitlines()]
+    flying = most = 0
+    for event in seen:
+        flying += 1 if event["event"] == "submitted" else -1
+        most = max(most, flying)
+    assert (most, flying, len(seen)) == (3, 0, 42)
+    assert all(event["node"] and event["seconds"] > 0 for event in seen if event["event"] == "done")
+    assert_same_store(tiny_model, store, tree)
+    manifest = tmp_path / "models.toml"
+    manifest.write_text("".join(f'[[model]]\nsource = "{tiny_model}"\nstore = "{tmp_path / n}"\n' for n in "ab"))
+    assert call(monkeypatch, "batch", manifest, "--runner", "ray") == 0
+    assert tree(tmp_path / "a") == tree(tmp_path / "b") == tree(store)
+
+
+def test_without_ray(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert call(monkeypatch, "compress", tiny_model, tiny_model.parent / "store", "--runner", "ray") == 2
+    assert "pip install 'bincompress[ray]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("with_its_worker", [False, True])
+def test_a_killed_raylet(
+    no_home: None, add_node: AddNode, tiny_model: Path, tmp_path: Path, tree: Tree, notes: Notes, with_its_worker: bool
+) -> None:
+    nodes = [add_node(), add_node()]
+    end = begin_on_ray(tiny_model, tmp_path / "store", notes)
+    worker, place = wait_for(lambda: notes.runs(LARGEST))[0]
+    (node,) = [node for node in nodes if node.node_id == place]
+    (raylet,) = node.all_processes["raylet"]
+    os.kill(raylet.process.pid, signal.SIGKILL)
+    if with_its_worker:
+        os.kill(worker, signal.SIGKILL)
+    else:
+        notes.release()  # an orphaned worker may live long enough to finish its job
+    outcome, events = end()
+    assert (outcome.done, outcome.complete) == (21, True)
+    lost = {event.name for event in events if event.event == "lost"}
+    assert lost == ({LARGEST} if with_its_worker else notes.done_twice())
+    assert notes.done_twice() <= {LARGEST}
+    assert_same_store(tiny_model, tmp_path / "store", tree)
+
+
+def test_a_node_comes_and_goes(
+    no_home: None, cluster: Cluster, add_node: AddNode, tiny_model: Path, tmp_path: Path, tree: Tree, notes: Notes
+) -> None:
+    add_node()
+    end = begin_on_ray(tiny_model, tmp_path / "store", notes)
+    wait_for(lambda: notes.runs(LARGEST))
+    guest = add_node()
+    wait_for(lambda: any(run[1] == guest.node_id for runs in notes.all_runs().values() for run in runs))
+    cluster.remove_node(guest, allow_graceful=True)
+    notes.release()
+    outcome, events = end()
+    assert (outcome.done, outcome.complete) == (21, True)
+    assert notes.done_twice() <= {event.name for event in events if event.event == "lost"}
+    assert_same_store(tiny_model, tmp_path / "store", tree)
+
+
+def test_a_cluster_without_cores(no_home: None, cluster: Cluster, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(BincompressError, match="no node of the Ray cluster has a core for the 21 jobs"):
+        on_ray(tiny_model, tmp_path / "store", patience=0)
+
+
+def test_threads_and_the_kernel_cache(no_home: None, add_node: AddNode, tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("home", "temporary"):
+        (tmp_path / name).mkdir()
+    add_node(
+        num_cpus=2,
+        HOME=str(tmp_path / "home"),
+        TMPDIR=str(tmp_path / "temporary"),
+        BINCOMPRESS_CACHE="",
+        XDG_CACHE_HOME="",
+    )
+    found: list[dict[str, Any]] = []
+    compress(
+        plan_of(tiny_model),
+        str(tmp_path / "store"),
+        runner=functools.partial(run_ray, work=probe),
+        on_report=lambda report: found.append(report.report),
+    )
+    assert len({report["pid"] for report in found}) == 2
+    # Numba's cache has a file of code (.nbc) for each kernel: as many were compiled, so none of them twice.
+    cached = list((tmp_path / "temporary").rglob("*.nbc"))
+    kernels = {path.name.split("-")[0].split(".")[-1] for path in cached}
+    compiled = [name for report in found for name in report["compiled"] if name in kernels]
+    assert len(compiled) == len(cached) > 0
+    assert all(report["threads"] == ["1", "1", "1"] for report in found)
+    assert all(report["cache"].startswith(str(tmp_path / "temporary")) for report in found)
+    assert not list((tmp_path / "home").rglob("*.nbi"))
+
+
+def test_object_store_with_dropped_connections(
+    no_home: None, add_node: AddNode, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with s3_server() as upstream, CuttingProxy(upstream) as proxy:
+        environment = {
+            "AWS_ENDPOINT_URL": proxy.url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "2",
+        }  # fmt: skip
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        add_node(num_cpus=2, **environment)
+        url = "s3://bucket/store"
+        proxy.cut(f"{LARGEST}/planes/c/0", times=1)
+        outcome, _ = on_ray(tiny_model, url)
+        assert (outcome.done, outcome.failures, proxy.cuts) == (21, {}, 1)
+        proxy.cut(f"second/tensors/{LARGEST}/planes/c/0", times=1000)
+        outcome, _ = on_ray(tiny_model, "s3://bucket/second")
+        assert list(outcome.failures) == [LARGEST]
+        assert outcome.done == 20
+        proxy.cut("", times=0)
+        outcome, _ = on_ray(tiny_model, "s3://bucket/second")
+        assert (outcome.done, outcome.unchanged) == (1, 20)
+        run(tiny_model, tmp_path / "local")
+        local = open_store(str(tmp_path / "local"))
+        for remote in (open_store(url), open_store("s3://bucket/second")):
+            assert remote.attributes == local.attributes
+            for name in local.tensors():
+                assert remote.node_attributes(name) == local.node_attributes(name)
+            assert problems(remote.url) == {}
