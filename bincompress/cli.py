@@ -62,10 +62,8 @@ def main() -> Any:
     """Run the command line; errors of the user's are one line and exit code 2."""
     try:
         return group(standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        click.echo("\ninterrupted; what was complete is kept: the same command goes on from there", err=True)
+    except click.exceptions.Abort:  # what click makes of Ctrl-C
+        click.echo("interrupted; what was complete is kept: the same command goes on from there", err=True)
         sys.exit(130)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
