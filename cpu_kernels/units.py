@@ -72,6 +72,24 @@ def _lambda(values, first, count, atoms, size, lam, normalized):
 
 
 @inline
+def _group_of(key, upper, quota, groups):
+    """Return the group of a key and take its place there: the first whose greatest key is not below it and has room."""
+    low = 0
+    high = groups - 1
+    while low < high:
+        middle = (low + high) // 2
+        if key <= upper[middle]:
+            high = middle
+        else:
+            low = middle + 1
+    while key == upper[low] and quota[low] == 0:
+        low += 1
+    if key == upper[low]:
+        quota[low] -= 1
+    return low
+
+
+@inline
 def _assign(keys, size, order, count, bounds, groups, upper, quota, codes, base):
     """Write the group of every key. Of equal keys on both sides of a limit, the first in column order go below."""
     for group in range(groups):
@@ -83,19 +101,7 @@ def _assign(keys, size, order, count, bounds, groups, upper, quota, codes, base)
             place -= 1
         quota[group] = end - place
     for i in range(size):
-        low = 0
-        high = groups - 1
-        while low < high:
-            middle = (low + high) // 2
-            if keys[i] <= upper[middle]:
-                high = middle
-            else:
-                low = middle + 1
-        while keys[i] == upper[low] and quota[low] == 0:
-            low += 1
-        if keys[i] == upper[low]:
-            quota[low] -= 1
-        codes[base + i] = low
+        codes[base + i] = _group_of(keys[i], upper, quota, groups)
 
 
 @kernel(
@@ -157,16 +163,4 @@ def assign_groups(keys, upper, quota, codes):
     keys equal to upper[g] are in group g (used up); codes: uint8 (n).
     """
     for i in range(keys.size):
-        low = 0
-        high = upper.size - 1
-        while low < high:
-            middle = (low + high) // 2
-            if keys[i] <= upper[middle]:
-                high = middle
-            else:
-                low = middle + 1
-        while keys[i] == upper[low] and quota[low] == 0:
-            low += 1
-        if keys[i] == upper[low]:
-            quota[low] -= 1
-        codes[i] = low
+        codes[i] = _group_of(keys[i], upper, quota, upper.size)

@@ -1,6 +1,7 @@
 """Small checkpoints and settings that many tests share."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import safetensors.numpy
 from hypothesis import settings
 
+from bincompress import cli
 from bincompress.records import Settings, Weight
 
 settings.register_profile("suite", deadline=None, max_examples=60, derandomize=True)
@@ -94,6 +96,26 @@ def write_model(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, 
         weight_map |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process; returns exit code, output and errors."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bincompress", *map(str, arguments)])
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as error:
+            code = error.code
+        captured = capsys.readouterr()
+        return int(str(code or 0)), captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture

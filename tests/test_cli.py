@@ -3,31 +3,13 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from bincompress import cli
-from tests.conftest import tiny_config, tiny_tensors, write_model
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bincompress", *map(str, arguments)])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            code = error.code
-        captured = capsys.readouterr()
-        return int(str(code or 0)), captured.out, captured.err
-
-    return call
+from tests.conftest import Run, tiny_config, tiny_tensors, write_model
 
 
 def test_compress_inspect_verify(run: Run, tiny_model: Path, tmp_path: Path) -> None:

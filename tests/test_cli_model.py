@@ -3,21 +3,18 @@
 import io
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import bincompress
-from bincompress import cli
 from bincompress.checkpoint import open_checkpoint
 from bincompress.compress import compress
 from bincompress.plan import make_plan
 from bincompress.recipe import load_recipe
-from tests.conftest import SHARED_MODEL
+from tests.conftest import SHARED_MODEL, Run
 
 DEMO_MODEL = Path(bincompress.__file__).parent / "demo_model"
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -26,21 +23,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan = make_plan(open_checkpoint(DEMO_MODEL), load_recipe(None, {"groups": 4, "block": 64, "embeddings": "8bit"}))
     assert compress(plan, str(store)).complete
     return store
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bincompress", *map(str, arguments)])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            code = error.code
-        captured = capsys.readouterr()
-        return int(str(code or 0)), captured.out, captured.err
-
-    return call
 
 
 def test_generate_is_repeatable_and_counts(run: Run, demo: Path) -> None:
