@@ -296,10 +296,10 @@ def _write_all(group: zarr.Group, arrays: Mapping[str, NDArray[Any]], archive: b
     """Write arrays by their paths below a group, one after the other; returns the bytes of their chunks."""
     stored = 0
     others = {}
+    folder = group.store.root / group.path if isinstance(group.store, DirectStore) and not archive else None
     for name, values in arrays.items():
-        straight = isinstance(group.store, DirectStore) and not archive and values.ndim > 0
-        if straight and 0 < values.nbytes <= _CHUNK_LIMIT:
-            stored += write_one_chunk(group.store.root / f"{group.path}/{name}".strip("/"), values)
+        if folder is not None and values.ndim and 0 < values.nbytes <= _CHUNK_LIMIT:
+            stored += write_one_chunk(folder / name, values)
         else:
             others[name] = values
     return stored + (sync(_write_with_zarr(group, others, archive)) if others else 0)
