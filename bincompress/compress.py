@@ -108,6 +108,10 @@ def _exclusive(store: str) -> Iterator[None]:
         lock = FileLock(beside, timeout=0)
         lock.acquire()
     except Timeout:
+        if not beside.exists():  # the lock waits for a file that can never be made, too
+            raise StoreError(
+                f"{store}: cannot be written: no file can be made beside it; choose another path"
+            ) from None
         raise StoreError(
             f"{store}: another bincompress is writing to it; wait for it to end, or use another store"
         ) from None

@@ -287,6 +287,11 @@ def test_a_folder_that_cannot_be_written(tiny_model: Path) -> None:
         shutil.rmtree(folder)
 
 
+def test_a_place_where_no_file_can_be_made(tiny_model: Path) -> None:
+    with pytest.raises(StoreError, match="cannot be written"):
+        run(tiny_model, "/proc/nothing")
+
+
 def test_a_store_below_a_file(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="cannot be written"):
