@@ -56,8 +56,15 @@ def add_node(cluster: Cluster) -> Iterator[AddNode]:
 
     before = set(cluster.worker_nodes)
     yield add
-    for node in set(cluster.worker_nodes) - before:
+    remove(cluster, set(cluster.worker_nodes) - before)
+
+
+def remove(cluster: Cluster, nodes: set[Any]) -> None:
+    """Kill these nodes and wait until the cluster knows; until then it would still send them jobs, to be lost."""
+    for node in nodes:
         cluster.remove_node(node, allow_graceful=False)
+    left = {node.node_id for node in cluster.list_all_nodes()}
+    wait_for(lambda: {node["NodeID"] for node in ray.nodes() if node["Alive"]} <= left)
 
 
 @pytest.fixture
@@ -70,8 +77,7 @@ def home(cluster: Cluster) -> None:
 @pytest.fixture
 def no_home(cluster: Cluster) -> None:
     """No node but those that the test adds."""
-    for node in list(cluster.worker_nodes):
-        cluster.remove_node(node, allow_graceful=False)
+    remove(cluster, set(cluster.worker_nodes))
 
 
 @pytest.fixture
