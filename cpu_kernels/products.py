@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from cpu_kernels import stream as layout
 from cpu_kernels import vector
 from cpu_kernels.activations import Activations, quantize
+from cpu_kernels.compiler import Kernel
 from cpu_kernels.sweep import sweep, table_bytes
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "multiply",
     "prepack",
     "prepack_rows",
+    "product_kernels",
     "quantize",
 ]
 
@@ -147,6 +149,13 @@ Pool = Workers | ThreadPoolExecutor
 def kernels() -> list[str]:
     """Return the names that prepack accepts on this CPU, the default first, such as "lookup-avx2" and "popcount"."""
     return [f"lookup-{vector.NAMES[code]}" for code in vector.shuffle_sets()] + ["popcount"]
+
+
+def product_kernels(bits: int = 8) -> list[Kernel]:
+    """Return what prepack and multiply compile for the best kernel of this CPU, for units of 128 columns."""
+    name, code = _choose(None)
+    pack = layout.packer(int(name == "lookup"), vector.tile_rows(code))
+    return [layout.raise_exponents, layout.write_scales, pack, sweep(code, bits, 2, 1), sweep(code, bits, 2, 0)]
 
 
 def _choose(name: str | None) -> tuple[str, int]:

@@ -12,7 +12,6 @@ multiplier), else as float32; nothing is rounded.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from cpu_kernels import vector as v
-from cpu_kernels.compiler import inline, kernel, out, view
+from cpu_kernels.compiler import Kernel, inline, kernel, out, view
 
 TOP = 15  # the binade of float16 that a row's largest scale is moved to
 
@@ -83,7 +82,7 @@ _PACK = types.void(
 
 
 @functools.cache
-def packer(lookup: int, tile: int) -> Callable[..., None]:
+def packer(lookup: int, tile: int) -> Kernel:
     """Return the kernel that writes the bits of planes into the stream's tiles [first, last)."""
 
     @kernel(_PACK)

@@ -22,7 +22,9 @@ def expand(planes, coef, terms, block, weights):
     rows, cols = weights.shape
     flat = weights.reshape(rows * cols)
     buffer = np.empty(64, np.float32)
-    weights[:] = np.float32(0.0)
+    # Loops, because an assignment of a slice to a slice takes Numba 4 seconds to compile.
+    for i in range(flat.size):
+        flat[i] = np.float32(0.0)
     one_row = coef.shape[1] == 1
     for row in range(rows):
         coef_row = 0 if one_row else row
@@ -31,7 +33,8 @@ def expand(planes, coef, terms, block, weights):
             length = min(64, cols - 64 * word)
             unit = 64 * word // block
             if length < 64:
-                buffer[:] = np.float32(0.0)
+                for i in range(64):
+                    buffer[i] = np.float32(0.0)
             for t in range(terms.size):
                 # The product of planes is +1 where an even number of them is -1: an exclusive or, begun with all ones.
                 signs = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -43,4 +46,5 @@ def expand(planes, coef, terms, block, weights):
                 else:
                     add_signed(buffer, 0, signs, coef[t, coef_row, unit])
             if length < 64:
-                flat[start : start + length] = buffer[:length]
+                for i in range(length):
+                    flat[start + i] = buffer[i]
