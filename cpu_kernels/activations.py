@@ -48,7 +48,7 @@ def quantize(x: NDArray[np.float32], bits: int = 8, per: Per = "token") -> Activ
     sums = np.empty((tokens, 2 * segments), np.int32)
     absolute = np.empty((tokens, 2 * segments), np.int32)
     span = SEGMENT if per == "segment" else segments * SEGMENT
-    quantize_rows(x, np.float32(LEVELS[bits]), span, q, scale, sums, absolute)
+    _quantize(x, np.float32(LEVELS[bits]), span, q, scale, sums, absolute)
     return Activations(cols, bits, q, scale, sums, absolute)
 
 
@@ -72,8 +72,7 @@ def _largest(bits: Any, start: Any, end: Any) -> Any:
         out(types.int32, 2),
     )
 )
-def quantize_rows(x: Any, level: Any, span: Any, q: Any, scale: Any, sums: Any, absolute: Any) -> None:
-    """Fill what `Activations` holds: x (n, cols) in -level..level with a scale per `span` columns."""
+def _quantize(x: Any, level: Any, span: Any, q: Any, scale: Any, sums: Any, absolute: Any) -> None:
     bits = x.view(np.int32)
     cols = x.shape[1]
     for t in range(x.shape[0]):

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpu_kernels import activations, vector
 from cpu_kernels import stream as layout
-from cpu_kernels import vector
 from cpu_kernels.activations import Activations, quantize
 from cpu_kernels.compiler import Kernel
 from cpu_kernels.sweep import sweep, table_bytes
@@ -152,10 +152,11 @@ def kernels() -> list[str]:
 
 
 def product_kernels(bits: int = 8) -> list[Kernel]:
-    """Return what prepack and multiply compile for the best kernel of this CPU, for units of 128 columns."""
+    """Return what quantize, multiply and prepack compile for the best kernel of this CPU and units of 128 columns."""
     name, code = _choose(None)
     pack = layout.packer(int(name == "lookup"), vector.tile_rows(code))
-    return [layout.raise_exponents, layout.write_scales, pack, sweep(code, bits, 2, 1), sweep(code, bits, 2, 0)]
+    sweeps = [sweep(code, bits, 2, half) for half in (1, 0)]
+    return [activations._quantize, *sweeps, layout.raise_exponents, layout.write_scales, pack]
 
 
 def _choose(name: str | None) -> tuple[str, int]:
@@ -256,7 +257,19 @@ def prepack_rows(
             ) -> None:
                 inexact.append(
                     layout.write_scales(
-                        bits, first_set, row, tile, block_bytes, header, tile_bytes, half, exponents, stream, begin, end
+                        bits,
+                        first_set,
+                        row,
+                        tile,
+                        block_bytes,
+                        header,
+                        tile_bytes,
+                        half,
+                        exponents,
+                        stream.view(np.uint16),
+                        stream.view(np.int32),
+                        begin,
+                        end,
                     )
                 )
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cpu_kernels.activations import quantize_rows
 from cpu_kernels.attention import ATTEND
 from cpu_kernels.compiler import Kernel
 from cpu_kernels.norms import PLACE, add_norm, gate
@@ -27,7 +26,7 @@ def first_token_kernels() -> list[Kernel]:
     Those that load the weights come last: the first process compiles them before it runs a token.
     """
     cached = np.dtype(np.uint16)
-    return [expand, add_norm, quantize_rows, PLACE[cached], ATTEND[cached], gate, *product_kernels()]
+    return [expand, add_norm, PLACE[cached], ATTEND[cached], gate, *product_kernels()]
 
 
 @contextlib.contextmanager
