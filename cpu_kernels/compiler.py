@@ -136,10 +136,15 @@ def cache_path() -> Path:
     return base / f"kernels-{_identity()}"
 
 
+def cache_is_kept() -> bool:
+    """Return whether what this process compiles will be there for others."""
+    return _writable(cache_path())
+
+
 def _writable(folder: Path) -> bool:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    return os.access(folder, os.W_OK)
+    return folder.is_dir() and os.access(folder, os.W_OK)
 
 
 def _identity() -> str:

@@ -13,6 +13,7 @@ from bincompress.compress import compress
 from bincompress.model.ahead import compiling_ahead
 from bincompress.plan import make_plan
 from bincompress.recipe import load_recipe
+from cpu_kernels import compiler
 
 DEMO_MODEL = Path(bincompress.__file__).parent / "demo_model"
 
@@ -55,6 +56,17 @@ def test_the_process_that_compiles_ahead_ends_with_the_block() -> None:
         started = [process for process in psutil.Process().children() if process not in before]
         assert len(started) == (1 if len(psutil.Process().cpu_affinity()) > 1 else 0)
     assert not [process for process in started if process.is_running()]
+
+
+def test_nothing_is_compiled_ahead_where_no_cache_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(compiler, "cache_path", lambda: tmp_path / "file" / "kernels")
+    before = psutil.Process().children()
+    with compiling_ahead() as start:
+        start()
+        assert psutil.Process().children() == before
 
 
 def test_what_compiles_ahead_finds_its_modules_anywhere(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from cpu_kernels.attention import ATTEND
-from cpu_kernels.compiler import Kernel
+from cpu_kernels.compiler import Kernel, cache_is_kept
 from cpu_kernels.norms import PLACE, add_norm, gate
 from cpu_kernels.products import product_kernels
 from cpu_kernels.unpacking import expand
@@ -35,7 +35,7 @@ def compiling_ahead() -> Iterator[Callable[[], None]]:
     started: list[subprocess.Popen[bytes]] = []
 
     def start() -> None:
-        if not started and len(os.sched_getaffinity(0)) > 1:
+        if not started and len(os.sched_getaffinity(0)) > 1 and cache_is_kept():
             # -P and this process's path, so that nothing is imported from the folder that the user happens to be in.
             path = os.pathsep.join(entry for entry in sys.path if entry)
             started.append(
