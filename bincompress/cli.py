@@ -13,6 +13,7 @@ from bincompress.errors import BincompressError
 _COMMANDS = {
     "demo": "Compress the small model that ships with the package, show the result, check it.",
     "compress": "Pack a checkpoint's weight matrices into a store.",
+    "calibrate": "Collect what a model's layers read on a text, for compression that makes up for its errors.",
     "batch": "Compress several models in one go, from a manifest.",
     "inspect": "Show what is in a store: bits, errors, times.",
     "verify": "Read everything in a store and hold it against its hashes.",

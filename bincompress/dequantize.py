@@ -14,7 +14,9 @@ def dequantize(packed: Packed, rows: slice = slice(None)) -> NDArray[np.float32]
     weights = np.empty((last - first, cols), np.float32)
     coef = packed.coef if packed.coef.shape[1] == 1 else packed.coef[:, first:last]
     terms = np.array(packed.terms, np.uint64)
-    expand(np.ascontiguousarray(packed.planes[:, first:last]), np.ascontiguousarray(coef), terms, packed.block, weights)
+    expand(packed.all_planes(slice(first, last)), np.ascontiguousarray(coef), terms, packed.block, weights)
+    if packed.in_scale is not None:
+        weights *= packed.in_scale
     begin, end = np.searchsorted(packed.listed_index, [first * cols, last * cols])
     flat = (packed.listed_index[begin:end] - np.uint64(first * cols)).astype(np.int64)
     weights.reshape(-1)[flat] = packed.listed_value[begin:end]

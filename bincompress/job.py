@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import threadpoolctl
 import xxhash
 from numpy.typing import NDArray
 
 from bincompress.checkpoint import read_weight
 from bincompress.errors import BincompressError, StoreError, TensorError
+from bincompress.float8 import from_float8
 from bincompress.methods import METHODS
+from bincompress.methods.dbellquant import channel_scale
 from bincompress.plan import Plan, settings_record
 from bincompress.recipe import KEEP
-from bincompress.records import Binarized, Job, JobReport, Weight
+from bincompress.records import Binarized, Inputs, Job, JobReport, Shared, Weight
 from bincompress.store import Store, is_local, open_store
 from cpu_kernels.counting import greatest_magnitude
 
@@ -34,7 +37,19 @@ _FINITE = {"BF16": 0x7F7F, "F16": 0x7BFF, "F32": 0x7F7FFFFF}  # greatest finite 
 def make_jobs(plan: Plan, store: str, run_id: str) -> list[Job]:
     """Return a job per tensor, the largest first, so that workers finish together."""
     jobs = [
-        Job(store, t.source.name, t.source, t.settings, t.kept, plan.archive, run_id, t.peak_memory)
+        Job(
+            store,
+            t.source.name,
+            t.source,
+            t.settings,
+            t.kept,
+            plan.archive,
+            run_id,
+            t.peak_memory,
+            plan.statistics if t.inputs_hash else "",
+            t.inputs_hash,
+            t.shared,
+        )
         for t in plan.tensors
     ]
     return largest_first(jobs)
@@ -84,12 +99,16 @@ def _opened(url: str, run_id: str) -> Store:
 
 def _write(store: Store, job: Job, weight: Weight, fingerprint: dict[str, Any]) -> dict[str, Any]:
     if job.settings.method == KEEP:
+        if job.shared is not None:
+            weight = _divided(weight, job, job.shared)
         hashes, stored = store.write_plain(job.name, weight, job.source.shape, job.archive)
         report = {
-            "method": KEEP, "groups": 0, "nominal_bits": 8.0 * job.source.nbytes / max(1, weight.bits.size),
+            "method": KEEP, "groups": 0, "nominal_bits": 8.0 * weight.bits.nbytes / max(1, weight.bits.size),
             "stored_bits": _rounded(8 * stored / max(1, weight.bits.size)), "stored_bytes": stored,
             "relative_error": 0.0, "squared_error": 0.0, "squared_norm": 0.0, "weights": weight.bits.size,
         }  # fmt: skip
+        if job.shared is not None:
+            report["transformation"] = f"divided by the scale of {', '.join(m.name for m in job.shared.members)}"
         dtype = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[weight.dtype]
         _commit(store, job, {"dtype": dtype, "hashes": hashes, "fingerprint": fingerprint, "report": report})
         return report
@@ -139,7 +158,15 @@ def _fingerprint(job: Job, content: str) -> dict[str, Any]:
         "kept": xxhash.xxh3_128_hexdigest(json.dumps(job.kept).encode()) if job.kept else "",
         "archive": job.archive,
         "bytes_version": BYTES_VERSION,
+        **({"inputs": job.inputs_hash} if job.inputs_hash else {}),
+        **({"shared": _shared_record(job.shared)} if job.shared else {}),
     }
+
+
+def _shared_record(shared: Shared) -> dict[str, Any]:
+    """Return what the bytes of a norm and its readers hang on beside the tensor itself."""
+    hashes = [xxhash.xxh3_128_hexdigest(read_weight(member).flat.view(np.uint8).data) for member in shared.members]
+    return {"members": hashes, "settings": settings_record(shared.settings)}
 
 
 def check_finite(name: str, weight: Weight) -> None:
@@ -160,15 +187,16 @@ def check_finite(name: str, weight: Weight) -> None:
 def binarize(weight: Weight, job: Job) -> Binarized:
     """Run the job's method; single weights to keep take no part in it and are listed with their exact values."""
     method = METHODS[job.settings.method]
+    inputs = _inputs(job)
     if not job.kept:
-        return method(weight, job.settings)
+        return method(weight, job.settings, inputs)
     rows, cols = (np.array(part) for part in zip(*job.kept, strict=True))
     exact = weight.float32()[rows, cols] if weight.dtype == "F32" else _values(weight, rows, cols)
     stand_in = Weight(weight.bits.copy(), weight.dtype)
     for row, col in job.kept:
         # A neighbour's value in its place leaves the unit's distribution as it would be without it.
         stand_in.bits[row, col] = stand_in.bits[row, col - 1 if col else min(1, weight.shape[1] - 1)]
-    found = method(stand_in, job.settings)
+    found = method(stand_in, job.settings, inputs)
     stood = _values(stand_in, rows, cols).astype(np.float64)
     flat = (rows * weight.shape[1] + cols).astype(np.uint64)
     formula = np.where(np.isin(flat, found.listed_index), 0.0, _formula_at(found, rows, cols))
@@ -185,19 +213,49 @@ def binarize(weight: Weight, job: Job) -> Binarized:
     )
 
 
+def _inputs(job: Job) -> Inputs | None:
+    """Read what calibration found of the tensor's inputs; None where its settings do not ask for it."""
+    if not job.statistics:
+        return None
+    from bincompress.statistics import open_statistics
+
+    # One thread, whatever the machine has: BLAS sums in another order with more, and a job is one core's work.
+    threadpoolctl.threadpool_limits(1, user_api="blas")
+    members = job.shared.members if job.shared is not None else ()
+    found = open_statistics(job.statistics).read(members[0].name if members else job.name)
+    return replace(found, name=job.name, members=tuple(read_weight(member) for member in members))
+
+
+def _divided(norm: Weight, job: Job, shared: Shared) -> Weight:
+    """Return a norm's weight divided by the scale that its readers' columns are multiplied by, float32."""
+    inputs = _inputs(job)
+    assert inputs is not None
+    for member, weight in zip(shared.members, inputs.members, strict=True):
+        check_finite(member.name, weight)
+    divided = norm.float32() / channel_scale(inputs.members, inputs, shared.settings)
+    return Weight(divided.view(np.uint32), "F32")
+
+
 def _values(weight: Weight, rows: Any, cols: Any) -> Any:
     return Weight(weight.bits[rows, cols][None], weight.dtype).float32()[0]
 
 
 def _formula_at(found: Binarized, rows: NDArray[np.intp], cols: NDArray[np.intp]) -> NDArray[np.float64]:
     """Return the weights that planes and coefficients give at single places, float64."""
-    coef = np.ldexp(found.coef.astype(np.float64), found.coef_exponent)
+    coef = (
+        from_float8(found.coef, found.coef_exponent).astype(np.float64)
+        if found.coef.dtype == np.uint8
+        else np.ldexp(found.coef.astype(np.float64), found.coef_exponent)
+    )
     if found.mix is not None:
         coef = np.einsum("ti,irb->trb", np.array(found.mix), coef)
     coef = np.broadcast_to(coef, (coef.shape[0], found.planes.shape[1], coef.shape[2]))
     values = []
     for row, col in zip(rows, cols, strict=True):
-        bits = found.planes[:, row, col // 64] >> np.uint64(col % 64) & np.uint64(1)
+        words = found.planes[:, row, col // 64]
+        if found.column_planes.size:
+            words = np.concatenate([words, found.column_planes[:, col // 64]])
+        bits = words >> np.uint64(col % 64) & np.uint64(1)
         signs = [math.prod(1.0 if bits[p] else -1.0 for p in range(len(bits)) if mask >> p & 1) for mask in found.terms]
         values.append(float(np.dot(signs, coef[:, row, col // found.block])))
     return np.array(values)

@@ -2,15 +2,20 @@
 
 import fnmatch
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import xxhash
 
 from bincompress.checkpoint import ITEM_BYTES, Checkpoint, check_shapes
 from bincompress.errors import RecipeError
 from bincompress.hub import source_record
 from bincompress.recipe import KEEP, Recipe, check_settings
-from bincompress.records import Settings, TensorSource
+from bincompress.records import Settings, Shared, TensorSource
+
+if TYPE_CHECKING:
+    from bincompress.statistics import Statistics
 
 Kind = Literal["linear", "embedding", "head", "other"]
 _EMBEDDINGS = ("*embed_tokens.weight", "*wte.weight", "*word_embeddings.weight")
@@ -32,6 +37,8 @@ class PlannedTensor:
     kept: tuple[tuple[int, int], ...]
     expected_bytes: int
     peak_memory: int  # bytes
+    inputs_hash: str = ""  # of the statistics that its settings need
+    shared: Shared | None = None  # where a transformation is folded into a norm: of the norm and its readers
 
     @property
     def packed(self) -> bool:
@@ -47,6 +54,7 @@ class Plan:
     recipe: Recipe
     archive: bool
     tensors: tuple[PlannedTensor, ...]
+    statistics: str = ""  # where they lie, where any tensor needs them
 
     @property
     def expected_bytes(self) -> int:
@@ -72,6 +80,7 @@ class Plan:
             "keep_weights": {t.source.name: [list(place) for place in t.kept] for t in self.tensors if t.kept},
             "archive": self.archive,
             "tensors": {t.source.name: "packed" if t.packed else "plain" for t in self.tensors},
+            "statistics": _digest(t.inputs_hash for t in self.tensors),
         }
 
 
@@ -80,13 +89,89 @@ def make_plan(
     recipe: Recipe,
     kept: Mapping[str, tuple[tuple[int, int], ...]] | None = None,
     archive: bool = False,
+    statistics: "Statistics | None" = None,
 ) -> Plan:
-    """Return the plan for a checkpoint; raises CheckpointError or RecipeError for all that can be refused now."""
+    """Return the plan for a checkpoint; raises CheckpointError or RecipeError for all that can be refused now.
+
+    statistics: of the inputs, for settings that compensate errors; they have to be this checkpoint's.
+    """
     check_shapes(checkpoint)
     kept = dict(kept or {})
     _check_names(checkpoint, recipe, kept)
-    tensors = tuple(_planned(tensor, recipe, kept.get(tensor.name, ())) for tensor in checkpoint.tensors.values())
-    return Plan(checkpoint, recipe, archive, tensors)
+    if statistics is not None:
+        _check_statistics(checkpoint, statistics)
+    tensors = tuple(
+        _with_inputs(_planned(tensor, recipe, kept.get(tensor.name, ())), statistics)
+        for tensor in checkpoint.tensors.values()
+    )
+    url = statistics.url if statistics is not None and any(t.inputs_hash for t in tensors) else ""
+    return Plan(checkpoint, recipe, archive, _folded(checkpoint, tensors), url)
+
+
+def _check_statistics(checkpoint: Checkpoint, statistics: "Statistics") -> None:
+    found, own = statistics.attributes["source"], source_record(checkpoint)
+    if found.get("fingerprint") != own["fingerprint"]:
+        raise RecipeError(
+            f"{statistics.url}: statistics of another model ({found.get('id')} {found.get('fingerprint')}); this is "
+            f"{own['id']} {own['fingerprint']}: run `bincompress calibrate` on it"
+        )
+
+
+def _with_inputs(tensor: PlannedTensor, statistics: "Statistics | None") -> PlannedTensor:
+    """Note what the tensor's settings need of the statistics; raises RecipeError where it is not there."""
+    if not tensor.settings.calibrated or not tensor.packed:
+        return tensor
+    name = tensor.source.name
+    if statistics is None:
+        raise RecipeError(
+            f"{name}: error compensation needs statistics of the inputs: run `bincompress calibrate SOURCE STATS "
+            "--text FILE` first and give --stats STATS"
+        )
+    if not statistics.knows(name):
+        raise RecipeError(
+            f"{name}: {statistics.url} knows nothing of its inputs; compensate only the decoder's linears"
+        )
+    rows, cols = tensor.source.shape
+    # The matrix in float32 as it is worked on, the Hessian with its factor and inverse in float64, and what a chunk
+    # of rows takes.
+    memory = tensor.peak_memory + 12 * rows * cols + 40 * cols * cols + (1 << 30)
+    return replace(tensor, inputs_hash=statistics.hash_of(name), peak_memory=memory)
+
+
+def _folded(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...]) -> tuple[PlannedTensor, ...]:
+    """Note for every norm into which a transformation can be folded, and for its readers, who shares it.
+
+    It can be where all matrices that read the norm are transformed with the same settings.
+    """
+    if not any(tensor.settings.method == "dbellquant" for tensor in tensors):
+        return tensors
+    from bincompress.model.config import parse
+
+    config = parse(checkpoint.config)
+    names = config.declaration.names
+    planned = {tensor.source.name: tensor for tensor in tensors}
+    for layer in range(config.layers):
+        for norm, parts in ((names.input_norm, names.qkv), (names.post_norm, names.gate_up)):
+            readers = [planned[names.of_layer(layer, f"{part}.weight")] for part in parts]
+            first, own = readers[0], planned[names.of_layer(layer, norm)]
+            if first.settings.method != "dbellquant" or any(t.settings != first.settings for t in readers):
+                continue
+            members = tuple(t.source for t in readers)
+            shared = Shared(members, first.settings)
+            extra = sum(member.nbytes for member in members)
+            for tensor in (own, *readers):
+                # The norm is divided by the scale, and kept in float32 then.
+                size = 4 * math.prod(own.source.shape) if tensor is own else tensor.expected_bytes
+                planned[tensor.source.name] = replace(
+                    tensor, shared=shared, inputs_hash=first.inputs_hash, expected_bytes=size,
+                    peak_memory=tensor.peak_memory + extra,
+                )  # fmt: skip
+    return tuple(planned.values())
+
+
+def _digest(parts: Iterable[str]) -> str:
+    joined = "".join(parts)
+    return xxhash.xxh3_128_hexdigest(joined.encode()) if joined else ""
 
 
 def _check_names(checkpoint: Checkpoint, recipe: Recipe, kept: Mapping[str, object]) -> None:
@@ -150,18 +235,24 @@ def packed_bytes(settings: Settings, rows: int, cols: int) -> int:
     elif settings.method == "wgm":
         planes = 1 + (settings.groups - 1).bit_length()
         stored = 1 << (planes - 1)
+    elif settings.method == "billm":
+        planes, stored = 2, 7
     else:
-        planes, stored = 1, 1
+        planes = stored = settings.plane_count
     plane_bytes = 8 * planes * rows * math.ceil(cols / 64)
     if settings.block == "matrix":
         return plane_bytes + 4 * stored
     block = settings.block if isinstance(settings.block, int) else cols
-    return plane_bytes + 2 * stored * rows * math.ceil(cols / block)
+    return plane_bytes + settings.scale_bits // 8 * stored * rows * math.ceil(cols / block)
 
 
 def settings_record(settings: Settings) -> dict[str, Any]:
     """Return the settings that matter to a method's bytes, as JSON."""
     everything = asdict(settings)
+    if settings.calibrated:
+        own = {"wgm": ["groups"], "xnor": ["planes"], "billm": [], "dbellquant": ["planes", "epsilon"]}[settings.method]
+        chosen = {key: everything[key] for key in ("method", *own, "block", "scale_bits", "compensate", "refine")}
+        return {**chosen, "compensate": True, **({"planes": settings.plane_count} if "planes" in own else {})}
     used = {
         "keep": ["method"],
         "uniform": ["method", "bits", "block"],

@@ -16,6 +16,7 @@ method = "keep"
 
 import fnmatch
 import tomllib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from bincompress.records import Settings
 
 KEEP = "keep"
 EMBEDDINGS = ("keep", "4bit", "8bit")
+_MOST_PLANES = 4
 _BLOCKS = (64, 128, 256, "row", "matrix")
 _SOLVERS = ("exact", "greedy", "windowed")
 _TYPES: dict[str, tuple[type, ...]] = {
     "method": (str,), "groups": (int,), "solver": (str,), "window": (int,), "lam": (int, float),
-    "lam_normalized": (bool,), "block": (int, str), "bits": (int,),
+    "lam_normalized": (bool,), "block": (int, str), "bits": (int,), "planes": (int,), "scale_bits": (int,),
+    "compensate": (bool,), "refine": (int,), "epsilon": (int, float),
 }  # fmt: skip
 
 
@@ -130,6 +133,7 @@ def check_settings(settings: Settings, name: str, shape: tuple[int, int]) -> Non
         if settings.block == "matrix" or not 1 <= settings.bits <= 8:
             refuse(f"method uniform takes 1 to 8 bits per row or row-block, found {settings.bits} per {settings.block}")
         return
+    _check_calibrated(settings, refuse)
     if settings.method != "wgm":
         return
     if not 1 <= settings.groups <= 256:
@@ -145,6 +149,37 @@ def check_settings(settings: Settings, name: str, shape: tuple[int, int]) -> Non
             f"window {settings.window}: {settings.groups} groups in a unit of {unit:,} weights need a window of 1 to "
             f"{max(1, unit // settings.groups):,}; try --window {max(1, unit // settings.groups // 8)}"
         )
+
+
+def _check_calibrated(settings: Settings, refuse: Callable[[str], None]) -> None:
+    """Refuse what only works with, or does not work with, error compensation."""
+    most = 2 if settings.method == "dbellquant" else _MOST_PLANES
+    if not 1 <= settings.plane_count <= most:
+        refuse(f"planes {settings.planes}: expected 1 to {most}")
+    if not 0 <= settings.epsilon <= 1:
+        refuse(f"epsilon {settings.epsilon}: expected 0 to 1")
+    if settings.scale_bits not in (8, 16):
+        refuse(f"scale bits {settings.scale_bits}: expected 8 or 16")
+    if settings.refine < 0:
+        refuse(f"refine {settings.refine}: expected at least 0 rounds")
+    if not settings.calibrated:
+        few = settings.scale_bits == 8
+        found = {"--refine": settings.refine, "--scale-bits 8": few, "--planes": settings.planes > 1}
+        for option, used in found.items():
+            if used:
+                refuse(f"{option} is a part of error compensation: give --compensate and --stats too")
+        return
+    if settings.block == "matrix":
+        refuse("error compensation works on rows and row-blocks, not on a whole matrix; choose another --block")
+    if settings.method == "billm" and settings.scale_bits == 8:
+        refuse("8-bit scales have no sign, and billm's coefficients do")
+    if settings.method == "wgm":
+        if settings.groups not in (1, 2, 4, 8, 16):
+            refuse(f"groups {settings.groups}: with error compensation 1, 2, 4, 8 or 16")
+        if settings.scale_bits == 8 and settings.groups > 2:
+            refuse("8-bit scales are for one or two groups (more have coefficients of both signs)")
+        if settings.solver != "exact" or settings.lam:
+            refuse("error compensation finds its groups by itself; leave --solver and --lambda out")
 
 
 def load_kept_weights(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:

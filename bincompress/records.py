@@ -33,6 +33,31 @@ class Settings:
     lam_normalized: bool = False
     block: Block = 128
     bits: int = 4  # of the uniform method
+    planes: int = 0  # of xnor and dbellquant: binary planes, each with a scale of its own; 0: 1 and 2 of them
+    scale_bits: Literal[16, 8] = 16
+    compensate: bool = False  # round with error compensation under the layer's Hessian
+    refine: int = 0  # rounds of scale refit and bit flips after it
+    epsilon: float = 0.85  # of dbellquant: what the inputs' size counts in its first scale
+
+    @property
+    def plane_count(self) -> int:
+        """How many planes xnor or dbellquant make."""
+        return self.planes or (2 if self.method == "dbellquant" else 1)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether statistics of the layer's inputs are needed."""
+        return self.compensate or self.method in ("billm", "dbellquant")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What calibration found of a linear layer's inputs x."""
+
+    name: str
+    hessian: NDArray[np.float32]  # (cols, cols): the mean of x x^T
+    absmax: NDArray[np.float32]  # (cols,): the greatest |x|
+    members: tuple["Weight", ...] = ()  # all matrices that read them, where a method is to treat them as one
 
 
 @dataclass(frozen=True)
@@ -71,8 +96,8 @@ class Binarized:
     """
 
     planes: NDArray[np.uint64]  # (planes, rows, words)
-    coef: NDArray[Any]  # float16 (stored, rows, blocks), or float32 (stored, 1, 1) for a whole-matrix unit
-    terms: tuple[int, ...]  # bit masks over planes
+    coef: NDArray[Any]  # float16 or 8-bit floats (stored, rows, blocks), or float32 (stored, 1, 1) for a whole matrix
+    terms: tuple[int, ...]  # bit masks over planes, column planes after them
     block: int  # columns per coefficient
     squared_error: float
     squared_norm: float
@@ -80,9 +105,19 @@ class Binarized:
     groups: int  # most groups in one unit
     coef_exponent: int = 0
     mix: tuple[tuple[float, ...], ...] | None = None
+    column_planes: NDArray[np.uint64] = field(default_factory=lambda: np.empty((0, 0), np.uint64))  # (planes, words)
+    in_scale: NDArray[np.float32] | None = None  # (cols,): multiplies the formula's columns
     listed_index: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))  # flat, ascending
     listed_value: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))  # exact values
     notes: dict[str, Any] = field(default_factory=dict)  # what a reader of the report should know
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The matrices that read one norm's output, whose columns are scaled alike, and the settings that say how."""
+
+    members: tuple[TensorSource, ...]
+    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -97,6 +132,9 @@ class Job:
     archive: bool = False
     run_id: str = ""
     peak_memory: int = 0  # bytes, as planned; 0: not known
+    statistics: str = ""  # the store of what calibration found; empty: not needed
+    inputs_hash: str = ""  # of what it found of this tensor's inputs
+    shared: Shared | None = None  # of a norm and of the matrices that read it, where a transformation is folded into it
 
 
 @dataclass(frozen=True)

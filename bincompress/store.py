@@ -10,7 +10,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from bincompress.errors import DamagedError, StoreError
+from bincompress.float8 import from_float8
 from bincompress.records import Binarized, Weight
 from cpu_kernels.unpacking import widen
 
@@ -48,6 +49,16 @@ class Packed:
     listed_index: NDArray[np.uint64]  # flat places of weights kept as they are
     listed_value: NDArray[np.float32]
     attributes: dict[str, Any]
+    column_planes: NDArray[np.uint64] = field(default_factory=lambda: np.empty((0, 0), np.uint64))  # (planes, words)
+    in_scale: NDArray[np.float32] | None = None  # (cols,): what the formula's columns are to be multiplied by
+
+    def all_planes(self, rows: slice | NDArray[np.intp] = slice(None)) -> NDArray[np.uint64]:
+        """Return the planes of some rows, column planes behind them as if every row had its own."""
+        planes = self.planes[:, rows]
+        if not len(self.column_planes):
+            return np.ascontiguousarray(planes)
+        shared = np.broadcast_to(self.column_planes[:, None], (len(self.column_planes), *planes.shape[1:]))
+        return np.concatenate([planes, shared])
 
 
 def is_local(url: str) -> bool:
@@ -122,6 +133,10 @@ class Store:
     def write_packed(self, name: str, found: Binarized, archive: bool) -> tuple[dict[str, str], int]:
         """Write a packed tensor's arrays; returns their hashes and stored bytes. `commit` makes it count."""
         arrays: dict[str, NDArray[Any]] = {"planes": found.planes, "coef": found.coef}
+        if found.column_planes.size:
+            arrays["column_planes"] = found.column_planes
+        if found.in_scale is not None:
+            arrays["in_scale"] = found.in_scale
         if found.listed_index.size:
             arrays |= {"listed_index": found.listed_index, "listed_value": found.listed_value}
         self.remove(name)
@@ -184,11 +199,15 @@ class Store:
             block, terms = int(attributes["block"]), tuple(int(term) for term in attributes["terms"])
             planes, stored = self._read(name, f"{path}/planes"), self._read(name, f"{path}/coef")
             mix, exponent = attributes["mix"], int(attributes["coef_exponent"])
-            listed = "listed_index" in attributes["hashes"]
+            others = {
+                key: self._read(name, f"{path}/{key}")
+                for key in ("column_planes", "in_scale", "listed_index", "listed_value")
+                if key in attributes["hashes"]
+            }
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedError(f"{self.url}: {name}: attributes are not those of a packed tensor ({error!r})") from None
         if check_hashes:
-            for key, values in (("planes", planes), ("coef", stored)):
+            for key, values in {"planes": planes, "coef": stored, **others}.items():
                 if array_hash(values) != attributes["hashes"].get(key):
                     raise DamagedError(f"{self.url}: {name}: {key}: its bytes are not those that were written")
         units = -(-cols // block) if block > 0 else 0
@@ -196,20 +215,31 @@ class Store:
             raise DamagedError(
                 f"{self.url}: {name}: planes {planes.shape} {planes.dtype} do not fit shape {rows} x {cols}"
             )
-        if stored.ndim != 3 or stored.shape[1:] not in ((rows, units), (1, 1)) or stored.dtype.kind != "f":
+        column_planes = others.get("column_planes", np.empty((0, planes.shape[2]), np.uint64))
+        if column_planes.ndim != 2 or column_planes.shape[1] != planes.shape[2] or column_planes.dtype != np.uint64:
+            raise DamagedError(f"{self.url}: {name}: column_planes {column_planes.shape} do not fit {cols} columns")
+        in_scale = others.get("in_scale")
+        if in_scale is not None and (in_scale.shape != (cols,) or in_scale.dtype != np.float32):
+            raise DamagedError(f"{self.url}: {name}: in_scale {in_scale.shape} does not fit {cols} columns")
+        count = planes.shape[0] + column_planes.shape[0]
+        coded = stored.dtype == np.uint8
+        if (
+            stored.ndim != 3
+            or stored.shape[1:] not in ((rows, units), (1, 1))
+            or not (coded or stored.dtype.kind == "f")
+        ):
             raise DamagedError(f"{self.url}: {name}: coef {stored.shape} does not fit {rows} rows of {units} blocks")
-        if len(mix or stored) != len(terms) or any(not 0 <= term < 1 << planes.shape[0] for term in terms):
-            raise DamagedError(f"{self.url}: {name}: {len(terms)} terms do not fit {planes.shape[0]} planes and coef")
-        coef = _scaled(stored, exponent)
+        if len(mix or stored) != len(terms) or any(not 0 <= term < 1 << count for term in terms):
+            raise DamagedError(f"{self.url}: {name}: {len(terms)} terms do not fit {count} planes and coef")
+        coef = from_float8(stored, exponent) if coded else _scaled(stored, exponent)
         if mix is not None:
             weights = np.array(mix, np.float32)
             coef = np.stack([sum(w * c for w, c in zip(row, coef, strict=True)) for row in weights]).astype(np.float32)
-        index, value = np.empty(0, np.uint64), np.empty(0, np.float32)
-        if listed:
-            index, value = self._read(name, f"{path}/listed_index"), self._read(name, f"{path}/listed_value")
-            if index.shape != value.shape or index.ndim != 1 or (index.size and int(index.max()) >= rows * cols):
-                raise DamagedError(f"{self.url}: {name}: listed weights lie outside the matrix")
-        return Packed(planes, coef, terms, block, (rows, cols), index, value, attributes)
+        index = others.get("listed_index", np.empty(0, np.uint64))
+        value = others.get("listed_value", np.empty(0, np.float32))
+        if index.shape != value.shape or index.ndim != 1 or (index.size and int(index.max()) >= rows * cols):
+            raise DamagedError(f"{self.url}: {name}: listed weights lie outside the matrix")
+        return Packed(planes, coef, terms, block, (rows, cols), index, value, attributes, column_planes, in_scale)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a complete tensor."""

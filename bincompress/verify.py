@@ -34,10 +34,13 @@ def _tensor_problem(store: Store, name: str) -> str:
 
 def _packed_problem(packed: Packed, where: str) -> str:
     cols = packed.shape[1]
-    if cols % 64 and packed.planes.size and np.any(packed.planes[:, :, -1] >> np.uint64(cols % 64)):
+    last = [packed.planes[:, :, -1:], packed.column_planes[:, None, -1:]]
+    if cols % 64 and any(np.any(words >> np.uint64(cols % 64)) for words in last if words.size):
         return f"{where}: padding bits of a plane are not zero"
     if not np.all(np.isfinite(packed.coef)) or not np.all(np.isfinite(packed.listed_value)):
         return f"{where}: a coefficient is not finite"
+    if packed.in_scale is not None and not (np.isfinite(packed.in_scale).all() and np.all(packed.in_scale > 0)):
+        return f"{where}: an input scale is not a positive number"
     if np.any(np.diff(packed.listed_index.astype(np.int64)) <= 0):
         return f"{where}: listed weights are not in ascending order"
     return ""

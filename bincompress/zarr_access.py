@@ -23,13 +23,14 @@ _CHUNK_LIMIT = 256 << 20  # bytes of one chunk file: a larger array is cut by ro
 _ZSTD_LEVEL = 9
 
 
-def _zarr_store(url: str) -> Any:
+def zarr_store(url: str) -> Any:
+    """Return zarr's view of a path or fsspec URL."""
     return zarr.storage.FsspecStore.from_url(url) if "://" in url else DirectStore(url)
 
 
 def open_root(url: str) -> zarr.Group:
     """Open the root group of a store; raises what zarr raises where there is none."""
-    return zarr.open_group(_zarr_store(url), mode="r+", zarr_format=3)
+    return zarr.open_group(zarr_store(url), mode="r+", zarr_format=3)
 
 
 class ZarrAccess:
@@ -45,7 +46,7 @@ class ZarrAccess:
 
     def create_root(self, attributes: dict[str, Any], overwrite: bool) -> None:
         """Create the root group."""
-        store = _zarr_store(self._url)
+        store = zarr_store(self._url)
         self.root = zarr.create_group(store, zarr_format=3, overwrite=overwrite, attributes=attributes)
 
     def read(self, path: str) -> bytes | None:

@@ -48,10 +48,10 @@ def run_ray(
     memory_per_job: bytes that a job claims; None is each job's own plan. patience: seconds to wait for nodes when none
     can hold what is left. The first Ctrl-C stops submitting, the second cancels; KeyboardInterrupt follows either.
     """
-    ray = _import_ray()
+    ray = import_ray()
     began = not ray.is_initialized()
     if began:
-        _connect(ray, address)
+        connect(ray, address)
     tasks = [_Task(job, job.peak_memory if memory_per_job is None else memory_per_job) for job in jobs]
     run = _Run(ray, tasks, max_in_flight, patience, work, on_event)
     try:
@@ -63,7 +63,8 @@ def run_ray(
             ray.shutdown()
 
 
-def _import_ray() -> Any:
+def import_ray() -> Any:
+    """Return the module; raises BincompressError where it is not installed."""
     try:
         import ray
     except ImportError:
@@ -73,7 +74,8 @@ def _import_ray() -> Any:
     return ray
 
 
-def _connect(ray: Any, address: str | None) -> None:
+def connect(ray: Any, address: str | None) -> None:
+    """Connect to a cluster, or begin one; raises BincompressError where there is none at the address."""
     try:
         # The dashboard concerns a cluster that is begun here; Ray's client for ray:// knows no such option.
         options = {} if str(address).startswith("ray://") else {"include_dashboard": False}

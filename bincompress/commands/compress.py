@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bincompress.commands.running import Placement, Rate, placement_options, run_plans
+from bincompress.commands.running import Placement, Rate, placement_options, run_plans, spread_bits
 from bincompress.commands.shared import kernels_announced, print_json
 
 if TYPE_CHECKING:
     from bincompress.compress import Outcome
     from bincompress.plan import Plan
+    from bincompress.statistics import Statistics
 
-_SETTINGS = ("method", "groups", "solver", "window", "lam", "lam_normalized", "block", "embeddings")
+_SETTINGS = (
+    "method", "groups", "solver", "window", "lam", "lam_normalized", "block", "embeddings", "planes", "scale_bits",
+    "compensate", "refine", "epsilon",
+)  # fmt: skip
 
 
 class _Block(click.ParamType[int | str]):
@@ -32,7 +36,11 @@ class _Block(click.ParamType[int | str]):
 @click.command()
 @click.argument("source")
 @click.argument("store")
-@click.option("--method", type=click.Choice(["xnor", "wgm"]), help="How matrices become planes.  [default: wgm]")
+@click.option(
+    "--method",
+    type=click.Choice(["xnor", "wgm", "billm", "dbellquant"]),
+    help="How matrices become planes.  [default: wgm]",
+)
 @click.option("--groups", type=int, help="wgm: at most so many groups of magnitudes in a unit.  [default: 2]")
 @click.option(
     "--solver",
@@ -61,6 +69,30 @@ class _Block(click.ParamType[int | str]):
     type=click.Path(dir_okay=False, path_type=Path),
     help="Single weights kept exactly, lines of 'tensor row column'.",
 )
+@click.option(
+    "--stats", help="Statistics of the layers' inputs, as `bincompress calibrate` writes them: a path or fsspec URL."
+)
+@click.option(
+    "--compensate",
+    is_flag=True,
+    default=None,
+    help="Let later columns make up for the error of each, as the statistics tell what it costs.",
+)
+@click.option("--refine", type=int, help="compensate: rounds of scale refit and bit flips after it.  [default: 0]")
+@click.option(
+    "--planes",
+    type=int,
+    help="Planes, each with its own scale: xnor with --compensate 1 to 4 (default 1), dbellquant 1 or 2 (default 2).",
+)
+@click.option(
+    "--epsilon", type=float, help="dbellquant: what the inputs' size counts in its first scale, 0 to 1. [default: 0.85]"
+)
+@click.option(
+    "--target-bits", type=float, help="Spread so many stored bits a weight over the matrices by what errors cost."
+)
+@click.option(
+    "--scale-bits", type=click.Choice(["16", "8"]), help="compensate: bits of each scale in the store.  [default: 16]"
+)
 @placement_options
 @click.option("--dry-run", is_flag=True, help="Show what would be done: tensors, bytes, memory, core-hours.")
 @click.option("--rate", type=Rate(), help="--dry-run: source bytes a second of one core.  [default: measured here]")
@@ -69,7 +101,8 @@ class _Block(click.ParamType[int | str]):
 @click.option("--verbose", "-v", is_flag=True, help="A line per tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
-    source: str, store: str, recipe: Path | None, keep: tuple[str, ...], keep_weights: Path | None,
+    source: str, store: str, recipe: Path | None, keep: tuple[str, ...], keep_weights: Path | None, stats: str | None,
+    target_bits: float | None,
     placement: Placement, dry_run: bool, rate: int | None, overwrite: bool, archive: bool, verbose: bool, as_json: bool,
     **options: Any,
 ) -> None:  # fmt: skip
@@ -83,6 +116,8 @@ def command(
     Examples:
       bincompress compress ./Llama-3.2-1B ./store
       bincompress compress ./Llama-3.2-1B ./store --groups 32 --block matrix
+      bincompress compress ./Llama-3.2-1B ./store --stats ./stats --compensate --refine 4 --scale-bits 8
+      bincompress compress ./Llama-3.2-1B ./store --stats ./stats --compensate --refine 4 --target-bits 2.25
       bincompress compress meta-llama/Llama-3.2-1B ./store --embeddings 8bit --dry-run
       bincompress compress /shared/Llama-3.1-405B s3://bucket/store --runner ray --address auto
     """
@@ -91,14 +126,29 @@ def command(
     from bincompress.recipe import load_kept_weights, load_recipe
 
     given = {key: options[key] for key in _SETTINGS if options[key] is not None}
+    if "scale_bits" in given:
+        given["scale_bits"] = int(given["scale_bits"])
     chosen = load_recipe(recipe, given, keep)
     kept = load_kept_weights(keep_weights) if keep_weights else {}
-    plan = make_plan(open_source(source, headers_only=dry_run), chosen, kept, archive)
+    statistics = _statistics(stats)
+    checkpoint = open_source(source, headers_only=dry_run)
+    plan = make_plan(checkpoint, chosen, kept, archive, statistics)
+    if target_bits is not None:
+        spread = spread_bits(plan, target_bits, placement, as_json)
+        plan = make_plan(checkpoint, spread, kept, archive, statistics)
     if dry_run:
         _show_plan(plan, rate, verbose, as_json)
         return
     outcomes = run_plans({store: plan}, placement, overwrite=overwrite, verbose=verbose, quiet=as_json)
     finish(store, outcomes[store], as_json)
+
+
+def _statistics(url: str | None) -> Statistics | None:
+    if url is None:
+        return None
+    from bincompress.statistics import open_statistics
+
+    return open_statistics(url)
 
 
 def finish(store: str, outcome: Outcome, as_json: bool) -> None:

@@ -36,16 +36,13 @@ def command(
     from tqdm import tqdm
 
     from bincompress.engine import load_baseline, load_decoder
-    from bincompress.errors import BincompressError
     from bincompress.evaluate import evaluate
     from bincompress.hub import open_source
     from bincompress.model.packed import ActivationSettings
     from bincompress.model.tokenizer import load_tokenizer
+    from bincompress.text import read_text
 
-    try:
-        content = text.read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise BincompressError(f"{text}: not readable as UTF-8 text: {error}") from None
+    content = read_text(text)
     settings = ActivationSettings(int(options["activation_bits"]), options["activation_scale"])
     with kernels_announced():
         if (Path(store) / "config.json").is_file():

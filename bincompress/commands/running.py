@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Mapping
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from bincompress.compress import Outcome, Runner
     from bincompress.events import EventLog, JobEvent, OnEvent
     from bincompress.plan import Plan
-    from bincompress.records import JobReport
+    from bincompress.recipe import Recipe
+    from bincompress.records import Job, JobReport
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -54,17 +56,23 @@ class Placement:
     memory_per_job: int | None = None
     events: Path | None = None
 
-    def make(self, on_event: OnEvent) -> Runner:
-        """Return the runner; raises BincompressError where options and runner do not go together."""
+    def make(self, on_event: OnEvent, work: Callable[[Job], JobReport] | None = None) -> Runner:
+        """Return the runner; raises BincompressError where options and runner do not go together.
+
+        work: what a job is, by default `run_job`.
+        """
         from bincompress.errors import BincompressError
+        from bincompress.job import run_job
         from bincompress.runner import run_local
+
+        work = work or run_job
 
         cluster = {"--address": self.address, "--max-in-flight": self.max_in_flight}
         for option, value in {**cluster, "--memory-per-job": self.memory_per_job}.items():
             if self.runner == "local" and value is not None:
                 raise BincompressError(f"{option} is for --runner ray; the local runner takes --workers")
         if self.runner == "local":
-            return functools.partial(run_local, workers=self.workers)
+            return functools.partial(run_local, workers=self.workers, work=work)
         if self.workers != 1:
             raise BincompressError("--workers is for --runner local; --max-in-flight bounds the jobs on a cluster")
         from jobs.runner import run_ray
@@ -75,6 +83,7 @@ class Placement:
             max_in_flight=self.max_in_flight,
             memory_per_job=self.memory_per_job,
             on_event=on_event,
+            work=work,
         )
 
 
@@ -131,6 +140,26 @@ def run_plans(
         progress = _Progress(bar, log, sum(len(plan.tensors) for plan in plans.values()), verbose)
         runner = placement.make(progress.on_event)
         return compress_all(plans, runner=runner, overwrite=overwrite, on_report=progress.on_report)
+
+
+def spread_bits(plan: Plan, target_bits: float, placement: Placement, quiet: bool) -> Recipe:
+    """Try every matrix with several settings and return the recipe that spends a number of bits best."""
+    from bincompress.allocation import Trial, run_trials, spread, spreadable, trial_jobs
+    from bincompress.errors import BincompressError
+
+    tensors = spreadable(plan)
+    trials = {}
+    with (
+        byte_bar(sum(tensor.source.nbytes for tensor in tensors), "try settings", quiet) as bar,
+        kernels_announced(None if bar.disable else bar),
+        contextlib.closing(placement.make(lambda event: None, run_trials)(trial_jobs(plan, tensors))) as reports,
+    ):
+        for report in reports:
+            if report.status == "failed":
+                raise BincompressError(report.error)
+            trials[report.name] = [Trial(**trial) for trial in report.report["trials"]]
+            bar.update(report.bytes_read)
+    return spread(plan, trials, target_bits)
 
 
 class _Progress:

@@ -3,14 +3,14 @@
 import numpy as np
 
 from bincompress.methods.coefficients import from_float16, to_float16
-from bincompress.records import Binarized, Settings, Weight
+from bincompress.records import Binarized, Inputs, Settings, Weight
 from cpu_kernels.packing import pack_codes, words_for
 from cpu_kernels.uniform import block_ranges, nearest_levels
 
 _CHUNK = 1 << 20  # weights that are float32 at once
 
 
-def binarize(weight: Weight, settings: Settings) -> Binarized:
+def binarize(weight: Weight, settings: Settings, inputs: Inputs | None = None) -> Binarized:
     """Return settings.bits planes: w ~ offset + scale * (2 ** (bits - 1) * plane 0 + ... + 1 * the last plane).
 
     Two coefficients are stored per row-block, scale and offset; `mix` multiplies the scale by each plane's weight.

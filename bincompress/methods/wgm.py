@@ -7,9 +7,11 @@ transform of the group scales as coefficients, so that every case is the one for
 
 import numpy as np
 
-from bincompress.methods import matrix_groups
+from bincompress.methods import calibrated, matrix_groups
 from bincompress.methods.coefficients import from_float16, sign_terms, to_float16, unwalsh, walsh
-from bincompress.records import Binarized, Settings, Weight
+from bincompress.methods.forms import Form, sum_of_planes
+from bincompress.methods.starts import of_groups, of_planes
+from bincompress.records import Binarized, Inputs, Settings, Weight
 from cpu_kernels.blocks import split_blocks
 from cpu_kernels.counting import find_zeros
 from cpu_kernels.packing import pack_codes, pack_signs, pack_two, words_for
@@ -19,8 +21,13 @@ _CHUNK = 1 << 21  # weights whose float32 patterns and codes exist at once
 _NETWORKS = (64, 128, 256)  # blocks that the side-by-side sort serves
 
 
-def binarize(weight: Weight, settings: Settings) -> Binarized:
-    """Return the planes and scales of WGM for the units that settings.block names."""
+def binarize(weight: Weight, settings: Settings, inputs: Inputs | None = None) -> Binarized:
+    """Return the planes and scales of WGM for the units that settings.block names.
+
+    inputs: those of the layer, where settings.compensate asks for error compensation.
+    """
+    if inputs is not None:
+        return _compensated(weight, settings, inputs)
     if settings.block == "matrix":
         return matrix_groups.binarize(weight, settings)
     cols = weight.shape[1]
@@ -28,6 +35,19 @@ def binarize(weight: Weight, settings: Settings) -> Binarized:
     if settings.groups == 2 and settings.solver == "exact" and block in _NETWORKS:
         return _two_groups(weight, settings, block)
     return _grouped_units(weight, settings, block)
+
+
+def _compensated(weight: Weight, settings: Settings, inputs: Inputs) -> Binarized:
+    groups, cols = settings.groups, weight.shape[1]
+    block = settings.block if isinstance(settings.block, int) else cols
+    nominal = 1.0 + 16.0 * groups * -(-cols // block) / cols
+    if groups <= 2:
+        form, start = sum_of_planes(groups), of_planes(groups)
+    else:
+        depth = index_planes(groups)
+        form = Form(1 + depth, tuple(1 | subset << 1 for subset in range(1 << depth)))
+        start = of_groups(form, groups)
+    return calibrated.binarize(weight, settings, inputs, form, start, groups, nominal)
 
 
 def index_planes(groups: int) -> int:

@@ -1,18 +1,31 @@
-"""XNOR: the sign of every weight and the mean magnitude of its unit (Rastegari et al. 2016, eq. 6)."""
+"""XNOR: the sign of every weight and the mean magnitude of its unit (Rastegari et al. 2016, eq. 6).
+
+With calibration also several such planes, each with a scale of its own.
+"""
 
 import numpy as np
 
+from bincompress.methods import calibrated
 from bincompress.methods.coefficients import from_float16, to_float16
-from bincompress.records import Binarized, Settings, Weight
+from bincompress.methods.forms import sum_of_planes
+from bincompress.methods.starts import of_planes
+from bincompress.records import Binarized, Inputs, Settings, Weight
 from cpu_kernels.packing import pack_signs, words_for
 
 _CHUNK = 1 << 22  # weights that are float64 at once
 
 
-def binarize(weight: Weight, settings: Settings) -> Binarized:
-    """Return one sign plane with a scale per unit (settings.block: a row-block, a row or the matrix)."""
+def binarize(weight: Weight, settings: Settings, inputs: Inputs | None = None) -> Binarized:
+    """Return one sign plane with a scale per unit (settings.block: a row-block, a row or the matrix).
+
+    inputs: those of the layer, where settings.compensate asks for them; then settings.plane_count planes.
+    """
     rows, cols = weight.shape
     block = settings.block if isinstance(settings.block, int) else cols
+    if inputs is not None:
+        form = sum_of_planes(settings.plane_count)
+        nominal = settings.plane_count * (1.0 + 16.0 * -(-cols // block) / cols)
+        return calibrated.binarize(weight, settings, inputs, form, of_planes(settings.plane_count), 1, nominal)
     starts = np.arange(0, cols, block)
     total = np.empty((rows, starts.size))
     squares = 0.0

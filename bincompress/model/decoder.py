@@ -70,7 +70,7 @@ class Decoder:
         """Run these tokens after those in the cache and return the logits that follow the last, (vocab,)."""
         tokens = self._checked(ids, cache)
         for start in range(0, len(tokens), PREFILL_BLOCK):
-            state = self._advance(tokens[start : start + PREFILL_BLOCK], cache)[-1:]
+            state = self._advance(self.embedding.rows_of(tokens[start : start + PREFILL_BLOCK]), cache).normed[-1:]
         return np.asarray(self.head(np.ascontiguousarray(state))[0])
 
     def states(self, ids: Sequence[int] | NDArray[np.int64], cache: KvCache) -> Floats:
@@ -79,7 +79,15 @@ class Decoder:
         result = np.empty((len(tokens), self.config.hidden), np.float32)
         for start in range(0, len(tokens), PREFILL_BLOCK):
             stop = start + PREFILL_BLOCK
-            result[start:stop] = self._advance(tokens[start:stop], cache)
+            result[start:stop] = self._advance(self.embedding.rows_of(tokens[start:stop]), cache).normed
+        return result
+
+    def stream(self, vectors: Floats, cache: KvCache) -> Floats:
+        """Run vectors (n, hidden) in place of tokens' and return the residual stream after the last layer."""
+        result = np.empty_like(vectors)
+        for start in range(0, len(vectors), PREFILL_BLOCK):
+            stop = start + PREFILL_BLOCK
+            result[start:stop] = self._advance(vectors[start:stop], cache).stream
         return result
 
     def logits(self, ids: Sequence[int] | NDArray[np.int64], cache: KvCache) -> Floats:
@@ -105,14 +113,14 @@ class Decoder:
             )
         return tokens
 
-    def _advance(self, tokens: NDArray[np.int64], cache: KvCache) -> Floats:
-        """Run one block; the result, (n, hidden), is a buffer that the next block overwrites."""
-        n = len(tokens)
+    def _advance(self, vectors: Floats, cache: KvCache) -> "Buffers":
+        """Run one block of vectors (n, hidden); the next one overwrites the buffers."""
+        n = len(vectors)
         if len(self._buffers.stream) < n:
             self._buffers = Buffers.for_tokens(self.config, n)
         work = self._buffers.first(n)
         work.stream.fill(0.0)
-        delta, bias = self.embedding.rows_of(tokens), self._no_bias
+        delta, bias = vectors, self._no_bias
         for number, layer in enumerate(self.layers):
             self._add_norm(work, delta, bias, layer.input_norm)
             self._attend(work, layer, number, cache)
@@ -121,7 +129,7 @@ class Decoder:
             delta, bias = layer.down(work.inner), layer.down_bias
         self._add_norm(work, delta, bias, self.norm)
         cache.length += n
-        return work.normed
+        return work
 
     def _add_norm(self, work: "Buffers", delta: Floats, bias: Floats, weight: Floats) -> None:
         epsilon = self.config.norm_epsilon

@@ -51,17 +51,18 @@ def lower(packed: Packed) -> Lowered | None:
 
 def _planes(packed: Packed, masks: list[int]) -> NDArray[np.uint64]:
     """Return the product of planes of every mask; the stored array itself where the products are its planes."""
-    if masks == [1 << plane for plane in range(packed.planes.shape[0])]:
-        return packed.planes
+    stored = packed.all_planes() if len(packed.column_planes) else packed.planes
+    if masks == [1 << plane for plane in range(stored.shape[0])]:
+        return stored
     padding = np.full(packed.planes.shape[2], 0xFFFFFFFFFFFFFFFF, np.uint64)
     padding[-1] >>= np.uint64(-packed.shape[1] % 64)
     result = np.empty((len(masks), *packed.planes.shape[1:]), np.uint64)
     for product, mask in zip(result, masks, strict=True):
         product[:] = padding
-        for plane in range(packed.planes.shape[0]):
+        for plane in range(stored.shape[0]):
             if mask >> plane & 1:
                 # +1 times +1 and -1 times -1 are +1: equal bits give a one.
-                np.bitwise_xor(product, packed.planes[plane] ^ padding, out=product)
+                np.bitwise_xor(product, stored[plane] ^ padding, out=product)
     return result
 
 

@@ -1,7 +1,7 @@
 """What the decoder multiplies with when the weights are packed, and its table of token vectors."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,21 @@ class PackedLinear:
         return result
 
 
+class ScaledLinear:
+    """A packed matrix whose input channels are scaled before they are quantized."""
+
+    def __init__(self, linear: PackedLinear, in_scale: Floats) -> None:
+        self.rows, self.cols = linear.rows, linear.cols
+        self.nbytes = linear.nbytes + in_scale.nbytes
+        self.path = linear.path
+        self._linear = linear
+        self._in_scale = in_scale
+
+    def __call__(self, x: Floats) -> Floats:
+        """Return x (n, cols), scaled, times the transposed matrix, (n, rows)."""
+        return self._linear(x * self._in_scale)
+
+
 class DecodedLinear:
     """A matrix of many groups (or any, for float32 activations): rows are decoded tile by tile and multiplied."""
 
@@ -130,9 +145,10 @@ class PackedEmbedding:
         packed = self._packed
         wanted, places = np.unique(ids, return_inverse=True)
         coef = packed.coef if packed.coef.shape[1] == 1 else packed.coef[:, wanted]
-        few = Packed(
-            np.ascontiguousarray(packed.planes[:, wanted]), np.ascontiguousarray(coef), packed.terms, packed.block,
-            (wanted.size, packed.shape[1]), np.empty(0, np.uint64), np.empty(0, np.float32), {},
+        few = replace(
+            packed, planes=np.ascontiguousarray(packed.planes[:, wanted]), coef=np.ascontiguousarray(coef),
+            shape=(wanted.size, packed.shape[1]), listed_index=np.empty(0, np.uint64),
+            listed_value=np.empty(0, np.float32),
         )  # fmt: skip
         rows = dequantize(few)
         cols = packed.shape[1]

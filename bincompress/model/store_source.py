@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -17,10 +18,13 @@ from bincompress.model.packed import (
     Listed,
     PackedEmbedding,
     PackedLinear,
+    ScaledLinear,
     StackedLinear,
 )
 from bincompress.store import Packed, Store
 from cpu_kernels.products import Workers, prepack_rows
+
+Entry = tuple[str, Packed | None, Lowered | None]  # a tensor's name, how it is stored, and its planes
 
 _ROWS_AT_ONCE = 256  # whose planes are decoded to find what listed weights differ by
 
@@ -80,7 +84,7 @@ class StoreSource:
     def _forms(self, names: Sequence[str]) -> Iterator[Linear]:
         """Yield the matrices in order; neighbours of one layout become one."""
         found = [(name, *self._read(name)) for name in names]
-        for kind, group in groupby(found, key=lambda entry: entry[2].kind if entry[2] else None):
+        for kind, group in groupby(found, key=_kind):
             entries = list(group)
             if kind is None:
                 for name, packed, _ in entries:
@@ -96,7 +100,7 @@ class StoreSource:
         packed = self._store.read_packed(name, check_hashes=True)
         return packed, None if self._settings.bits == 16 else lower(packed)
 
-    def _laid_out(self, entries: Sequence[tuple[str, Packed | None, Lowered | None]]) -> PackedLinear:
+    def _laid_out(self, entries: Sequence[Entry]) -> PackedLinear | ScaledLinear:
         lowered = [entry for _, _, entry in entries if entry is not None]
         matrix = prepack_rows(
             [entry.part for entry in lowered],
@@ -110,7 +114,9 @@ class StoreSource:
             if packed is not None:
                 listed.append((row, _differences(packed)))
                 row += packed.shape[0]
-        return PackedLinear(matrix, listed, self._settings, self._workers)
+        linear = PackedLinear(matrix, listed, self._settings, self._workers)
+        in_scale = entries[0][1].in_scale if entries[0][1] is not None else None
+        return linear if in_scale is None else ScaledLinear(linear, in_scale)
 
     def _kept(self, name: str) -> DenseLinear:
         if name in self._tables:
@@ -120,26 +126,32 @@ class StoreSource:
         weight, _ = self._store.read_plain(name)
         return DenseLinear(weight.bits if weight.dtype == "BF16" else weight.float32(), self._workers)
 
-    def _noted(self, names: Sequence[str], linear: PackedLinear | DecodedLinear | DenseLinear) -> Linear:
+    def _noted(self, names: Sequence[str], linear: PackedLinear | ScaledLinear | DecodedLinear | DenseLinear) -> Linear:
         with self._lock:
             self.paths |= dict.fromkeys(names, linear.path)
             self.nbytes += linear.nbytes
         return linear
 
 
+def _kind(entry: Entry) -> object:
+    """Return what neighbours have to share to be laid out as one matrix; None where a tensor is no planes."""
+    name, packed, lowered = entry
+    if lowered is None or packed is None:
+        return None
+    return lowered.kind if packed.in_scale is None else name
+
+
 def _differences(packed: Packed) -> Listed:
     """Return what the listed weights of a matrix are above what its planes say."""
     rows, cols = np.divmod(packed.listed_index.astype(np.int64), packed.shape[1])
     difference = np.empty(rows.size, np.float32)
-    bare = Packed(
-        packed.planes, packed.coef, packed.terms, packed.block, packed.shape,
-        np.empty(0, np.uint64), np.empty(0, np.float32), packed.attributes,
-    )  # fmt: skip
+    bare = replace(packed, listed_index=np.empty(0, np.uint64), listed_value=np.empty(0, np.float32), in_scale=None)
+    values = packed.listed_value if packed.in_scale is None else packed.listed_value / packed.in_scale[cols]
     start = 0
     while start < rows.size:
         first = int(rows[start])
         stop = int(np.searchsorted(rows, first + _ROWS_AT_ONCE))
         decoded = dequantize(bare, slice(first, int(rows[stop - 1]) + 1))
-        difference[start:stop] = packed.listed_value[start:stop] - decoded[rows[start:stop] - first, cols[start:stop]]
+        difference[start:stop] = values[start:stop] - decoded[rows[start:stop] - first, cols[start:stop]]
         start = stop
     return Listed(rows, cols, difference)

@@ -1,0 +1,166 @@
+"""DBellQuant (arXiv 2507.01027): input channels are scaled so that the weights of every row-block form two bells.
+
+W x = (W diag(s)) (x / s). Where a norm feeds the layer, its weight is divided by s and nothing more is stored; all
+matrices that read that norm share one s. The search begins at the paper's formula and goes on by its loss, in exact
+alternating steps instead of the paper's gradient descent; of all that it passes, what counts is the error after
+compensation, and from the best the scale is fitted to the planes in closed form.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bincompress.errors import TensorError
+from bincompress.methods import calibrated
+from bincompress.methods.compensation import Curvature, compensate, curvature
+from bincompress.methods.forms import Rounding, sum_of_planes, values_of
+from bincompress.methods.starts import of_planes
+from bincompress.records import Binarized, Inputs, Settings, Weight
+
+Floats = NDArray[np.float64]
+_BLOCK = 128  # columns of a bell's row-block, as the paper has it
+_STEPS = 12  # of the search from each start; every sixth is tried
+_FITS = 3  # of the scale to the planes, after the search
+_MOST_CHANGE = 2.0  # of a channel's scale in one step
+_EXPONENTS = (0.25,)  # tried beside settings.epsilon
+_SAMPLE_ROWS = 512  # of all members together, that the search looks at
+_PAYS = 4.0  # what a stored bit a weight lowers the error by: a factor of four
+
+
+def binarize(weight: Weight, settings: Settings, inputs: Inputs | None = None) -> Binarized:
+    """Return the planes of the transformed weights, the transformation folded into the norm or stored as in_scale.
+
+    inputs.members: all matrices that read the norm, whose weight is divided by `channel_scale` elsewhere; empty where
+    no norm feeds the layer: then the transformation is kept only if it pays for the bits of in_scale.
+    """
+    if inputs is None:
+        raise TensorError("dbellquant needs statistics of the layer's inputs; give --stats")
+    if inputs.members:
+        scale = channel_scale(inputs.members, inputs, settings)
+        found = _transformed(weight, settings, inputs, scale)
+        return replace(found, notes={**found.notes, "transformation": "folded into the norm"})
+    plain = _transformed(weight, settings, inputs, np.ones(weight.shape[1], np.float32))
+    scale = channel_scale((weight,), inputs, settings)
+    found = _transformed(weight, settings, inputs, scale)
+    worth = _PAYS ** (32.0 / weight.shape[0])  # 32 bits a column
+    if found.notes["output_error"] * worth >= plain.notes["output_error"]:
+        return replace(plain, notes={**plain.notes, "transformation": "none: in_scale would not pay for its bits"})
+    in_scale = (1.0 / scale).astype(np.float32)
+    return replace(found, in_scale=in_scale, notes={**found.notes, "transformation": "in_scale"})
+
+
+def _transformed(weight: Weight, settings: Settings, inputs: Inputs, scale: NDArray[np.float32]) -> Binarized:
+    planes, cols = settings.plane_count, weight.shape[1]
+    block = settings.block if isinstance(settings.block, int) else cols
+    nominal = 1.0 + 16.0 * planes * -(-cols // block) / cols
+    return calibrated.binarize(
+        weight, settings, inputs, sum_of_planes(planes), of_planes(planes), planes, nominal, scale
+    )
+
+
+def channel_scale(members: Sequence[Weight], inputs: Inputs, settings: Settings) -> NDArray[np.float32]:
+    """Return the scale of every input channel, float32 (cols), positive, rounded to bfloat16.
+
+    members: the matrices that read the input. Source: papers 2's LTDB; starts at its formula for settings.epsilon. Of
+    all that the search passes, no transformation at all included, the one is taken with which error compensation costs
+    least, on rows spread evenly over the members.
+    """
+    sample = np.concatenate([_sampled(member, len(members)) for member in members])
+    weights = sample.astype(np.float64)
+    known = curvature(inputs.hessian, inputs.name)
+    starts = [formula(weights, inputs.absmax, epsilon) for epsilon in (settings.epsilon, *_EXPONENTS)]
+    passed = [scale for start in starts for scale in list(descend(weights, start))[:: _STEPS // 2]]
+    best, values, least = _rounded(sample, known, np.ones(weights.shape[1]), settings)
+    for scale in passed:
+        _, found, error = _rounded(sample, known, scale, settings)
+        if error < least:
+            best, values, least = scale, found, error
+    for _ in range(_FITS):
+        scale, found, error = _rounded(sample, known, _fitted(weights, values, best, known), settings)
+        if error >= least:
+            break
+        best, values, least = scale, found, error
+    return _as_bfloat16(best / np.exp(np.mean(np.log(best))))
+
+
+def _sampled(weight: Weight, members: int) -> NDArray[np.float32]:
+    step = max(1, weight.shape[0] * members // _SAMPLE_ROWS)
+    return np.ascontiguousarray(weight.float32(slice(None, None, step)))
+
+
+def _as_bfloat16(values: Floats) -> NDArray[np.float32]:
+    """Round: the scale has to come out the same in the job of every member, though sums differ in the last bits."""
+    patterns = values.astype(np.float32).view(np.uint32)
+    rounded: NDArray[np.float32] = ((patterns + np.uint32(0x8000)) & np.uint32(0xFFFF0000)).view(np.float32)
+    return rounded
+
+
+def _rounded(
+    weights: NDArray[np.float32], known: Curvature, scale: Floats, settings: Settings
+) -> tuple[Floats, Floats, float]:
+    """Return a scale, the weights that its planes stand for (before scaling back), and what their errors cost."""
+    narrow = scale.astype(np.float32)
+    scaled = weights * narrow
+    form, block = sum_of_planes(settings.plane_count), _BLOCK if settings.block == "row" else int(settings.block)
+    rounding = Rounding(settings.scale_bits, float(np.abs(scaled).max(initial=0.0)))
+    found = compensate(scaled, known.scaled(narrow), form, block, of_planes(settings.plane_count), rounding, 0)
+    return scale, values_of(form, found.codes, found.coef, block).astype(np.float64), found.cost
+
+
+def _fitted(weights: Floats, values: Floats, scale: Floats, known: Curvature) -> Floats:
+    """Return the scale that is best for the planes as they are: least squares under H, in closed form."""
+    hessian = known.hessian.astype(np.float64)
+    hessian[np.diag_indices_from(hessian)] += known.damping * np.trace(hessian) / len(hessian)
+    normal = hessian * (values.T @ values)
+    fit = np.linalg.solve(normal, ((weights @ hessian) * values).sum(axis=0))
+    fitted: Floats = 1.0 / np.clip(fit, 1.0 / (_MOST_CHANGE * scale), _MOST_CHANGE / scale)
+    return fitted
+
+
+def formula(weights: Floats, absmax: NDArray[np.float32], epsilon: float) -> Floats:
+    """Return the paper's first scale: absmax ** e / (greatest |w| of the column) ** (1 - e), mean logarithm zero."""
+    greatest = np.abs(weights).max(axis=0)
+    logs = epsilon * _logs(absmax.astype(np.float64)) - (1.0 - epsilon) * _logs(greatest)
+    scale: Floats = np.exp(logs - logs.mean())
+    return scale
+
+
+def _logs(values: Floats) -> Floats:
+    """Return logarithms; channels that are always zero count as the smallest other one."""
+    positive = values[values > 0]
+    logs: Floats = np.log(np.maximum(values, positive.min() if positive.size else 1.0))
+    return logs
+
+
+def descend(weights: Floats, scale: Floats) -> Iterator[Floats]:
+    """Yield a scale and those after it, each column set to the least of the paper's loss given the rows' targets.
+
+    The loss is quadratic in a column's scale while the targets stand; the paper takes gradient steps instead.
+    """
+    yield scale
+    for _ in range(_STEPS):
+        ratio = weights * scale / targets(weights * scale)
+        step = ratio.sum(axis=0) / np.maximum((ratio**2).sum(axis=0), 1e-30)
+        scale = scale * np.clip(step, 1 / _MOST_CHANGE, _MOST_CHANGE)
+        scale = scale / np.exp(np.mean(np.log(scale)))
+        yield scale
+
+
+def targets(weights: Floats) -> Floats:
+    """Return the nearer of m + b and m - b for each weight: m the mean of its row-block, b the mean of |w - m|."""
+    found = np.empty_like(weights)
+    for first in range(0, weights.shape[1], _BLOCK):
+        part = weights[:, first : first + _BLOCK]
+        mean = part.mean(axis=1, keepdims=True)
+        distance = np.abs(part - mean).mean(axis=1, keepdims=True)
+        found[:, first : first + _BLOCK] = np.where(part > mean, mean + distance, mean - distance)
+    # A target of zero (a row-block of one value, or of zeros) would make its relative distance infinite.
+    return np.where(np.abs(found) > 1e-12, found, 1e-12)
+
+
+def bell_loss(weights: Floats) -> float:
+    """Return the paper's loss of transformed weights: mean squared distance to the nearer target, relative to it."""
+    aim = targets(weights)
+    return float(np.mean(((weights - aim) / aim) ** 2))

@@ -1,0 +1,87 @@
+"""Who runs the samples of a calibration? A Ray cluster: each part of a layer is a task on one core of some node.
+
+The residual stream and the sums go through the statistics store, so that tasks carry names in and nothing but their
+name out; the driver adds the sums in the order of the parts, as the local runner does.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bincompress import __version__
+from bincompress.calibrate import Calibration, LayerRunner, PartRunner, Sum
+from bincompress.errors import BincompressError
+from bincompress.statistics import open_unfinished
+from jobs.runner import connect, import_ray
+from jobs.task import ENVIRONMENT
+
+Floats = NDArray[np.float32]
+_MOST_RETRIES = 3
+
+
+def run_on_ray(address: str | None, url: str) -> LayerRunner:
+    """Return a runner that does all parts of a layer at once on a Ray cluster.
+
+    url: of the statistics store, which every node has to reach. address: as for `run_ray`.
+    """
+    ray = import_ray()
+    if not ray.is_initialized():
+        connect(ray, address)
+    task = ray.remote(num_cpus=1, max_retries=_MOST_RETRIES, runtime_env={"env_vars": ENVIRONMENT})(run_part)
+
+    def run(work: Calibration, layer: int, stream: Floats) -> Iterator[tuple[Floats, dict[str, Sum]]]:
+        found = open_unfinished(url)
+        found.write_work(f"stream-{layer}", stream)
+        waiting = [task.remote(url, work, layer, number, __version__) for number in range(len(work.parts))]
+        for number, reference in enumerate(waiting):
+            try:
+                ray.get(reference)
+            except ray.exceptions.RayError as error:
+                for rest in waiting[number:]:
+                    ray.cancel(rest, force=True)
+                reason = str(error).strip().splitlines()[-1]
+                raise BincompressError(
+                    f"layer {layer}, part {number}: {reason}; the same command goes on after the last whole layer"
+                ) from None
+            yield _take(found, work, layer, number)
+
+    return run
+
+
+def run_part(url: str, work: Calibration, layer: int, number: int, version: str) -> None:
+    """Run one part of a layer on this node, from the statistics store and back into it."""
+    if version != __version__:
+        raise BincompressError(f"this node has bincompress {__version__}, the driver {version}; install one everywhere")
+    if not os.environ.get("BINCOMPRESS_CACHE"):
+        os.environ["BINCOMPRESS_CACHE"] = str(Path(tempfile.gettempdir()) / f"bincompress-{os.getuid()}")
+    found = open_unfinished(url)
+    stream = found.read_work(f"stream-{layer}", work.parts[number])
+    if stream is None:
+        raise BincompressError(f"{url}: the stream before layer {layer} is not there; can this node read the store?")
+    after, sums = PartRunner(work, layer)(stream)
+    for key, part in sums.items():
+        found.write_work(_name(layer, number, f"{key}-gram"), part.gram)
+        found.write_work(_name(layer, number, f"{key}-absmax"), part.absmax)
+    found.write_work(_name(layer, number, "stream"), after)
+
+
+def _name(layer: int, number: int, what: str) -> str:
+    return f"part-{layer}-{number}/{what}"
+
+
+def _take(found: Any, work: Calibration, layer: int, number: int) -> tuple[Floats, dict[str, Sum]]:
+    def read(what: str) -> Floats:
+        values = found.read_work(_name(layer, number, what))
+        if values is None:
+            raise BincompressError(f"{found.url}: what part {number} of layer {layer} wrote is not there")
+        return np.asarray(values)
+
+    sums = {key: Sum(read(f"{key}-gram"), read(f"{key}-absmax")) for key in work.inputs_of_layer(layer)}
+    after = read("stream")
+    found.remove_work(f"part-{layer}-{number}")
+    return after, sums
