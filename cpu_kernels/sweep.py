@@ -47,8 +47,13 @@ def _unit(
     weight: Any,
     acc: Any,
     place: Any,
+    ahead: Any,
+    apart: Any,
 ) -> Any:
-    """Add the product of one unit of one plane with `tokens` tokens to acc[place:]; positions are bytes or items."""
+    """Add the product of one unit of one plane with `tokens` tokens to acc[place:]; positions are bytes or items.
+
+    One token leaves time to ask for the stream at `ahead`, ahead + apart, ... meanwhile.
+    """
     literals = (instruction_set, bits, words, half, tokens)
     if not all(isinstance(literal, types.IntegerLiteral) for literal in literals):
         return None
@@ -72,15 +77,46 @@ def _unit(
         else:
             size = table_bytes(chosen, width) * count
             token_tables = [v.at(builder, tables_at, ir.Constant(v.I64, t * size)) for t in range(together)]
-            sums = lookup.emit_sums(builder, chosen, width, 8 * count, packed_at, token_tables, together == 1)
+            asked = [v.at(builder, base, arguments[16])]
+            for _ in range(1, lookup.WAYS):
+                asked.append(v.at(builder, asked[-1], arguments[17]))
+            ahead = asked if together == 1 else []
+            sums = lookup.emit_sums(builder, chosen, width, 8 * count, packed_at, token_tables, ahead)
             lookup.emit_apply(builder, v.tile_rows(chosen), bool(is_half), sums, constant, factor, scales_at, acc_at)
         return context.get_dummy_value()
 
     index = types.intp
     signature = types.void(
-        *literals, stream, index, index, tables, index, constants, factors, index, types.float32, acc, index
+        *literals,
+        stream,
+        index,
+        index,
+        tables,
+        index,
+        constants,
+        factors,
+        index,
+        types.float32,
+        acc,
+        index,
+        index,
+        index,
     )
     return signature, generate
+
+
+@intrinsic(prefer_literal=True)
+def _ask(typing: Any, stream: Any, ahead: Any, apart: Any) -> Any:
+    """Ask for the cache lines of the stream at `ahead`, ahead + apart, ..."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = v.at(builder, v.data(context, builder, signature.args[0], arguments[0]), arguments[1])
+        for _ in range(lookup.WAYS):
+            v.prefetch(builder, place)
+            place = v.at(builder, place, arguments[2])
+        return context.get_dummy_value()
+
+    return types.void(stream, types.intp, types.intp), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -141,6 +177,7 @@ def sweep(instruction_set: int, bits: int, words: int, half: int) -> Callable[..
     together = 1 if portable else TOGETHER
     per_word = table_bytes(instruction_set, bits)
     item = 2 if half else 4
+    step_bytes = lookup.WAYS * lookup.LINE
     part_bytes = per_word * lookup.GROUP // 64 if not portable else 0
 
     @kernel(_SIGNATURE)
@@ -175,6 +212,12 @@ def sweep(instruction_set: int, bits: int, words: int, half: int) -> Callable[..
         tile_bytes = blocks * header + units * planes * unit_bytes
         shared = 1 if scale_sets < planes else 0
         flat = q.reshape(q.size)
+        # The next tile is asked for in steps of one line from each of WAYS places, `apart` from each other.
+        header_steps = (header + step_bytes - 1) // step_bytes
+        apart = (blocks * header_steps + units * planes * (unit_bytes // step_bytes)) * lookup.LINE
+        if first < last and not portable and q.shape[0] == 1:
+            for ahead in range(first * tile_bytes, first * tile_bytes + apart, lookup.LINE):
+                _ask(stream, ahead, apart)
         accumulators = np.empty(token_block * tile + 16, np.float32)
         base = (64 - accumulators.ctypes.data % 64) % 64 // 4
         for start in range(0, q.shape[0], token_block):
@@ -202,11 +245,17 @@ def sweep(instruction_set: int, bits: int, words: int, half: int) -> Callable[..
                                     lookup.fill_table(bits, flat, at + 4 * g, tables, to + g * part_bytes)
             for number in range(first, last):
                 position = number * tile_bytes
+                # After the last tile its own lines, which cost nothing any more.
+                ahead = min(number + 1, last - 1) * tile_bytes
                 accumulators[:] = 0
                 unit = 0
                 while unit < units:
                     scales = position
                     position += header
+                    if count == 1 and not portable:
+                        for _ in range(header_steps):
+                            _ask(stream, ahead, apart)
+                            ahead += lookup.LINE
                     end = min(unit + units_per_block, units)
                     if has_offset:
                         for t in range(count):
@@ -246,6 +295,8 @@ def sweep(instruction_set: int, bits: int, words: int, half: int) -> Callable[..
                                     weight,
                                     accumulators,
                                     base + t * tile,
+                                    ahead,
+                                    apart,
                                 )
                                 t += together
                             while t < count:
@@ -267,9 +318,12 @@ def sweep(instruction_set: int, bits: int, words: int, half: int) -> Callable[..
                                     weight,
                                     accumulators,
                                     base + t * tile,
+                                    ahead,
+                                    apart,
                                 )
                                 t += 1
                             position += unit_bytes
+                            ahead += unit_bytes // lookup.WAYS
                     unit = end
                 for t in range(count):
                     for r in range(number * tile, min((number + 1) * tile, rows)):

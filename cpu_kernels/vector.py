@@ -110,10 +110,10 @@ def multiply_add(builder: Any, left: Any, right: Any, addend: Any) -> Any:
 
 
 def prefetch(builder: Any, pointer: Any) -> None:
-    """Ask for the cache line at `pointer` (an address outside the array is harmless)."""
+    """Ask for the cache line at `pointer` in the second level (an address outside the array is harmless)."""
     kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [pointer, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+    builder.call(function, [pointer, ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
 
 
 def shuffle(builder: Any, instruction_set: int, table: Any, index: Any) -> Any:

@@ -319,7 +319,7 @@ def test_the_neon_form_compiles_to_table_instructions() -> None:
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [byte, byte, byte]), "sums")
     builder = ir.IRBuilder(function.append_basic_block())
     packed, table, to = function.args
-    even, odd = lookup.emit_sums(builder, vector.NEON, 8, 16, packed, [table], False)[0]
+    even, odd = lookup.emit_sums(builder, vector.NEON, 8, 16, packed, [table], [])[0]
     vector.store(builder, vector.join(builder, even, odd), to, 2)
     builder.ret_void()
     text = str(module).replace('target triple = "unknown-unknown-unknown"', "")
