@@ -34,10 +34,7 @@ def quantize(x: NDArray[np.float32], bits: int = 8, per: Per = "token") -> Activ
 
     A token or segment that holds NaN or infinity gets q = 0 and the scale NaN, so that its products are NaN.
     """
-    if bits not in LEVELS:
-        raise ValueError(f"activation bits: {bits}; expected 8 or 6")
-    if per not in ("token", "segment"):
-        raise ValueError(f"activation scale per {per!r}; expected 'token' or 'segment'")
+    check_settings(bits, per)
     x = np.ascontiguousarray(x, np.float32)
     if x.ndim == 1:
         x = x[None]
@@ -52,6 +49,14 @@ def quantize(x: NDArray[np.float32], bits: int = 8, per: Per = "token") -> Activ
     return Activations(cols, bits, q, scale, sums, absolute)
 
 
+def check_settings(bits: int, per: str) -> None:
+    """Raise ValueError for a setting that is unknown."""
+    if bits not in LEVELS:
+        raise ValueError(f"activation bits: {bits}; expected 8 or 6")
+    if per not in ("token", "segment"):
+        raise ValueError(f"activation scale per {per!r}; expected 'token' or 'segment'")
+
+
 @inline
 def _largest(bits: Any, start: Any, end: Any) -> Any:
     # As integers without the sign, floats keep their order and NaN is above infinity; and integers vectorise.
@@ -61,18 +66,9 @@ def _largest(bits: Any, start: Any, end: Any) -> Any:
     return largest
 
 
-@kernel(
-    types.void(
-        view(types.float32, 2),
-        types.float32,
-        types.intp,
-        out(types.int8, 2),
-        out(types.float32, 2),
-        out(types.int32, 2),
-        out(types.int32, 2),
-    )
-)
-def _quantize(x: Any, level: Any, span: Any, q: Any, scale: Any, sums: Any, absolute: Any) -> None:
+@inline
+def quantize_rows(x: Any, level: Any, span: Any, q: Any, scale: Any, sums: Any, absolute: Any) -> None:
+    """Quantize x (n, cols) float32 to -level..level with a scale per `span` columns; `Activations` has the results."""
     bits = x.view(np.int32)
     cols = x.shape[1]
     for t in range(x.shape[0]):
@@ -108,3 +104,18 @@ def _quantize(x: Any, level: Any, span: Any, q: Any, scale: Any, sums: Any, abso
                 size = np.int32(size + max(value, np.int32(-value)))
             sums[t, w] = total
             absolute[t, w] = size
+
+
+@kernel(
+    types.void(
+        view(types.float32, 2),
+        types.float32,
+        types.intp,
+        out(types.int8, 2),
+        out(types.float32, 2),
+        out(types.int32, 2),
+        out(types.int32, 2),
+    )
+)
+def _quantize(x: Any, level: Any, span: Any, q: Any, scale: Any, sums: Any, absolute: Any) -> None:
+    quantize_rows(x, level, span, q, scale, sums, absolute)

@@ -8,6 +8,7 @@ a row's plane standing for column 64 j + i. Sums of integers are exact and equal
         y = multiply(matrix, quantize(x), pool=pool)
 """
 
+import functools
 import itertools
 import queue
 import threading
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from cpu_kernels import stream as layout
 from cpu_kernels import vector
-from cpu_kernels.activations import Activations, quantize
+from cpu_kernels.activations import LEVELS, SEGMENT, Activations, Per, check_settings, quantize
 from cpu_kernels.sweep import sweep, table_bytes
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Workers",
     "kernels",
     "multiply",
+    "multiply_token",
     "prepack",
     "prepack_rows",
     "quantize",
@@ -82,6 +84,14 @@ class PackedMatrix:
     def tiles(self) -> int:
         """Return the number of row tiles, the unit in which threads share the work."""
         return -(-self.rows // vector.tile_rows(self.code))
+
+    @functools.cached_property
+    def operands(self) -> tuple[Any, ...]:
+        """The first arguments of the kernel."""
+        return (
+            self.stream, self.rows, self.units, self.units_per_block, self.scale_sets, self.has_offset,
+            self.plane_weights, self.multipliers,
+        )  # fmt: skip
 
 
 class Workers:
@@ -334,29 +344,13 @@ def multiply(
     per_token = matrix.units * matrix.unit_words * table_bytes(matrix.code, bits)
     block = min(tokens, MOST_TOKENS[bits], max(FEWEST_TOKENS, TABLES_IN_CACHE // per_token))
     result = out
+    quantized = (
+        _NO_TOKENS, np.float32(0), SEGMENT, activations.q, activations.scale, activations.sums, activations.absolute
+    )  # fmt: skip
 
     def work(first: int, last: int, prepared: bool = True) -> None:
         tables = shared if shared is not None else _scratch(matrix, block, per_token)
-        run(
-            matrix.stream,
-            matrix.rows,
-            matrix.units,
-            matrix.units_per_block,
-            matrix.scale_sets,
-            matrix.has_offset,
-            matrix.plane_weights,
-            matrix.multipliers,
-            activations.q,
-            activations.scale,
-            activations.sums,
-            activations.absolute,
-            *tables,
-            block,
-            prepared and shared is not None,
-            first,
-            last,
-            result,
-        )
+        run(*matrix.operands, *quantized, *tables, block, prepared and shared is not None, first, last, result)
 
     shared = None
     if tokens <= block:
@@ -369,6 +363,60 @@ def multiply(
             activations.prepared[key] = shared
     _share(work, 0, matrix.tiles, pool)
     return out
+
+
+def multiply_token(
+    matrix: PackedMatrix,
+    x: NDArray[np.float32],
+    bits: int = 8,
+    per: Per = "token",
+    out: NDArray[np.float32] | None = None,
+    pool: Pool | None = None,
+) -> NDArray[np.float32]:
+    """Return multiply(matrix, quantize(x, bits, per)) for one token x (1, cols) by one kernel call a thread.
+
+    Every thread quantizes the token and makes its tables for itself, which takes less time than handing them over.
+    """
+    check_settings(bits, per)
+    if x.shape != (1, matrix.cols) or x.dtype != np.float32:
+        raise ValueError(f"x: {x.dtype} {x.shape}; expected float32 {(1, matrix.cols)}")
+    result = np.empty((1, matrix.rows), np.float32) if out is None else out
+    if result.shape != (1, matrix.rows):
+        raise ValueError(f"out: {result.shape}; expected {(1, matrix.rows)}")
+    run = sweep(matrix.code, bits, matrix.unit_words, matrix.half)
+    level = np.float32(LEVELS[bits])
+
+    def work(first: int, last: int) -> None:
+        q, *others = _token_scratch(matrix, bits)
+        span = SEGMENT if per == "segment" else q.shape[1]
+        run(*matrix.operands, x, level, span, q, *others, 1, 0, first, last, result)
+
+    _share(work, 0, matrix.tiles, pool)
+    return result
+
+
+_NO_TOKENS = np.empty((0, 0), np.float32)
+_of_thread = threading.local()
+
+
+def _token_scratch(matrix: PackedMatrix, bits: int) -> tuple[NDArray[Any], ...]:
+    """Return this thread's q, scale, sums, absolute, tables, constants, factors, offsets for one token.
+
+    They are kept, because new ones of this size would be new pages each time (20 microseconds for 8192 columns).
+    """
+    kept: dict[tuple[int, ...], tuple[NDArray[Any], ...]] = _of_thread.__dict__.setdefault("kept", {})
+    key = matrix.cols, matrix.unit_words, matrix.code, bits
+    if key not in kept:
+        segments = -(-matrix.cols // SEGMENT)
+        per_token = matrix.units * matrix.unit_words * table_bytes(matrix.code, bits)
+        kept[key] = (
+            np.empty((1, segments * SEGMENT), np.int8),
+            np.empty((1, segments), np.float32),
+            np.empty((1, 2 * segments), np.int32),
+            np.empty((1, 2 * segments), np.int32),
+            *_scratch(matrix, 1, per_token),
+        )
+    return kept[key]
 
 
 Scratch = tuple[NDArray[np.uint8], NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]

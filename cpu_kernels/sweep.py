@@ -16,7 +16,8 @@ from numba.extending import intrinsic
 
 from cpu_kernels import lookup, popcount
 from cpu_kernels import vector as v
-from cpu_kernels.compiler import kernel, out, view
+from cpu_kernels.activations import quantize_rows
+from cpu_kernels.compiler import inline_whole, kernel, out, view
 
 TOGETHER = 4  # tokens that share one pass over the packed bits of a unit
 
@@ -87,21 +88,9 @@ def _unit(
 
     index = types.intp
     signature = types.void(
-        *literals,
-        stream,
+        *literals, stream, index, index, tables, index, constants, factors, index, types.float32, acc, index, index,
         index,
-        index,
-        tables,
-        index,
-        constants,
-        factors,
-        index,
-        types.float32,
-        acc,
-        index,
-        index,
-        index,
-    )
+    )  # fmt: skip
     return signature, generate
 
 
@@ -153,10 +142,13 @@ _SIGNATURE = types.void(
     types.intp,  # 1 where an offset follows them
     view(types.float32, 1),  # weight of each plane (1 where it has scales of its own)
     view(types.float32, 1),  # multiplier of each row
-    view(types.int8, 2),  # q
-    view(types.float32, 2),  # scale of each token and 128 columns
-    view(types.int32, 2),  # sum of q per 64 columns
-    view(types.int32, 2),  # sum of |q| per 64 columns
+    view(types.float32, 2),  # x, quantized on the way where it is given, else of no rows
+    types.float32,  # largest quantized value
+    types.intp,  # columns that share a scale of x
+    out(types.int8, 2),  # q
+    out(types.float32, 2),  # scale of each token and 128 columns
+    out(types.int32, 2),  # sum of q per 64 columns
+    out(types.int32, 2),  # sum of |q| per 64 columns
     out(types.uint8, 1),  # prepared tables or slices of one token block
     out(types.int32, 1),  # prepared constants
     out(types.float32, 1),  # prepared factors
@@ -169,80 +161,105 @@ _SIGNATURE = types.void(
 )
 
 
+@inline_whole
+def _prepare(
+    instruction_set: Any, bits: Any, words: Any, per_word: Any, units: Any, start: Any, count: Any, q: Any,
+    token_scale: Any, sums: Any, absolute: Any, tables: Any, constants: Any, factors: Any, offsets: Any,
+) -> None:  # fmt: skip
+    """Make the tables (or bit slices), constants, factors and sums of x of tokens start .. start + count - 1."""
+    flat = q.reshape(q.size)
+    for t in range(count):
+        for u in range(units):
+            place = u * count + t
+            total = 0
+            size = 0
+            for w in range(u * words, (u + 1) * words):
+                total += sums[start + t, w]
+                size += absolute[start + t, w]
+            constants[place] = total if instruction_set == v.PORTABLE else size
+            factor = token_scale[start + t, u * words // 2]
+            factors[place] = factor
+            offsets[place] = factor * np.float32(total)
+            for w in range(words):
+                at = (start + t) * q.shape[1] + (u * words + w) * 64
+                to = (place * words + w) * per_word
+                if instruction_set == v.PORTABLE:
+                    popcount.slice_word(bits, flat, at, tables, to)
+                else:
+                    for g in range(16):
+                        lookup.fill_table(bits, flat, at + 4 * g, tables, to + g * (per_word // 16))
+
+
+@inline_whole
+def _add_offsets(
+    tile: Any, half: Any, stream: Any, place: Any, first: Any, last: Any, count: Any, offsets: Any, acc: Any, base: Any
+) -> None:
+    """Add the offset of each row (at `place` of the stream) times the sum of x over units first .. last - 1."""
+    for t in range(count):
+        value = np.float32(0)
+        for u in range(first, last):
+            value += offsets[u * count + t]
+        _add_offset(tile, half, stream, place, value, acc, base + t * tile)
+
+
+@inline_whole
+def _add_unit(
+    instruction_set: Any, bits: Any, words: Any, half: Any, together: Any, tile: Any, size: Any, stream: Any,
+    position: Any, scale: Any, tables: Any, constants: Any, factors: Any, first: Any, t: Any, count: Any,
+    weight: Any, acc: Any, base: Any, ahead: Any, apart: Any,
+) -> Any:  # fmt: skip
+    """Add the products of one unit of one plane with tokens t, t + 1, ..., `together` at a time; return the next."""
+    while t + together <= count:
+        _unit(
+            instruction_set, bits, words, half, together, stream, position, scale, tables, (first + t) * size,
+            constants, factors, first + t, weight, acc, base + t * tile, ahead, apart,
+        )  # fmt: skip
+        t += together
+    return t
+
+
 @functools.cache
 def sweep(instruction_set: int, bits: int, words: int, half: int) -> Callable[..., None]:
     """Return the kernel for one instruction set, activation width, unit of `words` words and float16 or 32 scales."""
     tile = v.tile_rows(instruction_set)
-    portable = 1 if instruction_set == v.PORTABLE else 0
-    together = 1 if portable else TOGETHER
+    lookup_used = 0 if instruction_set == v.PORTABLE else 1
+    together = TOGETHER if lookup_used else 1
+    scale_bytes = tile * (2 if half else 4)
+    unit_bytes = words * 8 * tile
     per_word = table_bytes(instruction_set, bits)
-    item = 2 if half else 4
+    size = words * per_word
     step_bytes = lookup.WAYS * lookup.LINE
-    part_bytes = per_word * lookup.GROUP // 64 if not portable else 0
 
     @kernel(_SIGNATURE)
     def multiply(
-        stream: Any,
-        rows: Any,
-        units: Any,
-        units_per_block: Any,
-        scale_sets: Any,
-        has_offset: Any,
-        weights: Any,
-        multipliers: Any,
-        q: Any,
-        token_scale: Any,
-        sums: Any,
-        absolute: Any,
-        tables: Any,
-        constants: Any,
-        factors: Any,
-        offsets: Any,
-        token_block: Any,
-        prepared: Any,
-        first: Any,
-        last: Any,
-        result: Any,
-    ) -> None:
+        stream: Any, rows: Any, units: Any, units_per_block: Any, scale_sets: Any, has_offset: Any, weights: Any,
+        multipliers: Any, x: Any, level: Any, span: Any, q: Any, token_scale: Any, sums: Any, absolute: Any,
+        tables: Any, constants: Any, factors: Any, offsets: Any, token_block: Any, prepared: Any, first: Any,
+        last: Any, result: Any,
+    ) -> None:  # fmt: skip
         planes = weights.size
-        unit_bytes = words * 8 * tile
-        scale_bytes = tile * item
         header = (scale_sets + has_offset) * scale_bytes
         blocks = (units + units_per_block - 1) // units_per_block
         tile_bytes = blocks * header + units * planes * unit_bytes
-        shared = 1 if scale_sets < planes else 0
-        flat = q.reshape(q.size)
-        # The next tile is asked for in steps of one line from each of WAYS places, `apart` from each other.
-        header_steps = (header + step_bytes - 1) // step_bytes
+        # Several tokens take longer to multiply than a tile takes to arrive; they leave reading ahead to the CPU.
+        # Else the next tile is asked for in steps of one line from each of WAYS places, `apart` from each other.
+        asking = lookup_used and q.shape[0] == 1
+        header_steps = (header + step_bytes - 1) // step_bytes if asking else 0
         apart = (blocks * header_steps + units * planes * (unit_bytes // step_bytes)) * lookup.LINE
-        if first < last and not portable and q.shape[0] == 1:
+        if asking and first < last:
             for ahead in range(first * tile_bytes, first * tile_bytes + apart, lookup.LINE):
                 _ask(stream, ahead, apart)
+        if x.shape[0]:
+            quantize_rows(x, level, span, q, token_scale, sums, absolute)
         accumulators = np.empty(token_block * tile + 16, np.float32)
         base = (64 - accumulators.ctypes.data % 64) % 64 // 4
         for start in range(0, q.shape[0], token_block):
             count = min(token_block, q.shape[0] - start)
             if not prepared:
-                for t in range(count):
-                    for u in range(units):
-                        place = u * count + t
-                        total = 0
-                        size = 0
-                        for w in range(u * words, (u + 1) * words):
-                            total += sums[start + t, w]
-                            size += absolute[start + t, w]
-                        constants[place] = total if portable else size
-                        factor = token_scale[start + t, u * words // 2]
-                        factors[place] = factor
-                        offsets[place] = factor * np.float32(total)
-                        for w in range(words):
-                            at = (start + t) * q.shape[1] + (u * words + w) * 64
-                            to = (place * words + w) * per_word
-                            if portable:
-                                popcount.slice_word(bits, flat, at, tables, to)
-                            else:
-                                for g in range(16):
-                                    lookup.fill_table(bits, flat, at + 4 * g, tables, to + g * part_bytes)
+                _prepare(
+                    instruction_set, bits, words, per_word, units, start, count, q, token_scale, sums, absolute,
+                    tables, constants, factors, offsets,
+                )  # fmt: skip
             for number in range(first, last):
                 position = number * tile_bytes
                 # After the last tile its own lines, which cost nothing any more.
@@ -252,76 +269,27 @@ def sweep(instruction_set: int, bits: int, words: int, half: int) -> Callable[..
                 while unit < units:
                     scales = position
                     position += header
-                    if count == 1 and not portable:
-                        for _ in range(header_steps):
-                            _ask(stream, ahead, apart)
-                            ahead += lookup.LINE
+                    for _ in range(header_steps):
+                        _ask(stream, ahead, apart)
+                        ahead += lookup.LINE
                     end = min(unit + units_per_block, units)
                     if has_offset:
-                        for t in range(count):
-                            value = np.float32(0)
-                            for u in range(unit, end):
-                                value += offsets[u * count + t]
-                            _add_offset(
-                                tile,
-                                half,
-                                stream,
-                                scales + scale_sets * scale_bytes,
-                                value,
-                                accumulators,
-                                base + t * tile,
-                            )
+                        place = scales + scale_sets * scale_bytes
+                        _add_offsets(tile, half, stream, place, unit, end, count, offsets, accumulators, base)
                     for u in range(unit, end):
                         for p in range(planes):
-                            scale = scales if shared else scales + p * scale_bytes
-                            weight = weights[p]
-                            t = 0
-                            while t + together <= count:
-                                place = u * count + t
-                                _unit(
-                                    instruction_set,
-                                    bits,
-                                    words,
-                                    half,
-                                    together,
-                                    stream,
-                                    position,
-                                    scale,
-                                    tables,
-                                    place * words * per_word,
-                                    constants,
-                                    factors,
-                                    place,
-                                    weight,
-                                    accumulators,
-                                    base + t * tile,
-                                    ahead,
+                            scale = scales if scale_sets < planes else scales + p * scale_bytes
+                            t = _add_unit(
+                                instruction_set, bits, words, half, together, tile, size, stream, position, scale,
+                                tables, constants, factors, u * count, 0, count, weights[p], accumulators, base,
+                                ahead, apart,
+                            )  # fmt: skip
+                            if together > 1:
+                                _add_unit(
+                                    instruction_set, bits, words, half, 1, tile, size, stream, position, scale, tables,
+                                    constants, factors, u * count, t, count, weights[p], accumulators, base, ahead,
                                     apart,
-                                )
-                                t += together
-                            while t < count:
-                                place = u * count + t
-                                _unit(
-                                    instruction_set,
-                                    bits,
-                                    words,
-                                    half,
-                                    1,
-                                    stream,
-                                    position,
-                                    scale,
-                                    tables,
-                                    place * words * per_word,
-                                    constants,
-                                    factors,
-                                    place,
-                                    weight,
-                                    accumulators,
-                                    base + t * tile,
-                                    ahead,
-                                    apart,
-                                )
-                                t += 1
+                                )  # fmt: skip
                             position += unit_bytes
                             ahead += unit_bytes // lookup.WAYS
                     unit = end

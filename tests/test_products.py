@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cpu_kernels import lookup, products, reference_products, vector
 from cpu_kernels.activations import SEGMENT, Activations, Per
-from cpu_kernels.products import Part, Workers, multiply, prepack, prepack_rows, quantize
+from cpu_kernels.products import Part, Workers, multiply, multiply_token, prepack, prepack_rows, quantize
 
 COLUMNS = [1, 4, 63, 64, 65, 127, 128, 129, 200, 256, 257, 400, 1100]
 ROWS = [1, 2, 31, 32, 33, 63, 64, 65, 130]
@@ -293,6 +293,21 @@ def test_out_and_prepared_tables_are_reused() -> None:
     np.testing.assert_array_equal(multiply(matrix, activations), first)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("bits", "per"), [(8, "segment"), (6, "token")])
+@pytest.mark.parametrize("cols", [1, 129, 1100])
+def test_a_token_quantized_on_the_way_gives_the_same_products(kernel: str, bits: int, per: Per, cols: int) -> None:
+    case = make(23, 300, cols, 2, 64, True)
+    matrix = prepack(case.planes, case.scale, 64, cols, case.offset, kernel=kernel)
+    for x in (*tokens(24, 3, cols)[:, None], np.full((1, cols), np.nan, np.float32)):
+        expected = multiply(matrix, quantize(x, bits, per))
+        np.testing.assert_array_equal(multiply_token(matrix, x, bits, per), expected)
+        out = np.empty((1, 300), np.float32)
+        with Workers(3) as pool:
+            assert multiply_token(matrix, x, bits, per, out, pool) is out
+        np.testing.assert_array_equal(out, expected)
+
+
 def test_unknown_kernels_and_wrong_shapes_are_refused() -> None:
     case = make(21, 33, 130, 2, 128, False)
     with pytest.raises(ValueError, match=r"available: .*popcount"):
@@ -303,6 +318,8 @@ def test_unknown_kernels_and_wrong_shapes_are_refused() -> None:
         prepack(case.planes, case.scale, 64, 130)
     with pytest.raises(ValueError, match="130"):
         multiply(prepack(case.planes, case.scale, 128, 130), quantize(np.zeros((1, 131), np.float32)))
+    with pytest.raises(ValueError, match=r"x: float32 \(1, 131\); expected float32 \(1, 130\)"):
+        multiply_token(prepack(case.planes, case.scale, 128, 130), np.zeros((1, 131), np.float32))
     with pytest.raises(ValueError, match="expected 8 or 6"):
         quantize(np.zeros((1, 8), np.float32), 7)
 

@@ -12,7 +12,7 @@ from bincompress.model.linear import Floats, Linear
 from bincompress.model.threads import over_ranges
 from bincompress.store import Packed
 from cpu_kernels.activations import Activations, Per
-from cpu_kernels.products import PackedMatrix, Workers, multiply, quantize
+from cpu_kernels.products import PackedMatrix, Workers, multiply, multiply_token, quantize
 
 _TILE_WEIGHTS = 1 << 20  # weights that are float32 at a time: 4 MB a thread
 _ROWS_PER_THREAD = 64
@@ -64,11 +64,16 @@ class PackedLinear:
 
     def __call__(self, x: Floats) -> Floats:
         """Return x (n, cols) times the transposed matrix, (n, rows)."""
-        return self.times(x, self.quantized(x))
+        if len(x) > 1:
+            return self.times(x, self.quantized(x))
+        settings = self._settings
+        return self._with_listed(x, multiply_token(self.matrix, x, settings.bits, settings.per, pool=self._workers))
 
     def times(self, x: Floats, activations: Activations) -> Floats:
         """Return the product where the activations are quantized already."""
-        result = multiply(self.matrix, activations, pool=self._workers)
+        return self._with_listed(x, multiply(self.matrix, activations, pool=self._workers))
+
+    def _with_listed(self, x: Floats, result: Floats) -> Floats:
         for first_row, part in self._listed:
             part.add(x, result, first_row)
         return result
