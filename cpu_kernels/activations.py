@@ -38,15 +38,23 @@ def quantize(x: NDArray[np.float32], bits: int = 8, per: Per = "token") -> Activ
     x = np.ascontiguousarray(x, np.float32)
     if x.ndim == 1:
         x = x[None]
-    tokens, cols = x.shape
+    made = empty_activations(*x.shape, bits)
+    span = SEGMENT if per == "segment" else made.q.shape[1]
+    _quantize(x, np.float32(LEVELS[bits]), span, made.q, made.scale, made.sums, made.absolute)
+    return made
+
+
+def empty_activations(tokens: int, cols: int, bits: int) -> Activations:
+    """Return activations of these sizes to be filled in."""
     segments = -(-cols // SEGMENT)
-    q = np.empty((tokens, segments * SEGMENT), np.int8)
-    scale = np.empty((tokens, segments), np.float32)
-    sums = np.empty((tokens, 2 * segments), np.int32)
-    absolute = np.empty((tokens, 2 * segments), np.int32)
-    span = SEGMENT if per == "segment" else segments * SEGMENT
-    _quantize(x, np.float32(LEVELS[bits]), span, q, scale, sums, absolute)
-    return Activations(cols, bits, q, scale, sums, absolute)
+    return Activations(
+        cols,
+        bits,
+        np.empty((tokens, segments * SEGMENT), np.int8),
+        np.empty((tokens, segments), np.float32),
+        np.empty((tokens, 2 * segments), np.int32),
+        np.empty((tokens, 2 * segments), np.int32),
+    )
 
 
 def check_settings(bits: int, per: str) -> None:

@@ -6,18 +6,18 @@ plane the packed bits (see stream.py).
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 from cpu_kernels import lookup, popcount
 from cpu_kernels import vector as v
 from cpu_kernels.activations import quantize_rows
-from cpu_kernels.compiler import inline_whole, kernel, out, view
+from cpu_kernels.compiler import Kernel, inline_whole, kernel
 
 TOGETHER = 4  # tokens that share one pass over the packed bits of a unit
 
@@ -133,32 +133,79 @@ def _add_offset(typing: Any, rows: Any, half: Any, stream: Any, scales: Any, val
     return types.void(rows, half, stream, types.intp, types.float32, acc, types.intp), generate
 
 
-_SIGNATURE = types.void(
-    view(types.uint8, 1),  # stream
-    types.intp,  # rows
-    types.intp,  # units
-    types.intp,  # units per block
-    types.intp,  # sets of scales per block
-    types.intp,  # 1 where an offset follows them
-    view(types.float32, 1),  # weight of each plane (1 where it has scales of its own)
-    view(types.float32, 1),  # multiplier of each row
-    view(types.float32, 2),  # x, quantized on the way where it is given, else of no rows
-    types.float32,  # largest quantized value
-    types.intp,  # columns that share a scale of x
-    out(types.int8, 2),  # q
-    out(types.float32, 2),  # scale of each token and 128 columns
-    out(types.int32, 2),  # sum of q per 64 columns
-    out(types.int32, 2),  # sum of |q| per 64 columns
-    out(types.uint8, 1),  # prepared tables or slices of one token block
-    out(types.int32, 1),  # prepared constants
-    out(types.float32, 1),  # prepared factors
-    out(types.float32, 1),  # prepared sums of x
-    types.intp,  # tokens per block
-    types.intp,  # 1 where they are prepared already
-    types.intp,  # first tile
-    types.intp,  # tile after the last
-    out(types.float32, 2),  # result
-)
+# The int64 words of a job, in order: sizes, and addresses of C-contiguous arrays.
+FIELDS = (
+    "stream",  # uint8
+    "rows", "units", "units_per_block",
+    "scale_sets",  # per block
+    "has_offset",  # 1 where an offset follows them
+    "planes",
+    "weights",  # float32 (planes,), 1 where each plane has scales of its own
+    "multipliers",  # float32 (rows,)
+    "x",  # float32 (tokens, cols), to be quantized first; 0 where q and the others are given
+    "cols",
+    "level",  # largest quantized value
+    "span",  # columns that share a scale of x
+    "tokens",
+    "segments",  # of 128 columns
+    "q",  # int8 (tokens, 128 * segments)
+    "scale",  # float32 (tokens, segments)
+    "sums",  # int32 (tokens, 2 * segments): sum of q per 64 columns
+    "absolute",  # the same of |q|
+    "tables",  # prepared tables or bit slices of one token block, 64-byte aligned
+    "constants", "factors", "offsets",  # int32, float32, float32 (units * tokens of a block,): prepared as well
+    "accumulators",  # float32 (tokens of a block * rows of a tile,), 64-byte aligned
+    "token_block",
+    "prepared",  # 1 where they are
+    "result",  # float32 (tokens, rows)
+)  # fmt: skip
+(
+    _STREAM, _ROWS, _UNITS, _UNITS_PER_BLOCK, _SCALE_SETS, _HAS_OFFSET, _PLANES, _WEIGHTS, _MULTIPLIERS, _X, _COLS,
+    _LEVEL, _SPAN, _TOKENS, _SEGMENTS, _Q, _SCALE, _SUMS, _ABSOLUTE, _TABLES, _CONSTANTS, _FACTORS, _OFFSETS,
+    _ACCUMULATORS, _TOKEN_BLOCK, _PREPARED, _RESULT,
+) = range(len(FIELDS))  # fmt: skip
+_WORDS = len(FIELDS)
+
+
+# Arrays at an address; Numba's own function for them, carray, takes 0.1 s to compile at each use.
+def _build(kind: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        made = context.make_array(kind)(context, builder)
+        item = context.get_data_type(kind.dtype)
+        size = ir.Constant(v.I64, context.get_abi_sizeof(item))
+        address, *shape = arguments
+        populate_array(
+            made, data=builder.inttoptr(address, item.as_pointer()), shape=shape, itemsize=size, meminfo=None,
+            strides=[size] if len(shape) == 1 else [builder.mul(size, shape[1]), size],
+        )  # fmt: skip
+        return made._getvalue()
+
+    return generate
+
+
+def _array_of(item: Any) -> Any:
+    kind = types.Array(item, 1, "C")
+
+    @intrinsic
+    def array(typing: Any, address: Any, size: Any) -> Any:
+        return kind(types.int64, types.int64), _build(kind)
+
+    return array
+
+
+def _rows_of(item: Any) -> Any:
+    kind = types.Array(item, 2, "C")
+
+    @intrinsic
+    def array(typing: Any, address: Any, rows: Any, columns: Any) -> Any:
+        return kind(types.int64, types.int64, types.int64), _build(kind)
+
+    return array
+
+
+_uint8s, _int32s = _array_of(types.uint8), _array_of(types.int32)
+_int64s, _float32s = _array_of(types.int64), _array_of(types.float32)
+_int8_rows, _int32_rows, _float32_rows = _rows_of(types.int8), _rows_of(types.int32), _rows_of(types.float32)
 
 
 @inline_whole
@@ -192,35 +239,38 @@ def _prepare(
 
 @inline_whole
 def _add_offsets(
-    tile: Any, half: Any, stream: Any, place: Any, first: Any, last: Any, count: Any, offsets: Any, acc: Any, base: Any
+    tile: Any, half: Any, stream: Any, place: Any, first: Any, last: Any, count: Any, offsets: Any, acc: Any
 ) -> None:
     """Add the offset of each row (at `place` of the stream) times the sum of x over units first .. last - 1."""
     for t in range(count):
         value = np.float32(0)
         for u in range(first, last):
             value += offsets[u * count + t]
-        _add_offset(tile, half, stream, place, value, acc, base + t * tile)
+        _add_offset(tile, half, stream, place, value, acc, t * tile)
 
 
 @inline_whole
 def _add_unit(
     instruction_set: Any, bits: Any, words: Any, half: Any, together: Any, tile: Any, size: Any, stream: Any,
     position: Any, scale: Any, tables: Any, constants: Any, factors: Any, first: Any, t: Any, count: Any,
-    weight: Any, acc: Any, base: Any, ahead: Any, apart: Any,
+    weight: Any, acc: Any, ahead: Any, apart: Any,
 ) -> Any:  # fmt: skip
     """Add the products of one unit of one plane with tokens t, t + 1, ..., `together` at a time; return the next."""
     while t + together <= count:
         _unit(
             instruction_set, bits, words, half, together, stream, position, scale, tables, (first + t) * size,
-            constants, factors, first + t, weight, acc, base + t * tile, ahead, apart,
+            constants, factors, first + t, weight, acc, t * tile, ahead, apart,
         )  # fmt: skip
         t += together
     return t
 
 
 @functools.cache
-def sweep(instruction_set: int, bits: int, words: int, half: int) -> Callable[..., None]:
-    """Return the kernel for one instruction set, activation width, unit of `words` words and float16 or 32 scales."""
+def sweep(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
+    """Return the kernel for one instruction set, activation width, unit of `words` words and float16 or 32 scales.
+
+    It takes the address of a job, int64 (len(FIELDS),), and computes tiles first .. last - 1.
+    """
     tile = v.tile_rows(instruction_set)
     lookup_used = 0 if instruction_set == v.PORTABLE else 1
     together = TOGETHER if lookup_used else 1
@@ -230,32 +280,43 @@ def sweep(instruction_set: int, bits: int, words: int, half: int) -> Callable[..
     size = words * per_word
     step_bytes = lookup.WAYS * lookup.LINE
 
-    @kernel(_SIGNATURE)
-    def multiply(
-        stream: Any, rows: Any, units: Any, units_per_block: Any, scale_sets: Any, has_offset: Any, weights: Any,
-        multipliers: Any, x: Any, level: Any, span: Any, q: Any, token_scale: Any, sums: Any, absolute: Any,
-        tables: Any, constants: Any, factors: Any, offsets: Any, token_block: Any, prepared: Any, first: Any,
-        last: Any, result: Any,
-    ) -> None:  # fmt: skip
-        planes = weights.size
+    # Addresses, not arrays: a call of 24 arguments took 4 microseconds, and a waiting thread can be handed a number.
+    @kernel(types.void(types.int64, types.int64, types.int64))
+    def multiply(job_address: Any, first: Any, last: Any) -> None:
+        job = _int64s(job_address, _WORDS)
+        rows, units, units_per_block = job[_ROWS], job[_UNITS], job[_UNITS_PER_BLOCK]
+        scale_sets, has_offset, planes = job[_SCALE_SETS], job[_HAS_OFFSET], job[_PLANES]
+        tokens, segments, token_block = job[_TOKENS], job[_SEGMENTS], job[_TOKEN_BLOCK]
+        stream = _uint8s(job[_STREAM], 1)
+        weights = _float32s(job[_WEIGHTS], planes)
+        multipliers = _float32s(job[_MULTIPLIERS], rows)
+        q = _int8_rows(job[_Q], tokens, 128 * segments)
+        token_scale = _float32_rows(job[_SCALE], tokens, segments)
+        sums = _int32_rows(job[_SUMS], tokens, 2 * segments)
+        absolute = _int32_rows(job[_ABSOLUTE], tokens, 2 * segments)
+        tables = _uint8s(job[_TABLES], 1)
+        constants = _int32s(job[_CONSTANTS], units * token_block)
+        factors = _float32s(job[_FACTORS], units * token_block)
+        offsets = _float32s(job[_OFFSETS], units * token_block)
+        accumulators = _float32s(job[_ACCUMULATORS], token_block * tile)
+        result = _float32_rows(job[_RESULT], tokens, rows)
         header = (scale_sets + has_offset) * scale_bytes
         blocks = (units + units_per_block - 1) // units_per_block
         tile_bytes = blocks * header + units * planes * unit_bytes
         # Several tokens take longer to multiply than a tile takes to arrive; they leave reading ahead to the CPU.
         # Else the next tile is asked for in steps of one line from each of WAYS places, `apart` from each other.
-        asking = lookup_used and q.shape[0] == 1
+        asking = lookup_used and tokens == 1
         header_steps = (header + step_bytes - 1) // step_bytes if asking else 0
         apart = (blocks * header_steps + units * planes * (unit_bytes // step_bytes)) * lookup.LINE
         if asking and first < last:
             for ahead in range(first * tile_bytes, first * tile_bytes + apart, lookup.LINE):
                 _ask(stream, ahead, apart)
-        if x.shape[0]:
-            quantize_rows(x, level, span, q, token_scale, sums, absolute)
-        accumulators = np.empty(token_block * tile + 16, np.float32)
-        base = (64 - accumulators.ctypes.data % 64) % 64 // 4
-        for start in range(0, q.shape[0], token_block):
-            count = min(token_block, q.shape[0] - start)
-            if not prepared:
+        if job[_X]:
+            x = _float32_rows(job[_X], tokens, job[_COLS])
+            quantize_rows(x, np.float32(job[_LEVEL]), job[_SPAN], q, token_scale, sums, absolute)
+        for start in range(0, tokens, token_block):
+            count = min(token_block, tokens - start)
+            if not job[_PREPARED]:
                 _prepare(
                     instruction_set, bits, words, per_word, units, start, count, q, token_scale, sums, absolute,
                     tables, constants, factors, offsets,
@@ -275,19 +336,19 @@ def sweep(instruction_set: int, bits: int, words: int, half: int) -> Callable[..
                     end = min(unit + units_per_block, units)
                     if has_offset:
                         place = scales + scale_sets * scale_bytes
-                        _add_offsets(tile, half, stream, place, unit, end, count, offsets, accumulators, base)
+                        _add_offsets(tile, half, stream, place, unit, end, count, offsets, accumulators)
                     for u in range(unit, end):
                         for p in range(planes):
                             scale = scales if scale_sets < planes else scales + p * scale_bytes
                             t = _add_unit(
                                 instruction_set, bits, words, half, together, tile, size, stream, position, scale,
-                                tables, constants, factors, u * count, 0, count, weights[p], accumulators, base,
-                                ahead, apart,
+                                tables, constants, factors, u * count, 0, count, weights[p], accumulators, ahead,
+                                apart,
                             )  # fmt: skip
                             if together > 1:
                                 _add_unit(
                                     instruction_set, bits, words, half, 1, tile, size, stream, position, scale, tables,
-                                    constants, factors, u * count, t, count, weights[p], accumulators, base, ahead,
+                                    constants, factors, u * count, t, count, weights[p], accumulators, ahead,
                                     apart,
                                 )  # fmt: skip
                             position += unit_bytes
@@ -295,6 +356,6 @@ def sweep(instruction_set: int, bits: int, words: int, half: int) -> Callable[..
                     unit = end
                 for t in range(count):
                     for r in range(number * tile, min((number + 1) * tile, rows)):
-                        result[start + t, r] = accumulators[base + t * tile + r - number * tile] * multipliers[r]
+                        result[start + t, r] = accumulators[t * tile + r - number * tile] * multipliers[r]
 
-    return multiply
+    return cast(Kernel, multiply)

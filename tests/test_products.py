@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 
 from cpu_kernels import lookup, products, reference_products, vector
 from cpu_kernels.activations import SEGMENT, Activations, Per
-from cpu_kernels.products import Part, Workers, multiply, multiply_token, prepack, prepack_rows, quantize
+from cpu_kernels.products import Part, TokenProduct, Workers, multiply, prepack, prepack_rows, quantize
 
 COLUMNS = [1, 4, 63, 64, 65, 127, 128, 129, 200, 256, 257, 400, 1100]
 ROWS = [1, 2, 31, 32, 33, 63, 64, 65, 130]
@@ -301,11 +303,32 @@ def test_a_token_quantized_on_the_way_gives_the_same_products(kernel: str, bits:
     matrix = prepack(case.planes, case.scale, 64, cols, case.offset, kernel=kernel)
     for x in (*tokens(24, 3, cols)[:, None], np.full((1, cols), np.nan, np.float32)):
         expected = multiply(matrix, quantize(x, bits, per))
-        np.testing.assert_array_equal(multiply_token(matrix, x, bits, per), expected)
-        out = np.empty((1, 300), np.float32)
-        with Workers(3) as pool:
-            assert multiply_token(matrix, x, bits, per, out, pool) is out
-        np.testing.assert_array_equal(out, expected)
+        for threads in (1, 3):
+            with Workers(threads) as workers:
+                product = TokenProduct(matrix, bits, per, workers)
+                out = np.empty((1, 300), np.float32)
+                assert product(x, out) is out
+                np.testing.assert_array_equal(out, expected)
+                np.testing.assert_array_equal(product(x), expected)
+
+
+def test_workers_do_kernel_jobs_awake_asleep_and_between_python_tasks() -> None:
+    case = make(25, 700, 256, 2, 128, False)
+    matrix = prepack(case.planes, case.scale, 128, 256)
+    inputs = tokens(26, 8, 256)[:, None]
+    expected = [multiply(matrix, quantize(x)) for x in inputs]
+    with Workers(3) as workers:
+        product = TokenProduct(matrix, 8, "token", workers)
+        for x, y in zip(inputs, expected, strict=True):
+            for _ in range(50):  # without a pause: the workers wait in native code
+                np.testing.assert_array_equal(product(x), y)
+            time.sleep(0.02)  # they have returned to Python
+            np.testing.assert_array_equal(product(x), y)
+            done: list[int] = []
+            workers.run([partial(done.append, number) for number in range(3)])
+            assert sorted(done) == [0, 1, 2]
+    assert workers.threads == 1
+    np.testing.assert_array_equal(TokenProduct(matrix, 8, "token", workers)(inputs[0]), expected[0])
 
 
 def test_unknown_kernels_and_wrong_shapes_are_refused() -> None:
@@ -319,7 +342,7 @@ def test_unknown_kernels_and_wrong_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="130"):
         multiply(prepack(case.planes, case.scale, 128, 130), quantize(np.zeros((1, 131), np.float32)))
     with pytest.raises(ValueError, match=r"x: float32 \(1, 131\); expected float32 \(1, 130\)"):
-        multiply_token(prepack(case.planes, case.scale, 128, 130), np.zeros((1, 131), np.float32))
+        TokenProduct(prepack(case.planes, case.scale, 128, 130), 8, "token", Workers(1))(np.zeros((1, 131), np.float32))
     with pytest.raises(ValueError, match="expected 8 or 6"):
         quantize(np.zeros((1, 8), np.float32), 7)
 
