@@ -3,7 +3,7 @@
 Each worker has a turn, a word that it and the leading thread pass to and fro. A worker that has waited long enough
 falls asleep, which is to say that it returns to Python. The leading thread does the share of a worker that sleeps,
 and of one that has not begun when its own is done, because another program has the core.
-A job is a kernel's address (see `address`) with one block of int64 arguments per thread.
+A job is a kernel's address (see addresses.py) with one block of int64 arguments per thread.
 """
 
 import functools
@@ -16,7 +16,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cpu_kernels import vector as v
-from cpu_kernels.compiler import Kernel, inline, kernel, out
+from cpu_kernels.addresses import call
+from cpu_kernels.compiler import inline, kernel, out
 
 READY, POSTED, RUNNING, ASLEEP, LEAVE = range(5)  # what a turn says; LEAVE asks a waiting worker to return to Python
 SPACING = 8  # words from turn to turn, so that no two share a cache line
@@ -28,13 +29,6 @@ _FUNCTION, _BLOCKS, _STRIDE, _ITEMS, _TAKEN = range(5)  # words of a posted job;
 def posted_words(threads: int) -> int:
     """Return the int64 words that a posted job takes."""
     return _TAKEN + threads
-
-
-@functools.cache
-def address(work: Kernel) -> int:
-    """Return the native address of a kernel whose arguments are (block address, first item, item after the last)."""
-    (compiled,) = work.compile().overloads.values()  # type: ignore[attr-defined]
-    return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
 
 
 def _word(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
@@ -113,20 +107,6 @@ def _wait_a_little(looks: Any) -> None:
         _yield()
 
 
-@intrinsic
-def _call(typing: Any, function: Any, block: Any, first: Any, last: Any) -> Any:
-    """Call the kernel at this address, by Numba's convention: two places for what it returns and raises come first."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = v.I8.as_pointer()
-        kind = ir.FunctionType(v.I32, [place.as_pointer(), place.as_pointer(), v.I64, v.I64, v.I64])
-        places = [cgutils.alloca_once(builder, place) for _ in range(2)]
-        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [*places, *arguments[1:]])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), generate
-
-
 @kernel(types.intp(out(types.int64, 1), out(types.int64, 1), *[types.intp] * 4))
 def lead(turns: Any, posted: Any, function: Any, blocks: Any, stride: Any, items: Any) -> Any:
     """Share items 0 .. items - 1 of a job among this thread and the workers; return how many workers were asleep.
@@ -141,10 +121,10 @@ def lead(turns: Any, posted: Any, function: Any, blocks: Any, stride: Any, items
     for k in range(workers):
         posted[_TAKEN + k] = _exchange(turns, k * SPACING, READY, POSTED)
         asleep += 1 - posted[_TAKEN + k]
-    _call(function, blocks, 0, items // threads)
+    call(function, blocks, 0, items // threads)
     for k in range(workers):
         if not posted[_TAKEN + k] or _exchange(turns, k * SPACING, POSTED, READY):
-            _call(function, blocks, items * (k + 1) // threads, items * (k + 2) // threads)
+            call(function, blocks, items * (k + 1) // threads, items * (k + 2) // threads)
     for k in range(workers):
         looks = 0
         while _look(turns, k * SPACING) == RUNNING:
@@ -164,7 +144,7 @@ def serve(turns: Any, posted: Any, number: Any) -> None:
         if turn == POSTED and _exchange(turns, place, POSTED, RUNNING):
             first = posted[_ITEMS] * (number + 1) // threads
             last = posted[_ITEMS] * (number + 2) // threads
-            _call(posted[_FUNCTION], posted[_BLOCKS] + (number + 1) * posted[_STRIDE], first, last)
+            call(posted[_FUNCTION], posted[_BLOCKS] + (number + 1) * posted[_STRIDE], first, last)
             _set(turns, place, READY)
             looks = 0
         elif turn == LEAVE:

@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 
 from cpu_kernels import stream as layout
 from cpu_kernels import vector
-from cpu_kernels.activations import LEVELS, SEGMENT, Activations, Per, check_settings, empty_activations, quantize
+from cpu_kernels.activations import (
+    Activations,
+    Per,
+    check_settings,
+    empty_activations,
+    quantize,
+    quantize_tokens,
+    quantizing,
+)
+from cpu_kernels.addresses import address
 from cpu_kernels.sweep import FIELDS, sweep, table_bytes
 from cpu_kernels.workers import Workers
 
@@ -288,7 +297,7 @@ def multiply(
     bits = activations.bits
     run = sweep(matrix.code, bits, matrix.unit_words, matrix.half)
     block = min(tokens, MOST_TOKENS[bits], max(FEWEST_TOKENS, TABLES_IN_CACHE // _table_bytes(matrix, bits)))
-    operands = {**matrix.operands(), **_quantized(activations), "result": out.ctypes.data}
+    operands = {**matrix.operands(), **quantizing(activations, "token"), "result": out.ctypes.data}
     key = matrix.code, matrix.unit_words
 
     def work(first: int, last: int) -> None:
@@ -323,8 +332,6 @@ class TokenProduct:
         self.matrix = matrix
         self._workers = workers
         self._run = sweep(matrix.code, bits, matrix.unit_words, matrix.half)
-        columns = -(-matrix.cols // SEGMENT) * SEGMENT
-        quantizing = {"level": LEVELS[bits], "span": SEGMENT if per == "segment" else columns}
         jobs = []
         for thread in range(workers.threads):
             # New arrays for each product would be new pages each time: 20 microseconds for 8192 columns.
@@ -333,8 +340,8 @@ class TokenProduct:
                 made = empty_activations(1, matrix.cols, bits), _Scratch(matrix, bits, 1), _accumulators(matrix, 1)
                 workers.scratch[key] = made
             activations, scratch, sums = workers.scratch[key]
-            own = {**_quantized(activations), **scratch.operands(), "accumulators": sums.ctypes.data}
-            jobs.append(_job({**matrix.operands(), **own, **quantizing}))
+            own = {**quantizing(activations, per), **scratch.operands(), "accumulators": sums.ctypes.data}
+            jobs.append(_job({**matrix.operands(), **own, "quantize": address(quantize_tokens)}))
         self._jobs = np.stack(jobs)
 
     def __call__(self, x: NDArray[np.float32], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
@@ -362,19 +369,6 @@ def _table_bytes(matrix: PackedMatrix, bits: int) -> int:
 def _job(operands: dict[str, int]) -> NDArray[np.int64]:
     """Return a job, int64 (fields,), in which what is not given is zero."""
     return np.array([operands.get(field, 0) for field in FIELDS], np.int64)
-
-
-def _quantized(activations: Activations) -> dict[str, int]:
-    tokens, segments = activations.scale.shape
-    return {
-        "cols": activations.cols,
-        "tokens": tokens,
-        "segments": segments,
-        "q": activations.q.ctypes.data,
-        "scale": activations.scale.ctypes.data,
-        "sums": activations.sums.ctypes.data,
-        "absolute": activations.absolute.ctypes.data,
-    }
 
 
 def _accumulators(matrix: PackedMatrix, tokens: int) -> NDArray[np.uint8]:

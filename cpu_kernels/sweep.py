@@ -12,11 +12,20 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
-from numba.np.arrayobj import populate_array
 
 from cpu_kernels import lookup, popcount
 from cpu_kernels import vector as v
-from cpu_kernels.activations import quantize_rows
+from cpu_kernels.activations import QUANTIZING
+from cpu_kernels.addresses import (
+    call,
+    float32_items,
+    float32_rows,
+    int8_rows,
+    int32_items,
+    int32_rows,
+    int64_items,
+    uint8_items,
+)
 from cpu_kernels.compiler import Kernel, inline_whole, kernel
 
 TOGETHER = 4  # tokens that share one pass over the packed bits of a unit
@@ -142,16 +151,8 @@ FIELDS = (
     "planes",
     "weights",  # float32 (planes,), 1 where each plane has scales of its own
     "multipliers",  # float32 (rows,)
-    "x",  # float32 (tokens, cols), to be quantized first; 0 where q and the others are given
-    "cols",
-    "level",  # largest quantized value
-    "span",  # columns that share a scale of x
-    "tokens",
-    "segments",  # of 128 columns
-    "q",  # int8 (tokens, 128 * segments)
-    "scale",  # float32 (tokens, segments)
-    "sums",  # int32 (tokens, 2 * segments): sum of q per 64 columns
-    "absolute",  # the same of |q|
+    "quantize",  # address of the kernel that makes q and the others from x first; 0 where they are given
+    *QUANTIZING,
     "tables",  # prepared tables or bit slices of one token block, 64-byte aligned
     "constants", "factors", "offsets",  # int32, float32, float32 (units * tokens of a block,): prepared as well
     "accumulators",  # float32 (tokens of a block * rows of a tile,), 64-byte aligned
@@ -160,52 +161,11 @@ FIELDS = (
     "result",  # float32 (tokens, rows)
 )  # fmt: skip
 (
-    _STREAM, _ROWS, _UNITS, _UNITS_PER_BLOCK, _SCALE_SETS, _HAS_OFFSET, _PLANES, _WEIGHTS, _MULTIPLIERS, _X, _COLS,
-    _LEVEL, _SPAN, _TOKENS, _SEGMENTS, _Q, _SCALE, _SUMS, _ABSOLUTE, _TABLES, _CONSTANTS, _FACTORS, _OFFSETS,
+    _STREAM, _ROWS, _UNITS, _UNITS_PER_BLOCK, _SCALE_SETS, _HAS_OFFSET, _PLANES, _WEIGHTS, _MULTIPLIERS, _QUANTIZE,
+    _QUANTIZING, _, _, _, _TOKENS, _SEGMENTS, _Q, _SCALE, _SUMS, _ABSOLUTE, _TABLES, _CONSTANTS, _FACTORS, _OFFSETS,
     _ACCUMULATORS, _TOKEN_BLOCK, _PREPARED, _RESULT,
 ) = range(len(FIELDS))  # fmt: skip
 _WORDS = len(FIELDS)
-
-
-# Arrays at an address; Numba's own function for them, carray, takes 0.1 s to compile at each use.
-def _build(kind: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        made = context.make_array(kind)(context, builder)
-        item = context.get_data_type(kind.dtype)
-        size = ir.Constant(v.I64, context.get_abi_sizeof(item))
-        address, *shape = arguments
-        populate_array(
-            made, data=builder.inttoptr(address, item.as_pointer()), shape=shape, itemsize=size, meminfo=None,
-            strides=[size] if len(shape) == 1 else [builder.mul(size, shape[1]), size],
-        )  # fmt: skip
-        return made._getvalue()
-
-    return generate
-
-
-def _array_of(item: Any) -> Any:
-    kind = types.Array(item, 1, "C")
-
-    @intrinsic
-    def array(typing: Any, address: Any, size: Any) -> Any:
-        return kind(types.int64, types.int64), _build(kind)
-
-    return array
-
-
-def _rows_of(item: Any) -> Any:
-    kind = types.Array(item, 2, "C")
-
-    @intrinsic
-    def array(typing: Any, address: Any, rows: Any, columns: Any) -> Any:
-        return kind(types.int64, types.int64, types.int64), _build(kind)
-
-    return array
-
-
-_uint8s, _int32s = _array_of(types.uint8), _array_of(types.int32)
-_int64s, _float32s = _array_of(types.int64), _array_of(types.float32)
-_int8_rows, _int32_rows, _float32_rows = _rows_of(types.int8), _rows_of(types.int32), _rows_of(types.float32)
 
 
 @inline_whole
@@ -283,23 +243,23 @@ def sweep(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
     # Addresses, not arrays: a call of 24 arguments took 4 microseconds, and a waiting thread can be handed a number.
     @kernel(types.void(types.int64, types.int64, types.int64))
     def multiply(job_address: Any, first: Any, last: Any) -> None:
-        job = _int64s(job_address, _WORDS)
+        job = int64_items(job_address, _WORDS)
         rows, units, units_per_block = job[_ROWS], job[_UNITS], job[_UNITS_PER_BLOCK]
         scale_sets, has_offset, planes = job[_SCALE_SETS], job[_HAS_OFFSET], job[_PLANES]
         tokens, segments, token_block = job[_TOKENS], job[_SEGMENTS], job[_TOKEN_BLOCK]
-        stream = _uint8s(job[_STREAM], 1)
-        weights = _float32s(job[_WEIGHTS], planes)
-        multipliers = _float32s(job[_MULTIPLIERS], rows)
-        q = _int8_rows(job[_Q], tokens, 128 * segments)
-        token_scale = _float32_rows(job[_SCALE], tokens, segments)
-        sums = _int32_rows(job[_SUMS], tokens, 2 * segments)
-        absolute = _int32_rows(job[_ABSOLUTE], tokens, 2 * segments)
-        tables = _uint8s(job[_TABLES], 1)
-        constants = _int32s(job[_CONSTANTS], units * token_block)
-        factors = _float32s(job[_FACTORS], units * token_block)
-        offsets = _float32s(job[_OFFSETS], units * token_block)
-        accumulators = _float32s(job[_ACCUMULATORS], token_block * tile)
-        result = _float32_rows(job[_RESULT], tokens, rows)
+        stream = uint8_items(job[_STREAM], 1)
+        weights = float32_items(job[_WEIGHTS], planes)
+        multipliers = float32_items(job[_MULTIPLIERS], rows)
+        q = int8_rows(job[_Q], tokens, 128 * segments)
+        token_scale = float32_rows(job[_SCALE], tokens, segments)
+        sums = int32_rows(job[_SUMS], tokens, 2 * segments)
+        absolute = int32_rows(job[_ABSOLUTE], tokens, 2 * segments)
+        tables = uint8_items(job[_TABLES], 1)
+        constants = int32_items(job[_CONSTANTS], units * token_block)
+        factors = float32_items(job[_FACTORS], units * token_block)
+        offsets = float32_items(job[_OFFSETS], units * token_block)
+        accumulators = float32_items(job[_ACCUMULATORS], token_block * tile)
+        result = float32_rows(job[_RESULT], tokens, rows)
         header = (scale_sets + has_offset) * scale_bytes
         blocks = (units + units_per_block - 1) // units_per_block
         tile_bytes = blocks * header + units * planes * unit_bytes
@@ -311,9 +271,8 @@ def sweep(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
         if asking and first < last:
             for ahead in range(first * tile_bytes, first * tile_bytes + apart, lookup.LINE):
                 _ask(stream, ahead, apart)
-        if job[_X]:
-            x = _float32_rows(job[_X], tokens, job[_COLS])
-            quantize_rows(x, np.float32(job[_LEVEL]), job[_SPAN], q, token_scale, sums, absolute)
+        if job[_QUANTIZE]:
+            call(job[_QUANTIZE], job_address + 8 * _QUANTIZING, 0, tokens)
         for start in range(0, tokens, token_block):
             count = min(token_block, tokens - start)
             if not job[_PREPARED]:

@@ -34,6 +34,11 @@ def shuffle_sets() -> list[int]:
     return [number for number, needed in known if all(features.get(name) for name in needed)]
 
 
+def has_float16() -> bool:
+    """Return whether this process compiles for a CPU that widens float16 to float32 in one instruction."""
+    return bool(_target_features().get("f16c"))
+
+
 def _target_features() -> dict[str, bool]:
     # NUMBA_CPU_NAME and NUMBA_CPU_FEATURES restrict what Numba compiles for, so they restrict the choice as well.
     config: Any = numba.config
@@ -140,6 +145,8 @@ def load_scales(builder: Any, pointer: Any, lanes: int, half: bool) -> Any:
     """Return `lanes` float32 scales from float16 (`half`) or float32 items at a byte pointer."""
     if not half:
         return load(builder, pointer, F32, lanes, 4)
+    if has_float16():
+        return builder.fpext(load(builder, pointer, ir.HalfType(), lanes, 2), ir.VectorType(F32, lanes))
     # By integer operations, as LLVM calls a library for float16 where the CPU has no instruction: the exponent and
     # the fraction moved into float32's fields are the value times 2 ** -112.
     wide = builder.sext(load(builder, pointer, I16, lanes, 2), ir.VectorType(I32, lanes))

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpu_kernels import handover
+from cpu_kernels.addresses import address
 from cpu_kernels.compiler import Kernel
 
 
@@ -83,7 +84,7 @@ class Workers:
             if self.threads == 1:
                 kernel(blocks.ctypes.data, 0, items)
                 return
-            function = handover.address(kernel)
+            function = address(kernel)
             if self._asleep:
                 self._wake()
             asleep = handover.lead(self._turns, self._posted, function, blocks.ctypes.data, blocks.strides[0], items)
