@@ -101,7 +101,9 @@ def emit_sums(
             v.prefetch(builder, v.at(builder, ahead[way], ir.Constant(v.I64, LINE * step)))
         both = v.load(builder, here, v.I8, rows, 32)
         wide = builder.lshr(builder.bitcast(both, ir.VectorType(v.I16, rows // 2)), v.constant(v.I16, rows // 2, 4))
-        nibbles = builder.and_(both, fifteen), builder.and_(builder.bitcast(wide, both.type), fifteen)
+        nibbles = both, builder.bitcast(wide, both.type)
+        if not v.takes_whole_bytes(instruction_set):
+            nibbles = builder.and_(nibbles[0], fifteen), builder.and_(nibbles[1], fifteen)
         for t, table in enumerate(tables):
             for n, nibble in enumerate(nibbles):
                 for k in range(parts):

@@ -39,6 +39,14 @@ def has_float16() -> bool:
     return bool(_target_features().get("f16c"))
 
 
+def takes_whole_bytes(instruction_set: int) -> bool:
+    """Return whether `shuffle` may be given indices with anything in their upper four bits.
+
+    AVX-512 VBMI's permutation looks at six bits, of which the upper two then choose among equal copies of the table.
+    """
+    return instruction_set == AVX512BW and bool(_target_features().get("avx512vbmi"))
+
+
 def _target_features() -> dict[str, bool]:
     # NUMBA_CPU_NAME and NUMBA_CPU_FEATURES restrict what Numba compiles for, so they restrict the choice as well.
     config: Any = numba.config
@@ -122,7 +130,10 @@ def prefetch(builder: Any, pointer: Any) -> None:
 
 
 def shuffle(builder: Any, instruction_set: int, table: Any, index: Any) -> Any:
-    """Return table[index] for every byte of `index` (all below 16), `table` being a vector of 16 bytes."""
+    """Return table[index] for every byte of `index`, `table` being a vector of 16 bytes.
+
+    All indices are below 16, or `takes_whole_bytes` and their lower four bits count.
+    """
     width = {SSSE3: 16, AVX2: 32, AVX512BW: 64, NEON: 16}[instruction_set]
     if index.type.count > width:
         half = index.type.count // 2
@@ -137,6 +148,8 @@ def shuffle(builder: Any, instruction_set: int, table: Any, index: Any) -> Any:
         AVX512BW: "llvm.x86.avx512.pshuf.b.512",
         NEON: "llvm.aarch64.neon.tbl1.v16i8",
     }[instruction_set]
+    if takes_whole_bytes(instruction_set):
+        name = "llvm.x86.avx512.permvar.qi.512"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector, vector]), name)
     return builder.call(function, [table, index])
 
