@@ -8,6 +8,7 @@ a row's plane standing for column 64 j + i. Sums of integers are exact and equal
         y = multiply(matrix, quantize(x), pool=pool)
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -91,8 +92,9 @@ class PackedMatrix:
         """Return the number of row tiles, the unit in which threads share the work."""
         return -(-self.rows // vector.tile_rows(self.code))
 
+    @functools.cached_property
     def operands(self) -> dict[str, int]:
-        """Return what a job says about the matrix."""
+        """What a job says about the matrix; kept, as asking an array for its address takes a microsecond."""
         return {
             "stream": self.stream.ctypes.data,
             "rows": self.rows,
@@ -297,7 +299,7 @@ def multiply(
     bits = activations.bits
     run = sweep(matrix.code, bits, matrix.unit_words, matrix.half)
     block = min(tokens, MOST_TOKENS[bits], max(FEWEST_TOKENS, TABLES_IN_CACHE // _table_bytes(matrix, bits)))
-    operands = {**matrix.operands(), **quantizing(activations, "token"), "result": out.ctypes.data}
+    operands = {**matrix.operands, **quantizing(activations, "token"), "result": out.ctypes.data}
     key = matrix.code, matrix.unit_words
 
     def work(first: int, last: int) -> None:
@@ -305,7 +307,7 @@ def multiply(
         scratch = shared or _Scratch(matrix, bits, block)
         sums = _accumulators(matrix, block)
         own = {"accumulators": sums.ctypes.data, "prepared": int(shared is not None)}
-        job = _job({**operands, **scratch.operands(), **own})
+        job = _job({**operands, **scratch.operands, **own})
         run(job.ctypes.data, first, last)
         if tokens <= block and shared is None:
             activations.prepared[key] = scratch
@@ -340,8 +342,8 @@ class TokenProduct:
                 made = empty_activations(1, matrix.cols, bits), _Scratch(matrix, bits, 1), _accumulators(matrix, 1)
                 workers.scratch[key] = made
             activations, scratch, sums = workers.scratch[key]
-            own = {**quantizing(activations, per), **scratch.operands(), "accumulators": sums.ctypes.data}
-            jobs.append(_job({**matrix.operands(), **own, "quantize": address(quantize_tokens)}))
+            own = {**quantizing(activations, per), **scratch.operands, "accumulators": sums.ctypes.data}
+            jobs.append(_job({**matrix.operands, **own, "quantize": address(quantize_tokens)}))
         self._jobs = np.stack(jobs)
 
     def __call__(self, x: NDArray[np.float32], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
@@ -386,7 +388,8 @@ class _Scratch:
         self.factors = np.empty(places, np.float32)
         self.offsets = np.empty(places, np.float32)
 
+    @functools.cached_property
     def operands(self) -> dict[str, int]:
-        """Return what a job says about it."""
+        """What a job says about it."""
         arrays = ("tables", "constants", "factors", "offsets")
         return {"token_block": self.tokens, **{name: getattr(self, name).ctypes.data for name in arrays}}
