@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cpu_kernels import products
 from cpu_kernels.compiler import kernel, view
-from cpu_kernels.products import PackedMatrix, Workers, multiply, prepack, quantize
+from cpu_kernels.products import PackedMatrix, TokenProduct, Workers, multiply, prepack, quantize
 
 ROWS, COLS, BLOCK = 8192, 3072, 128
 AVX2_CPU = {
@@ -70,10 +70,17 @@ def read_all(matrices: list[PackedMatrix]) -> None:
         read(one.stream.view(np.uint64))
 
 
-def gemv(matrices: list[PackedMatrix], x: Any, bits: int) -> None:
-    """Multiply every matrix with x, quantized anew for each."""
-    for one in matrices:
-        multiply(one, quantize(x, bits))
+def gemv(matrices: list[PackedMatrix], x: Any, bits: int) -> Callable[[], None]:
+    """Return what multiplies every matrix with the token x, quantized anew for each, on one thread."""
+    workers = Workers(1)
+    every = [TokenProduct(one, bits, "segment", workers) for one in matrices]
+    x = np.ascontiguousarray(x)
+
+    def run() -> None:
+        for product in every:
+            product(x)
+
+    return run
 
 
 def copies(matrix: PackedMatrix, megabytes: int) -> list[PackedMatrix]:
@@ -104,9 +111,9 @@ def measure(
     for bits in (6, 8):
         work: dict[str, Callable[[], object]] = {"numpy": partial(np.dot, dense, x[0])}
         for name in names:
-            work[name] = partial(gemv, [prepack(planes, scale, BLOCK, COLS, kernel=name)] * 10, x[:1], bits)
+            work[name] = gemv([prepack(planes, scale, BLOCK, COLS, kernel=name)] * 10, x[:1], bits)
             one = prepack(*small, BLOCK, 2048, kernel=name)
-            work[f"{name} small"] = partial(gemv, [one] * 10, x[:1, :2048], bits)
+            work[f"{name} small"] = gemv([one] * 10, x[:1, :2048], bits)
         cached[bits] = median_times(work, 2 * repeats)
     records = []
     for name in names:
@@ -120,9 +127,9 @@ def measure(
             times = median_times(
                 {
                     "read": partial(read_all, many),
-                    "gemv": partial(gemv, many, x[:1], bits),
+                    "gemv": gemv(many, x[:1], bits),
                     "read head": partial(read_all, heads),
-                    "head": partial(gemv, heads, x[:1], bits),
+                    "head": gemv(heads, x[:1], bits),
                 },
                 repeats,
             )

@@ -8,7 +8,8 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from cpu_kernels.compiler import inline, kernel, out, view
+from cpu_kernels.addresses import float32_rows, int8_rows, int32_rows, int64_items
+from cpu_kernels.compiler import inline, kernel
 
 SEGMENT = 128  # columns that share a scale where `per` is "segment"; the columns are padded to a multiple of it
 LEVELS = {8: 127, 6: 31}
@@ -34,22 +35,52 @@ def quantize(x: NDArray[np.float32], bits: int = 8, per: Per = "token") -> Activ
 
     A token or segment that holds NaN or infinity gets q = 0 and the scale NaN, so that its products are NaN.
     """
+    check_settings(bits, per)
+    x = np.ascontiguousarray(x, np.float32)
+    if x.ndim == 1:
+        x = x[None]
+    made = empty_activations(*x.shape, bits)
+    told = {"x": x.ctypes.data, **quantizing(made, per)}
+    block = np.array([told[field] for field in QUANTIZING], np.int64)
+    quantize_tokens(block.ctypes.data, 0, len(x))
+    return made
+
+
+def quantizing(made: Activations, per: Per) -> dict[str, int]:
+    """Return what the kernel is told about activations to be made, all but where x lies."""
+    tokens, segments = made.scale.shape
+    return {
+        "cols": made.cols,
+        "level": LEVELS[made.bits],
+        "span": SEGMENT if per == "segment" else segments * SEGMENT,
+        "tokens": tokens,
+        "segments": segments,
+        "q": made.q.ctypes.data,
+        "scale": made.scale.ctypes.data,
+        "sums": made.sums.ctypes.data,
+        "absolute": made.absolute.ctypes.data,
+    }
+
+
+def empty_activations(tokens: int, cols: int, bits: int) -> Activations:
+    """Return activations of these sizes to be filled in."""
+    segments = -(-cols // SEGMENT)
+    return Activations(
+        cols,
+        bits,
+        np.empty((tokens, segments * SEGMENT), np.int8),
+        np.empty((tokens, segments), np.float32),
+        np.empty((tokens, 2 * segments), np.int32),
+        np.empty((tokens, 2 * segments), np.int32),
+    )
+
+
+def check_settings(bits: int, per: str) -> None:
+    """Raise ValueError for a setting that is unknown."""
     if bits not in LEVELS:
         raise ValueError(f"activation bits: {bits}; expected 8 or 6")
     if per not in ("token", "segment"):
         raise ValueError(f"activation scale per {per!r}; expected 'token' or 'segment'")
-    x = np.ascontiguousarray(x, np.float32)
-    if x.ndim == 1:
-        x = x[None]
-    tokens, cols = x.shape
-    segments = -(-cols // SEGMENT)
-    q = np.empty((tokens, segments * SEGMENT), np.int8)
-    scale = np.empty((tokens, segments), np.float32)
-    sums = np.empty((tokens, 2 * segments), np.int32)
-    absolute = np.empty((tokens, 2 * segments), np.int32)
-    span = SEGMENT if per == "segment" else segments * SEGMENT
-    _quantize(x, np.float32(LEVELS[bits]), span, q, scale, sums, absolute)
-    return Activations(cols, bits, q, scale, sums, absolute)
 
 
 @inline
@@ -61,21 +92,38 @@ def _largest(bits: Any, start: Any, end: Any) -> Any:
     return largest
 
 
-@kernel(
-    types.void(
-        view(types.float32, 2),
-        types.float32,
-        types.intp,
-        out(types.int8, 2),
-        out(types.float32, 2),
-        out(types.int32, 2),
-        out(types.int32, 2),
-    )
+# The int64 words that quantizing is told: sizes, and addresses of C-contiguous arrays.
+QUANTIZING = (
+    "x",  # float32 (tokens, cols)
+    "cols",
+    "level",  # largest quantized value
+    "span",  # columns that share a scale of x
+    "tokens",
+    "segments",  # of 128 columns
+    "q",  # int8 (tokens, 128 * segments)
+    "scale",  # float32 (tokens, segments)
+    "sums",  # int32 (tokens, 2 * segments): sum of q per 64 columns
+    "absolute",  # the same of |q|
 )
-def _quantize(x: Any, level: Any, span: Any, q: Any, scale: Any, sums: Any, absolute: Any) -> None:
+_X, _COLS, _LEVEL, _SPAN, _TOKENS, _SEGMENTS, _Q, _SCALE, _SUMS, _ABSOLUTE = range(len(QUANTIZING))
+_WORDS = len(QUANTIZING)
+
+
+@kernel(types.void(types.int64, types.int64, types.int64))
+def quantize_tokens(block_address: Any, first: Any, last: Any) -> None:
+    """Quantize tokens first .. last - 1 as the block at this address says."""
+    block = int64_items(block_address, _WORDS)
+    tokens, segments = block[_TOKENS], block[_SEGMENTS]
+    x = float32_rows(block[_X], tokens, block[_COLS])
+    q = int8_rows(block[_Q], tokens, 128 * segments)
+    scale = float32_rows(block[_SCALE], tokens, segments)
+    sums = int32_rows(block[_SUMS], tokens, 2 * segments)
+    absolute = int32_rows(block[_ABSOLUTE], tokens, 2 * segments)
+    level = np.float32(block[_LEVEL])
+    span = block[_SPAN]
     bits = x.view(np.int32)
     cols = x.shape[1]
-    for t in range(x.shape[0]):
+    for t in range(first, last):
         # One-dimensional rows and unsigned positions: without the tests for negative indices the loops vectorise.
         values = x[t]
         row = q[t]

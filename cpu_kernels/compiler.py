@@ -41,6 +41,11 @@ def inline(function: Callable[..., Any]) -> Callable[..., Any]:
     return cast(Callable[..., Any], numba.njit(nogil=True, error_model="numpy")(function))
 
 
+def inline_whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a helper whose body replaces its call, so that integer literals given to it stay literals."""
+    return cast(Callable[..., Any], numba.njit(nogil=True, error_model="numpy", inline="always")(function))
+
+
 def kernel(signature: Any, reassociate: bool = False) -> "Callable[[Callable[..., Any]], Kernel]":
     """Mark a kernel: compiled for `signature` alone, on first use, without the GIL held while it runs.
 

@@ -8,28 +8,37 @@ a row's plane standing for column 64 j + i. Sums of integers are exact and equal
         y = multiply(matrix, quantize(x), pool=pool)
 """
 
+import functools
 import itertools
-import queue
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_kernels import activations, vector
+from cpu_kernels import handover, vector
 from cpu_kernels import stream as layout
-from cpu_kernels.activations import Activations, quantize
+from cpu_kernels.activations import (
+    Activations,
+    Per,
+    check_settings,
+    empty_activations,
+    quantize,
+    quantize_tokens,
+    quantizing,
+)
+from cpu_kernels.addresses import address
 from cpu_kernels.compiler import Kernel
-from cpu_kernels.sweep import sweep, table_bytes
+from cpu_kernels.sweep import FIELDS, sweep, table_bytes
+from cpu_kernels.workers import Workers
 
 __all__ = [
     "Activations",
     "PackedMatrix",
     "Part",
+    "TokenProduct",
     "Workers",
     "kernels",
     "multiply",
@@ -85,62 +94,20 @@ class PackedMatrix:
         """Return the number of row tiles, the unit in which threads share the work."""
         return -(-self.rows // vector.tile_rows(self.code))
 
-
-class Workers:
-    """A pool of `threads` threads, of which the caller's is one: `threads - 1` are started, and end with close()."""
-
-    def __init__(self, threads: int) -> None:
-        if threads < 1:
-            raise ValueError(f"threads: {threads}; expected at least 1")
-        self.threads = threads
-        self._tasks: list[queue.SimpleQueue[Callable[[], object] | None]] = []
-        self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        for number in range(threads - 1):
-            tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-            self._tasks.append(tasks)
-            threading.Thread(target=self._serve, args=(tasks,), name=f"product-{number + 1}", daemon=True).start()
-
-    def _serve(self, tasks: "queue.SimpleQueue[Callable[[], object] | None]") -> None:
-        while (task := tasks.get()) is not None:
-            try:
-                task()
-            except BaseException as error:
-                self._done.put(error)
-            else:
-                self._done.put(None)
-
-    def run(self, tasks: Sequence[Callable[[], object]]) -> None:
-        """Run at most `threads` tasks, the first in the calling thread, and return when all have ended."""
-        if len(tasks) > self.threads:
-            raise ValueError(f"{len(tasks)} tasks for {self.threads} threads")
-        with self._lock:
-            # Queues, not a Future per task: 24 microseconds for a round trip, about 50 fewer than an executor.
-            for target, task in zip(self._tasks, tasks[1:], strict=False):
-                target.put(task)
-            failed: BaseException | None = None
-            try:
-                tasks[0]()
-            finally:
-                for _ in tasks[1:]:
-                    failed = self._done.get() or failed
-            if failed is not None:
-                raise failed
-
-    def close(self) -> None:
-        """End the threads."""
-        for tasks in self._tasks:
-            tasks.put(None)
-        self._tasks = []
-        self.threads = 1
-
-    def __enter__(self) -> "Workers":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    @functools.cached_property
+    def operands(self) -> dict[str, int]:
+        """What a job says about the matrix; kept, as asking an array for its address takes a microsecond."""
+        return {
+            "stream": self.stream.ctypes.data,
+            "rows": self.rows,
+            "units": self.units,
+            "units_per_block": self.units_per_block,
+            "scale_sets": self.scale_sets,
+            "has_offset": self.has_offset,
+            "planes": self.plane_weights.size,
+            "weights": self.plane_weights.ctypes.data,
+            "multipliers": self.multipliers.ctypes.data,
+        }
 
 
 Pool = Workers | ThreadPoolExecutor
@@ -156,7 +123,8 @@ def product_kernels(bits: int = 8) -> list[Kernel]:
     name, code = _choose(None)
     pack = layout.packer(int(name == "lookup"), vector.tile_rows(code))
     sweeps = [sweep(code, bits, 2, half) for half in (1, 0)]
-    return [activations._quantize, *sweeps, layout.raise_exponents, layout.write_scales, pack]
+    native = [handover.serve, handover.lead, handover.dismiss]  # how threads share a product
+    return [quantize_tokens, *sweeps, *native, layout.raise_exponents, layout.write_scales, pack]
 
 
 def _choose(name: str | None) -> tuple[str, int]:
@@ -353,54 +321,98 @@ def multiply(
         raise ValueError(f"out: {out.shape}; expected {(tokens, matrix.rows)}")
     bits = activations.bits
     run = sweep(matrix.code, bits, matrix.unit_words, matrix.half)
-    per_token = matrix.units * matrix.unit_words * table_bytes(matrix.code, bits)
-    block = min(tokens, MOST_TOKENS[bits], max(FEWEST_TOKENS, TABLES_IN_CACHE // per_token))
-    result = out
+    block = min(tokens, MOST_TOKENS[bits], max(FEWEST_TOKENS, TABLES_IN_CACHE // _table_bytes(matrix, bits)))
+    operands = {**matrix.operands, **quantizing(activations, "token"), "result": out.ctypes.data}
+    key = matrix.code, matrix.unit_words
 
-    def work(first: int, last: int, prepared: bool = True) -> None:
-        tables = shared if shared is not None else _scratch(matrix, block, per_token)
-        run(
-            matrix.stream,
-            matrix.rows,
-            matrix.units,
-            matrix.units_per_block,
-            matrix.scale_sets,
-            matrix.has_offset,
-            matrix.plane_weights,
-            matrix.multipliers,
-            activations.q,
-            activations.scale,
-            activations.sums,
-            activations.absolute,
-            *tables,
-            block,
-            prepared and shared is not None,
-            first,
-            last,
-            result,
-        )
-
-    shared = None
-    if tokens <= block:
-        # Few tokens: their tables are made once and serve every matrix with this input and all threads.
-        key = matrix.code, matrix.unit_words
+    def work(first: int, last: int) -> None:
         shared = activations.prepared.get(key)
-        if shared is None:
-            shared = _scratch(matrix, block, per_token)
-            work(0, 0, prepared=False)
-            activations.prepared[key] = shared
+        scratch = shared or _Scratch(matrix, bits, block)
+        sums = _accumulators(matrix, block)
+        own = {"accumulators": sums.ctypes.data, "prepared": int(shared is not None)}
+        job = _job({**operands, **scratch.operands, **own})
+        run(job.ctypes.data, first, last)
+        if tokens <= block and shared is None:
+            activations.prepared[key] = scratch
+
+    if tokens <= block and key not in activations.prepared:
+        # Few tokens: their tables are made once and serve every matrix with this input and all threads.
+        work(0, 0)
     _share(work, 0, matrix.tiles, pool)
     return out
 
 
-Scratch = tuple[NDArray[np.uint8], NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]
+class TokenProduct:
+    """The product of a packed matrix with one token, quantized on the way, in one kernel call a thread.
+
+    Every thread quantizes the token and makes its tables for itself, which takes less time than handing them over.
+    For one caller at a time; what the kernel works in is kept with `workers`, and shared by their products.
+
+    >>> times = TokenProduct(matrix, 8, "segment", workers)  # doctest: +SKIP
+    >>> y = times(x)  # doctest: +SKIP
+    """
+
+    def __init__(self, matrix: PackedMatrix, bits: int, per: Per, workers: Workers) -> None:
+        check_settings(bits, per)
+        self.matrix = matrix
+        self._workers = workers
+        self._run = sweep(matrix.code, bits, matrix.unit_words, matrix.half)
+        jobs = []
+        for thread in range(workers.threads):
+            # New arrays for each product would be new pages each time: 20 microseconds for 8192 columns.
+            key = thread, matrix.cols, matrix.unit_words, matrix.code, bits
+            if key not in workers.scratch:
+                made = empty_activations(1, matrix.cols, bits), _Scratch(matrix, bits, 1), _accumulators(matrix, 1)
+                workers.scratch[key] = made
+            activations, scratch, sums = workers.scratch[key]
+            own = {**quantizing(activations, per), **scratch.operands, "accumulators": sums.ctypes.data}
+            jobs.append(_job({**matrix.operands, **own, "quantize": address(quantize_tokens)}))
+        self._jobs = np.stack(jobs)
+
+    def __call__(self, x: NDArray[np.float32], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Return the product (1, rows) with x (1, cols), C-contiguous; `out` may be given."""
+        matrix = self.matrix
+        if x.shape != (1, matrix.cols) or x.dtype != np.float32 or not x.flags.c_contiguous:
+            raise ValueError(f"x: {x.dtype} {x.shape}; expected float32 {(1, matrix.cols)} in C order")
+        result = np.empty((1, matrix.rows), np.float32) if out is None else out
+        if result.shape != (1, matrix.rows):
+            raise ValueError(f"out: {result.shape}; expected {(1, matrix.rows)}")
+        self._jobs[:, _X] = x.ctypes.data
+        self._jobs[:, _RESULT] = result.ctypes.data
+        self._workers.run_kernel(self._run, self._jobs, matrix.tiles)
+        return result
 
 
-def _scratch(matrix: PackedMatrix, tokens: int, per_token: int) -> Scratch:
-    places = matrix.units * tokens
-    return (
-        _aligned(per_token * tokens, zero=False),
-        np.empty(places, np.int32),
-        np.empty(places, np.float32),
-        np.empty(places, np.float32),
-    )
+_X, _RESULT = FIELDS.index("x"), FIELDS.index("result")
+
+
+def _table_bytes(matrix: PackedMatrix, bits: int) -> int:
+    """Return the bytes of one token's tables or bit slices."""
+    return matrix.units * matrix.unit_words * table_bytes(matrix.code, bits)
+
+
+def _job(operands: dict[str, int]) -> NDArray[np.int64]:
+    """Return a job, int64 (fields,), in which what is not given is zero."""
+    return np.array([operands.get(field, 0) for field in FIELDS], np.int64)
+
+
+def _accumulators(matrix: PackedMatrix, tokens: int) -> NDArray[np.uint8]:
+    return _aligned(4 * vector.tile_rows(matrix.code) * tokens, zero=False)
+
+
+class _Scratch:
+    """What a kernel prepares for blocks of `tokens` tokens; threads may share it once it is prepared."""
+
+    def __init__(self, matrix: PackedMatrix, bits: int, tokens: int) -> None:
+        places = matrix.units * tokens
+        self.tokens = tokens
+        self.tables = _aligned(_table_bytes(matrix, bits) * tokens, zero=False)
+        self.constants = np.empty(places, np.int32)
+        self.factors = np.empty(places, np.float32)
+        self.offsets = np.empty(places, np.float32)
+
+    @functools.cached_property
+    def operands(self) -> dict[str, int]:
+        """What a job says about it."""
+        arrays = ("tables", "constants", "factors", "offsets")
+        return {"token_block": self.tokens, **{name: getattr(self, name).ctypes.data for name in arrays}}

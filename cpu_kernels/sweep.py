@@ -15,7 +15,18 @@ from numba.extending import intrinsic
 
 from cpu_kernels import lookup, popcount
 from cpu_kernels import vector as v
-from cpu_kernels.compiler import Kernel, kernel, out, view
+from cpu_kernels.activations import QUANTIZING
+from cpu_kernels.addresses import (
+    call,
+    float32_items,
+    float32_rows,
+    int8_rows,
+    int32_items,
+    int32_rows,
+    int64_items,
+    uint8_items,
+)
+from cpu_kernels.compiler import Kernel, inline_whole, kernel
 
 TOGETHER = 4  # tokens that share one pass over the packed bits of a unit
 
@@ -46,8 +57,13 @@ def _unit(
     weight: Any,
     acc: Any,
     place: Any,
+    ahead: Any,
+    apart: Any,
 ) -> Any:
-    """Add the product of one unit of one plane with `tokens` tokens to acc[place:]; positions are bytes or items."""
+    """Add the product of one unit of one plane with `tokens` tokens to acc[place:]; positions are bytes or items.
+
+    One token leaves time to ask for the stream at `ahead`, ahead + apart, ... meanwhile.
+    """
     literals = (instruction_set, bits, words, half, tokens)
     if not all(isinstance(literal, types.IntegerLiteral) for literal in literals):
         return None
@@ -71,15 +87,34 @@ def _unit(
         else:
             size = table_bytes(chosen, width) * count
             token_tables = [v.at(builder, tables_at, ir.Constant(v.I64, t * size)) for t in range(together)]
-            sums = lookup.emit_sums(builder, chosen, width, 8 * count, packed_at, token_tables, together == 1)
+            asked = [v.at(builder, base, arguments[16])]
+            for _ in range(1, lookup.WAYS):
+                asked.append(v.at(builder, asked[-1], arguments[17]))
+            ahead = asked if together == 1 else []
+            sums = lookup.emit_sums(builder, chosen, width, 8 * count, packed_at, token_tables, ahead)
             lookup.emit_apply(builder, v.tile_rows(chosen), bool(is_half), sums, constant, factor, scales_at, acc_at)
         return context.get_dummy_value()
 
     index = types.intp
     signature = types.void(
-        *literals, stream, index, index, tables, index, constants, factors, index, types.float32, acc, index
-    )
+        *literals, stream, index, index, tables, index, constants, factors, index, types.float32, acc, index, index,
+        index,
+    )  # fmt: skip
     return signature, generate
+
+
+@intrinsic(prefer_literal=True)
+def _ask(typing: Any, stream: Any, ahead: Any, apart: Any) -> Any:
+    """Ask for the cache lines of the stream at `ahead`, ahead + apart, ..."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = v.at(builder, v.data(context, builder, signature.args[0], arguments[0]), arguments[1])
+        for _ in range(lookup.WAYS):
+            v.prefetch(builder, place)
+            place = v.at(builder, place, arguments[2])
+        return context.get_dummy_value()
+
+    return types.void(stream, types.intp, types.intp), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -107,171 +142,179 @@ def _add_offset(typing: Any, rows: Any, half: Any, stream: Any, scales: Any, val
     return types.void(rows, half, stream, types.intp, types.float32, acc, types.intp), generate
 
 
-_SIGNATURE = types.void(
-    view(types.uint8, 1),  # stream
-    types.intp,  # rows
-    types.intp,  # units
-    types.intp,  # units per block
-    types.intp,  # sets of scales per block
-    types.intp,  # 1 where an offset follows them
-    view(types.float32, 1),  # weight of each plane (1 where it has scales of its own)
-    view(types.float32, 1),  # multiplier of each row
-    view(types.int8, 2),  # q
-    view(types.float32, 2),  # scale of each token and 128 columns
-    view(types.int32, 2),  # sum of q per 64 columns
-    view(types.int32, 2),  # sum of |q| per 64 columns
-    out(types.uint8, 1),  # prepared tables or slices of one token block
-    out(types.int32, 1),  # prepared constants
-    out(types.float32, 1),  # prepared factors
-    out(types.float32, 1),  # prepared sums of x
-    types.intp,  # tokens per block
-    types.intp,  # 1 where they are prepared already
-    types.intp,  # first tile
-    types.intp,  # tile after the last
-    out(types.float32, 2),  # result
-)
+# The int64 words of a job, in order: sizes, and addresses of C-contiguous arrays.
+FIELDS = (
+    "stream",  # uint8
+    "rows", "units", "units_per_block",
+    "scale_sets",  # per block
+    "has_offset",  # 1 where an offset follows them
+    "planes",
+    "weights",  # float32 (planes,), 1 where each plane has scales of its own
+    "multipliers",  # float32 (rows,)
+    "quantize",  # address of the kernel that makes q and the others from x first; 0 where they are given
+    *QUANTIZING,
+    "tables",  # prepared tables or bit slices of one token block, 64-byte aligned
+    "constants", "factors", "offsets",  # int32, float32, float32 (units * tokens of a block,): prepared as well
+    "accumulators",  # float32 (tokens of a block * rows of a tile,), 64-byte aligned
+    "token_block",
+    "prepared",  # 1 where they are
+    "result",  # float32 (tokens, rows)
+)  # fmt: skip
+(
+    _STREAM, _ROWS, _UNITS, _UNITS_PER_BLOCK, _SCALE_SETS, _HAS_OFFSET, _PLANES, _WEIGHTS, _MULTIPLIERS, _QUANTIZE,
+    _QUANTIZING, _, _, _, _TOKENS, _SEGMENTS, _Q, _SCALE, _SUMS, _ABSOLUTE, _TABLES, _CONSTANTS, _FACTORS, _OFFSETS,
+    _ACCUMULATORS, _TOKEN_BLOCK, _PREPARED, _RESULT,
+) = range(len(FIELDS))  # fmt: skip
+_WORDS = len(FIELDS)
+
+
+@inline_whole
+def _prepare(
+    instruction_set: Any, bits: Any, words: Any, per_word: Any, units: Any, start: Any, count: Any, q: Any,
+    token_scale: Any, sums: Any, absolute: Any, tables: Any, constants: Any, factors: Any, offsets: Any,
+) -> None:  # fmt: skip
+    """Make the tables (or bit slices), constants, factors and sums of x of tokens start .. start + count - 1."""
+    flat = q.reshape(q.size)
+    for t in range(count):
+        for u in range(units):
+            place = u * count + t
+            total = 0
+            size = 0
+            for w in range(u * words, (u + 1) * words):
+                total += sums[start + t, w]
+                size += absolute[start + t, w]
+            constants[place] = total if instruction_set == v.PORTABLE else size
+            factor = token_scale[start + t, u * words // 2]
+            factors[place] = factor
+            offsets[place] = factor * np.float32(total)
+            for w in range(words):
+                at = (start + t) * q.shape[1] + (u * words + w) * 64
+                to = (place * words + w) * per_word
+                if instruction_set == v.PORTABLE:
+                    popcount.slice_word(bits, flat, at, tables, to)
+                else:
+                    for g in range(16):
+                        lookup.fill_table(bits, flat, at + 4 * g, tables, to + g * (per_word // 16))
+
+
+@inline_whole
+def _add_offsets(
+    tile: Any, half: Any, stream: Any, place: Any, first: Any, last: Any, count: Any, offsets: Any, acc: Any
+) -> None:
+    """Add the offset of each row (at `place` of the stream) times the sum of x over units first .. last - 1."""
+    for t in range(count):
+        value = np.float32(0)
+        for u in range(first, last):
+            value += offsets[u * count + t]
+        _add_offset(tile, half, stream, place, value, acc, t * tile)
+
+
+@inline_whole
+def _add_unit(
+    instruction_set: Any, bits: Any, words: Any, half: Any, together: Any, tile: Any, size: Any, stream: Any,
+    position: Any, scale: Any, tables: Any, constants: Any, factors: Any, first: Any, t: Any, count: Any,
+    weight: Any, acc: Any, ahead: Any, apart: Any,
+) -> Any:  # fmt: skip
+    """Add the products of one unit of one plane with tokens t, t + 1, ..., `together` at a time; return the next."""
+    while t + together <= count:
+        _unit(
+            instruction_set, bits, words, half, together, stream, position, scale, tables, (first + t) * size,
+            constants, factors, first + t, weight, acc, t * tile, ahead, apart,
+        )  # fmt: skip
+        t += together
+    return t
 
 
 @functools.cache
 def sweep(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
-    """Return the kernel for one instruction set, activation width, unit of `words` words and float16 or 32 scales."""
-    tile = v.tile_rows(instruction_set)
-    portable = 1 if instruction_set == v.PORTABLE else 0
-    together = 1 if portable else TOGETHER
-    per_word = table_bytes(instruction_set, bits)
-    item = 2 if half else 4
-    part_bytes = per_word * lookup.GROUP // 64 if not portable else 0
+    """Return the kernel for one instruction set, activation width, unit of `words` words and float16 or 32 scales.
 
-    @kernel(_SIGNATURE)
-    def multiply(
-        stream: Any,
-        rows: Any,
-        units: Any,
-        units_per_block: Any,
-        scale_sets: Any,
-        has_offset: Any,
-        weights: Any,
-        multipliers: Any,
-        q: Any,
-        token_scale: Any,
-        sums: Any,
-        absolute: Any,
-        tables: Any,
-        constants: Any,
-        factors: Any,
-        offsets: Any,
-        token_block: Any,
-        prepared: Any,
-        first: Any,
-        last: Any,
-        result: Any,
-    ) -> None:
-        planes = weights.size
-        unit_bytes = words * 8 * tile
-        scale_bytes = tile * item
+    It takes the address of a job, int64 (len(FIELDS),), and computes tiles first .. last - 1.
+    """
+    tile = v.tile_rows(instruction_set)
+    lookup_used = 0 if instruction_set == v.PORTABLE else 1
+    together = TOGETHER if lookup_used else 1
+    scale_bytes = tile * (2 if half else 4)
+    unit_bytes = words * 8 * tile
+    per_word = table_bytes(instruction_set, bits)
+    size = words * per_word
+    step_bytes = lookup.WAYS * lookup.LINE
+
+    # Addresses, not arrays: a call of 24 arguments took 4 microseconds, and a waiting thread can be handed a number.
+    @kernel(types.void(types.int64, types.int64, types.int64))
+    def multiply(job_address: Any, first: Any, last: Any) -> None:
+        job = int64_items(job_address, _WORDS)
+        rows, units, units_per_block = job[_ROWS], job[_UNITS], job[_UNITS_PER_BLOCK]
+        scale_sets, has_offset, planes = job[_SCALE_SETS], job[_HAS_OFFSET], job[_PLANES]
+        tokens, segments, token_block = job[_TOKENS], job[_SEGMENTS], job[_TOKEN_BLOCK]
+        stream = uint8_items(job[_STREAM], 1)
+        weights = float32_items(job[_WEIGHTS], planes)
+        multipliers = float32_items(job[_MULTIPLIERS], rows)
+        q = int8_rows(job[_Q], tokens, 128 * segments)
+        token_scale = float32_rows(job[_SCALE], tokens, segments)
+        sums = int32_rows(job[_SUMS], tokens, 2 * segments)
+        absolute = int32_rows(job[_ABSOLUTE], tokens, 2 * segments)
+        tables = uint8_items(job[_TABLES], 1)
+        constants = int32_items(job[_CONSTANTS], units * token_block)
+        factors = float32_items(job[_FACTORS], units * token_block)
+        offsets = float32_items(job[_OFFSETS], units * token_block)
+        accumulators = float32_items(job[_ACCUMULATORS], token_block * tile)
+        result = float32_rows(job[_RESULT], tokens, rows)
         header = (scale_sets + has_offset) * scale_bytes
         blocks = (units + units_per_block - 1) // units_per_block
         tile_bytes = blocks * header + units * planes * unit_bytes
-        shared = 1 if scale_sets < planes else 0
-        flat = q.reshape(q.size)
-        accumulators = np.empty(token_block * tile + 16, np.float32)
-        base = (64 - accumulators.ctypes.data % 64) % 64 // 4
-        for start in range(0, q.shape[0], token_block):
-            count = min(token_block, q.shape[0] - start)
-            if not prepared:
-                for t in range(count):
-                    for u in range(units):
-                        place = u * count + t
-                        total = 0
-                        size = 0
-                        for w in range(u * words, (u + 1) * words):
-                            total += sums[start + t, w]
-                            size += absolute[start + t, w]
-                        constants[place] = total if portable else size
-                        factor = token_scale[start + t, u * words // 2]
-                        factors[place] = factor
-                        offsets[place] = factor * np.float32(total)
-                        for w in range(words):
-                            at = (start + t) * q.shape[1] + (u * words + w) * 64
-                            to = (place * words + w) * per_word
-                            if portable:
-                                popcount.slice_word(bits, flat, at, tables, to)
-                            else:
-                                for g in range(16):
-                                    lookup.fill_table(bits, flat, at + 4 * g, tables, to + g * part_bytes)
+        # Several tokens take longer to multiply than a tile takes to arrive; they leave reading ahead to the CPU.
+        # Else the next tile is asked for in steps of one line from each of WAYS places, `apart` from each other.
+        asking = lookup_used and tokens == 1
+        header_steps = (header + step_bytes - 1) // step_bytes if asking else 0
+        apart = (blocks * header_steps + units * planes * (unit_bytes // step_bytes)) * lookup.LINE
+        if asking and first < last:
+            for ahead in range(first * tile_bytes, first * tile_bytes + apart, lookup.LINE):
+                _ask(stream, ahead, apart)
+        if job[_QUANTIZE]:
+            call(job[_QUANTIZE], job_address + 8 * _QUANTIZING, 0, tokens)
+        for start in range(0, tokens, token_block):
+            count = min(token_block, tokens - start)
+            if not job[_PREPARED]:
+                _prepare(
+                    instruction_set, bits, words, per_word, units, start, count, q, token_scale, sums, absolute,
+                    tables, constants, factors, offsets,
+                )  # fmt: skip
             for number in range(first, last):
                 position = number * tile_bytes
+                # After the last tile its own lines, which cost nothing any more.
+                ahead = min(number + 1, last - 1) * tile_bytes
                 accumulators[:] = 0
                 unit = 0
                 while unit < units:
                     scales = position
                     position += header
+                    for _ in range(header_steps):
+                        _ask(stream, ahead, apart)
+                        ahead += lookup.LINE
                     end = min(unit + units_per_block, units)
                     if has_offset:
-                        for t in range(count):
-                            value = np.float32(0)
-                            for u in range(unit, end):
-                                value += offsets[u * count + t]
-                            _add_offset(
-                                tile,
-                                half,
-                                stream,
-                                scales + scale_sets * scale_bytes,
-                                value,
-                                accumulators,
-                                base + t * tile,
-                            )
+                        place = scales + scale_sets * scale_bytes
+                        _add_offsets(tile, half, stream, place, unit, end, count, offsets, accumulators)
                     for u in range(unit, end):
                         for p in range(planes):
-                            scale = scales if shared else scales + p * scale_bytes
-                            weight = weights[p]
-                            t = 0
-                            while t + together <= count:
-                                place = u * count + t
-                                _unit(
-                                    instruction_set,
-                                    bits,
-                                    words,
-                                    half,
-                                    together,
-                                    stream,
-                                    position,
-                                    scale,
-                                    tables,
-                                    place * words * per_word,
-                                    constants,
-                                    factors,
-                                    place,
-                                    weight,
-                                    accumulators,
-                                    base + t * tile,
-                                )
-                                t += together
-                            while t < count:
-                                place = u * count + t
-                                _unit(
-                                    instruction_set,
-                                    bits,
-                                    words,
-                                    half,
-                                    1,
-                                    stream,
-                                    position,
-                                    scale,
-                                    tables,
-                                    place * words * per_word,
-                                    constants,
-                                    factors,
-                                    place,
-                                    weight,
-                                    accumulators,
-                                    base + t * tile,
-                                )
-                                t += 1
+                            scale = scales if scale_sets < planes else scales + p * scale_bytes
+                            t = _add_unit(
+                                instruction_set, bits, words, half, together, tile, size, stream, position, scale,
+                                tables, constants, factors, u * count, 0, count, weights[p], accumulators, ahead,
+                                apart,
+                            )  # fmt: skip
+                            if together > 1:
+                                _add_unit(
+                                    instruction_set, bits, words, half, 1, tile, size, stream, position, scale, tables,
+                                    constants, factors, u * count, t, count, weights[p], accumulators, ahead,
+                                    apart,
+                                )  # fmt: skip
                             position += unit_bytes
+                            ahead += unit_bytes // lookup.WAYS
                     unit = end
                 for t in range(count):
                     for r in range(number * tile, min((number + 1) * tile, rows)):
-                        result[start + t, r] = accumulators[base + t * tile + r - number * tile] * multipliers[r]
+                        result[start + t, r] = accumulators[t * tile + r - number * tile] * multipliers[r]
 
     return multiply

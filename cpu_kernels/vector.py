@@ -35,6 +35,19 @@ def shuffle_sets() -> list[int]:
     return [number for number, needed in known if all(features.get(name) for name in needed)]
 
 
+def has_float16() -> bool:
+    """Return whether this process compiles for a CPU that widens float16 to float32 in one instruction."""
+    return bool(_target_features().get("f16c"))
+
+
+def takes_whole_bytes(instruction_set: int) -> bool:
+    """Return whether `shuffle` may be given indices with anything in their upper four bits.
+
+    AVX-512 VBMI's permutation looks at six bits, of which the upper two then choose among equal copies of the table.
+    """
+    return instruction_set == AVX512BW and bool(_target_features().get("avx512vbmi"))
+
+
 def _target_features() -> dict[str, bool]:
     # NUMBA_CPU_NAME and NUMBA_CPU_FEATURES restrict what Numba compiles for, so they restrict the choice as well.
     config: Any = numba.config
@@ -117,14 +130,17 @@ def multiply_add(builder: Any, left: Any, right: Any, addend: Any) -> Any:
 
 
 def prefetch(builder: Any, pointer: Any) -> None:
-    """Ask for the cache line at `pointer` (an address outside the array is harmless)."""
+    """Ask for the cache line at `pointer` in the second level (an address outside the array is harmless)."""
     kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [pointer, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+    builder.call(function, [pointer, ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
 
 
 def shuffle(builder: Any, instruction_set: int, table: Any, index: Any) -> Any:
-    """Return table[index] for every byte of `index` (all below 16), `table` being a vector of 16 bytes."""
+    """Return table[index] for every byte of `index`, `table` being a vector of 16 bytes.
+
+    All indices are below 16, or `takes_whole_bytes` and their lower four bits count.
+    """
     width = {SSSE3: 16, AVX2: 32, AVX512BW: 64, NEON: 16}[instruction_set]
     if index.type.count > width:
         half = index.type.count // 2
@@ -139,6 +155,8 @@ def shuffle(builder: Any, instruction_set: int, table: Any, index: Any) -> Any:
         AVX512BW: "llvm.x86.avx512.pshuf.b.512",
         NEON: "llvm.aarch64.neon.tbl1.v16i8",
     }[instruction_set]
+    if takes_whole_bytes(instruction_set):
+        name = "llvm.x86.avx512.permvar.qi.512"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector, vector]), name)
     return builder.call(function, [table, index])
 
@@ -147,6 +165,8 @@ def load_scales(builder: Any, pointer: Any, lanes: int, half: bool) -> Any:
     """Return `lanes` float32 scales from float16 (`half`) or float32 items at a byte pointer."""
     if not half:
         return load(builder, pointer, F32, lanes, 4)
+    if has_float16():
+        return builder.fpext(load(builder, pointer, ir.HalfType(), lanes, 2), ir.VectorType(F32, lanes))
     # By integer operations, as LLVM calls a library for float16 where the CPU has no instruction: the exponent and
     # the fraction moved into float32's fields are the value times 2 ** -112.
     wide = builder.sext(load(builder, pointer, I16, lanes, 2), ir.VectorType(I32, lanes))

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 
 from cpu_kernels import lookup, products, reference_products, vector
 from cpu_kernels.activations import SEGMENT, Activations, Per
-from cpu_kernels.products import Part, Workers, multiply, prepack, prepack_rows, quantize
+from cpu_kernels.products import Part, TokenProduct, Workers, multiply, prepack, prepack_rows, quantize
 
 COLUMNS = [1, 4, 63, 64, 65, 127, 128, 129, 200, 256, 257, 400, 1100]
 ROWS = [1, 2, 31, 32, 33, 63, 64, 65, 130]
@@ -293,6 +295,42 @@ def test_out_and_prepared_tables_are_reused() -> None:
     np.testing.assert_array_equal(multiply(matrix, activations), first)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("bits", "per"), [(8, "segment"), (6, "token")])
+@pytest.mark.parametrize("cols", [1, 129, 1100])
+def test_a_token_quantized_on_the_way_gives_the_same_products(kernel: str, bits: int, per: Per, cols: int) -> None:
+    case = make(23, 300, cols, 2, 64, True)
+    matrix = prepack(case.planes, case.scale, 64, cols, case.offset, kernel=kernel)
+    for x in (*tokens(24, 3, cols)[:, None], np.full((1, cols), np.nan, np.float32)):
+        expected = multiply(matrix, quantize(x, bits, per))
+        for threads in (1, 3):
+            with Workers(threads) as workers:
+                product = TokenProduct(matrix, bits, per, workers)
+                out = np.empty((1, 300), np.float32)
+                assert product(x, out) is out
+                np.testing.assert_array_equal(out, expected)
+                np.testing.assert_array_equal(product(x), expected)
+
+
+def test_workers_do_kernel_jobs_awake_asleep_and_between_python_tasks() -> None:
+    case = make(25, 700, 256, 2, 128, False)
+    matrix = prepack(case.planes, case.scale, 128, 256)
+    inputs = tokens(26, 8, 256)[:, None]
+    expected = [multiply(matrix, quantize(x)) for x in inputs]
+    with Workers(3) as workers:
+        product = TokenProduct(matrix, 8, "token", workers)
+        for x, y in zip(inputs, expected, strict=True):
+            for _ in range(50):  # without a pause: the workers wait in native code
+                np.testing.assert_array_equal(product(x), y)
+            time.sleep(0.02)  # they have returned to Python
+            np.testing.assert_array_equal(product(x), y)
+            done: list[int] = []
+            workers.run([partial(done.append, number) for number in range(3)])
+            assert sorted(done) == [0, 1, 2]
+    assert workers.threads == 1
+    np.testing.assert_array_equal(TokenProduct(matrix, 8, "token", workers)(inputs[0]), expected[0])
+
+
 def test_unknown_kernels_and_wrong_shapes_are_refused() -> None:
     case = make(21, 33, 130, 2, 128, False)
     with pytest.raises(ValueError, match=r"available: .*popcount"):
@@ -303,6 +341,8 @@ def test_unknown_kernels_and_wrong_shapes_are_refused() -> None:
         prepack(case.planes, case.scale, 64, 130)
     with pytest.raises(ValueError, match="130"):
         multiply(prepack(case.planes, case.scale, 128, 130), quantize(np.zeros((1, 131), np.float32)))
+    with pytest.raises(ValueError, match=r"x: float32 \(1, 131\); expected float32 \(1, 130\)"):
+        TokenProduct(prepack(case.planes, case.scale, 128, 130), 8, "token", Workers(1))(np.zeros((1, 131), np.float32))
     with pytest.raises(ValueError, match="expected 8 or 6"):
         quantize(np.zeros((1, 8), np.float32), 7)
 
@@ -319,7 +359,7 @@ def test_the_neon_form_compiles_to_table_instructions() -> None:
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [byte, byte, byte]), "sums")
     builder = ir.IRBuilder(function.append_basic_block())
     packed, table, to = function.args
-    even, odd = lookup.emit_sums(builder, vector.NEON, 8, 16, packed, [table], False)[0]
+    even, odd = lookup.emit_sums(builder, vector.NEON, 8, 16, packed, [table], [])[0]
     vector.store(builder, vector.join(builder, even, odd), to, 2)
     builder.ret_void()
     text = str(module).replace('target triple = "unknown-unknown-unknown"', "")

@@ -12,7 +12,7 @@ from bincompress.model.linear import Floats, Linear
 from bincompress.model.threads import over_ranges
 from bincompress.store import Packed
 from cpu_kernels.activations import Activations, Per
-from cpu_kernels.products import PackedMatrix, Workers, multiply, quantize
+from cpu_kernels.products import PackedMatrix, TokenProduct, Workers, multiply, quantize
 
 _TILE_WEIGHTS = 1 << 20  # weights that are float32 at a time: 4 MB a thread
 _ROWS_PER_THREAD = 64
@@ -57,6 +57,7 @@ class PackedLinear:
         self._listed = [(row, part) for row, part in listed if part.rows.size]
         self._settings = settings
         self._workers = workers
+        self._of_token: TokenProduct | None = None  # made when the first token is written: its kernel is loaded then
 
     def quantized(self, x: Floats) -> Activations:
         """Return the activations as this matrix multiplies them; matrices with one input share them."""
@@ -64,11 +65,17 @@ class PackedLinear:
 
     def __call__(self, x: Floats) -> Floats:
         """Return x (n, cols) times the transposed matrix, (n, rows)."""
-        return self.times(x, self.quantized(x))
+        if len(x) > 1:
+            return self.times(x, self.quantized(x))
+        if self._of_token is None:
+            self._of_token = TokenProduct(self.matrix, self._settings.bits, self._settings.per, self._workers)
+        return self._with_listed(x, self._of_token(x))
 
     def times(self, x: Floats, activations: Activations) -> Floats:
         """Return the product where the activations are quantized already."""
-        result = multiply(self.matrix, activations, pool=self._workers)
+        return self._with_listed(x, multiply(self.matrix, activations, pool=self._workers))
+
+    def _with_listed(self, x: Floats, result: Floats) -> Floats:
         for first_row, part in self._listed:
             part.add(x, result, first_row)
         return result
