@@ -45,11 +45,12 @@ class Calibration:
     checkpoint: Checkpoint
     config: ModelConfig
     samples: NDArray[np.int64]  # (samples, context) tokens
+    part_tokens: int
 
     @property
     def parts(self) -> list[slice]:
         """The samples of each part."""
-        step = max(1, _PART_TOKENS // self.samples.shape[1])
+        step = max(1, self.part_tokens // self.samples.shape[1])
         return [slice(start, start + step) for start in range(0, len(self.samples), step)]
 
     def embed(self) -> Floats:
@@ -105,7 +106,7 @@ def calibrate(
     with after its last whole layer. Raises StoreError, CheckpointError, UnsupportedModelError, or TensorError where an
     input is not finite.
     """
-    work = Calibration(checkpoint, parse(checkpoint.config), samples)
+    work = Calibration(checkpoint, parse(checkpoint.config), samples, _PART_TOKENS)
     groups = [work.inputs_of_layer(layer) for layer in range(work.config.layers)]
     record = {
         "source": source_record(checkpoint),
@@ -204,7 +205,8 @@ class PartRunner:
 
 def _sum(parts: list[Floats]) -> Sum:
     x = np.concatenate(parts)
-    return Sum(x.T @ x, np.maximum(x.max(axis=0), -x.min(axis=0)))
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused by name when all are summed
+        return Sum(x.T @ x, np.maximum(x.max(axis=0), -x.min(axis=0)))
 
 
 class _LayerWeights:

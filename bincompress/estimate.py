@@ -18,6 +18,7 @@ from bincompress.records import Job, Settings, TensorSource
 from bincompress.store import begin_store
 
 _SAMPLE_WEIGHTS = (1 << 18, 1 << 21)  # two sizes part what a job costs from what a weight costs
+_SAMPLE_COLS = 1024  # where error compensation is timed
 _REPEATS = 3
 _ENOUGH_SECONDS = 0.5
 _HOUR = 3600.0
@@ -74,8 +75,12 @@ def estimate(tensors: Iterable[PlannedTensor], rate: float | None = None) -> Est
         seconds = []
         for (settings, dtype), group in groups.items():
             widest = max(tensor.source.shape[-1] if tensor.source.shape else 1 for tensor in group)
-            fixed, each = _measured(settings, dtype, max(1, widest))
-            seconds += [fixed + each * math.prod(tensor.source.shape) for tensor in group]
+            cols = max(1, min(widest, _SAMPLE_COLS) if settings.calibrated else widest)
+            fixed, each = _measured(settings, dtype, cols)
+            for tensor in group:
+                # With a Hessian a weight costs as much as there are columns that its error is spread over.
+                wider = tensor.source.shape[-1] / cols if settings.calibrated else 1.0
+                seconds.append(fixed + each * wider * math.prod(tensor.source.shape))
     total = sum(tensor.source.nbytes for tensor in tensors)
     return Estimate(len(tensors), total, sum(seconds), max(seconds, default=0.0), rate is None)
 
@@ -97,17 +102,31 @@ def _job_seconds(folder: Path, settings: Settings, dtype: str, shape: tuple[int,
     file = folder / "sample"
     _write_sample(file, shape, dtype)
     source = TensorSource("sample.weight", dtype, shape, str(file), 0, file.stat().st_size)
+    statistics = _sample_statistics(folder, shape[1]) if settings.calibrated else ""
     kind = "plain" if settings.method == "keep" else "packed"
     times: list[float] = []
     while len(times) < _REPEATS and sum(times) < _ENOUGH_SECONDS:
         store = f"{folder}/store-{len(times)}"
         begin_store(store, {"tensors": {source.name: kind}}, {}, "", overwrite=False)
         begin = time.perf_counter()
-        report = run_job(Job(store, source.name, source, settings))
+        report = run_job(Job(store, source.name, source, settings, statistics=statistics))
         times.append(time.perf_counter() - begin)
         if report.status != "done":
             raise TensorError(f"these settings cannot be timed: {report.error}; give --rate")
     return min(times)
+
+
+def _sample_statistics(folder: Path, cols: int) -> str:
+    """Write statistics of inputs that never were, for the sample, and return their place."""
+    from bincompress.statistics import begin_statistics
+
+    url = str(folder / "statistics")
+    x = np.random.default_rng(0).standard_normal((2 * cols, cols), np.float32)
+    found = begin_statistics(url, {"inputs": {"sample.weight": "sample.weight"}}, overwrite=False)
+    arrays = {"hessian": x.T @ x / np.float32(len(x)), "absmax": np.abs(x).max(axis=0)}
+    found.write("sample.weight", ["sample.weight"], len(x), arrays)
+    found.finish()
+    return url
 
 
 def _write_sample(path: Path, shape: tuple[int, int], dtype: str) -> None:

@@ -12,14 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from bincompress import cli
+from bincompress.calibrate import calibrate, run_in_threads
+from bincompress.checkpoint import open_checkpoint
 from bincompress.compress import Outcome, Runner, compress
 from bincompress.errors import BincompressError, StoreError
 from bincompress.events import JobEvent
 from bincompress.store import open_store
+from jobs.calibration import run_on_ray
 from jobs.runner import run_ray
 from tests.gates import Notes, dies, gated, probe, wait_for
 from tests.s3 import CuttingProxy, s3_server
@@ -213,6 +217,21 @@ def test_the_command_line(
     manifest.write_text("".join(f'[[model]]\nsource = "{tiny_model}"\nstore = "{tmp_path / n}"\n' for n in "ab"))
     assert call(monkeypatch, "batch", manifest, "--runner", "ray") == 0
     assert tree(tmp_path / "a") == tree(tmp_path / "b") == tree(store)
+
+
+def test_calibration_gives_the_local_bytes(
+    home: None, tiny_model: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(tiny_model)
+    monkeypatch.setattr("bincompress.calibrate._PART_TOKENS", 64)  # the driver alone decides what a part is
+    samples = np.random.default_rng(0).integers(0, 96, (5, 32))
+    here, there = tmp_path / "here", tmp_path / "there"
+    calibrate(checkpoint, samples, str(here), runner=run_in_threads(2))
+    calibrate(checkpoint, samples, str(there), runner=run_on_ray(None, str(there)))
+    assert tree(here) == tree(there)
+    (tiny_model / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(BincompressError, match="layer 0, part 0: .*; the same command goes on"):
+        calibrate(checkpoint, samples, str(there), runner=run_on_ray(None, str(there)), overwrite=True)
 
 
 def test_without_ray(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,7 @@ def command(
     from bincompress.hub import open_source
     from bincompress.text import read_text
 
+    run_layer = _runner(runner, threads, address, stats)
     checkpoint = open_source(source)
     chosen = choose_samples(checkpoint, read_text(text), samples, context)
     with kernels_announced(), tqdm(desc="calibrate", unit="part", disable=True if as_json else None) as bar:
@@ -64,7 +65,7 @@ def command(
             bar.update(done - bar.n)
 
         found = calibrate(
-            checkpoint, chosen, stats, runner=_runner(runner, threads, address, stats), overwrite=overwrite,
+            checkpoint, chosen, stats, runner=run_layer, overwrite=overwrite,
             progress=on_part,
         )  # fmt: skip
     inputs = found.attributes["inputs"]

@@ -114,6 +114,8 @@ def _fitted(weights: Floats, values: Floats, scale: Floats, known: Curvature) ->
     hessian = known.hessian.astype(np.float64)
     hessian[np.diag_indices_from(hessian)] += known.damping * np.trace(hessian) / len(hessian)
     normal = hessian * (values.T @ values)
+    # Columns whose planes are all zero have no say in their scale.
+    normal[np.diag_indices_from(normal)] += 1e-9 * np.trace(normal) / len(normal) + np.finfo(np.float64).tiny
     fit = np.linalg.solve(normal, ((weights @ hessian) * values).sum(axis=0))
     fitted: Floats = 1.0 / np.clip(fit, 1.0 / (_MOST_CHANGE * scale), _MOST_CHANGE / scale)
     return fitted

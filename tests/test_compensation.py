@@ -1,0 +1,282 @@
+"""Is rounding under a Hessian what GPTQ and the closed forms say, never worse than without, and safe on bad ones?"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bincompress.errors import TensorError
+from bincompress.float8 import from_float8, to_float8
+from bincompress.methods import METHODS, billm, dbellquant
+from bincompress.methods.compensation import compensate, curvature
+from bincompress.methods.forms import Form, Rounding, levels_of, sum_of_planes, values_of
+from bincompress.methods.starts import of_planes
+from bincompress.records import Inputs, Settings
+from cpu_kernels import compensation, reference_compensation
+from cpu_kernels.reference import expand
+from tests.conftest import as_weight
+
+FORMS = [sum_of_planes(1), sum_of_planes(2), sum_of_planes(3), Form(3, (1, 3, 5, 7)), billm.FORM]
+CALIBRATED = [
+    Settings("xnor", compensate=True),
+    Settings("xnor", compensate=True, planes=3, block=64, scale_bits=8, refine=2),
+    Settings("xnor", compensate=True, block="row", refine=1),
+    Settings("wgm", compensate=True, refine=3),
+    Settings("wgm", compensate=True, groups=4, refine=1),
+    Settings("wgm", compensate=True, groups=1, scale_bits=8),
+    Settings("billm"),
+    Settings("billm", refine=2, block=64),
+    Settings("dbellquant", refine=2),
+    Settings("dbellquant", planes=1, scale_bits=8),
+]
+
+
+def hessian_of(cols: int, seed: int = 0, tokens: int = 400) -> np.ndarray:
+    """Return the Hessian of inputs whose channels differ in size and go together."""
+    random = np.random.default_rng(seed)
+    x = random.standard_normal((tokens, cols)) @ (np.eye(cols) + 0.3 * random.standard_normal((cols, cols)) / cols**0.5)
+    x *= np.exp(0.7 * random.standard_normal(cols))
+    return (x.T @ x / tokens).astype(np.float32)
+
+
+def inputs_of(cols: int, seed: int = 0) -> Inputs:
+    hessian = hessian_of(cols, seed)
+    return Inputs("layer", hessian, np.sqrt(np.diag(hessian)) * 4)
+
+
+def case(rows: int, cols: int, form: Form, seed: int) -> tuple[np.ndarray, ...]:
+    random = np.random.default_rng(seed)
+    weights = random.standard_normal((rows, cols)).astype(np.float32)
+    levels = random.standard_normal((rows, len(form.features))).astype(np.float32)
+    classes = random.integers(0, 1 << form.column_planes, cols).astype(np.uint8)
+    return weights, levels, classes
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(rows=st.integers(1, 5), cols=st.integers(1, 70), seed=st.integers(0, 99))
+def test_kernels_equal_their_twins(form: Form, rows: int, cols: int, seed: int) -> None:
+    weights, levels, classes = case(rows, cols, form, seed)
+    known = curvature(hessian_of(cols, seed))
+    codes, errors = np.empty(weights.shape, np.uint8), np.empty_like(weights)
+    compensation.round_block(weights.copy(), known.factor, levels, classes, form.planes, codes, errors)
+    expected, expected_errors = reference_compensation.round_block(weights, known.factor, levels, classes, form.planes)
+    np.testing.assert_array_equal(codes, expected)
+    np.testing.assert_allclose(errors, expected_errors, rtol=1e-4, atol=1e-5)
+    chosen = np.take_along_axis(levels, codes.astype(np.intp), axis=1)
+    gradient = (weights - chosen) @ known.hessian
+    arguments = known.hessian, levels, classes, form.planes, 3
+    expected, expected_change, expected_moves = reference_compensation.flip_block(gradient, *arguments, codes)
+    change, after = np.empty_like(gradient), codes.copy()
+    moves = compensation.flip_block(gradient.copy(), *arguments, after, change)
+    np.testing.assert_array_equal(after, expected)
+    assert moves == expected_moves
+    np.testing.assert_allclose(change, expected_change, rtol=1e-5, atol=1e-6)
+
+
+@given(cols=st.integers(1, 150), rows=st.integers(1, 3), seed=st.integers(0, 99), block=st.sampled_from([64, 128]))
+def test_sums_and_fits_equal_their_twins(cols: int, rows: int, seed: int, block: int) -> None:
+    random = np.random.default_rng(seed)
+    products, signs = random.standard_normal((2, 3, rows, cols)).astype(np.float32)
+    units = -(-cols // block)
+    normal = np.zeros((rows, 3 * (units + 1), 3 * (units + 1)))
+    compensation.add_normal(products, signs, block, 1, normal)
+    expected = reference_compensation.add_normal(products, signs, block)
+    np.testing.assert_allclose(normal[:, 3:6, 3:], expected, rtol=1e-4, atol=1e-4)
+    assert not normal[:, :3].any()
+    weights = random.standard_normal((rows, cols)).astype(np.float32)
+    importance = np.exp(random.standard_normal(cols))
+    means = np.empty((rows, 2))
+    compensation.split_two(weights, importance, means)
+    np.testing.assert_allclose(means, reference_compensation.split_two(weights, importance), rtol=1e-6)
+    coef = np.tile([1.0, 0.5, 0.25], (rows, 1))
+    features = sum_of_planes(3).features
+    steps = 2 if cols >= 40 else 0  # fewer weights than levels leave scales open, and the last bit decides
+    expected = reference_compensation.fit_scales(weights, importance, features, steps, coef)
+    compensation.fit_scales(weights, importance, features, steps, coef)
+    np.testing.assert_allclose(coef, expected, rtol=1e-4, atol=1e-5)
+
+
+@given(st.lists(st.floats(0, 2), min_size=1, max_size=50))
+def test_8_bit_floats_are_the_nearest(values: list[float]) -> None:
+    every = from_float8(np.arange(256, dtype=np.uint8), 0).astype(np.float64)
+    assert np.all(np.diff(every) > 0)
+    np.testing.assert_array_equal(to_float8(every), np.arange(256))
+    array = np.array(values)
+    distance = np.abs(from_float8(to_float8(array), 0) - array)
+    np.testing.assert_allclose(distance, np.abs(every - array[:, None]).min(axis=1), atol=1e-12)
+
+
+def test_8_bit_floats_are_what_they_were() -> None:
+    """Golden: what codes stand for is a part of the store's format."""
+    codes = np.array([0, 1, 15, 16, 17, 128, 240, 255], np.uint8)
+    expected = np.array([0, 1, 15, 16, 17, 16 * 2**7, 16 * 2**14, 31 * 2**14]) * 2.0**-18
+    np.testing.assert_array_equal(from_float8(codes, 0), expected.astype(np.float32))
+    np.testing.assert_array_equal(from_float8(codes, -3), (expected / 8).astype(np.float32))
+
+
+def cost_of(weights: np.ndarray, values: np.ndarray, hessian: np.ndarray) -> float:
+    error = (weights - values).astype(np.float64)
+    return float(np.einsum("rc,cd,rd->", error, hessian.astype(np.float64), error))
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_compensation_and_refinement_lower_the_cost(planes: int, bits: int) -> None:
+    weights = np.random.default_rng(1).standard_normal((40, 200)).astype(np.float32)
+    known, form, rounding = curvature(hessian_of(200)), sum_of_planes(planes), Rounding(bits, float(abs(weights).max()))
+    flat = curvature(np.eye(200, dtype=np.float32))
+    costs = []
+    for inputs, refine in ((flat, 0), (known, 0), (known, 1), (known, 6)):
+        found = compensate(weights, inputs, form, 64, of_planes(planes), rounding, refine)
+        costs.append(cost_of(weights, values_of(form, found.codes, found.coef, 64), known.hessian))
+        if inputs is known:
+            size = cost_of(weights, np.zeros_like(weights), known.hessian)
+            assert found.cost == pytest.approx(costs[-1] / size, rel=1e-3)
+    # Rounding to the nearest level; GPTQ; one round; until nothing improves.
+    assert costs[0] > 1.1 * costs[1] > 1.1 * costs[2] > costs[3]
+
+
+def test_without_correlation_the_nearest_level_is_best() -> None:
+    weights = np.random.default_rng(2).standard_normal((5, 128)).astype(np.float32)
+    known, form = curvature(np.eye(128, dtype=np.float32)), sum_of_planes(2)
+    found = compensate(weights, known, form, 128, of_planes(2), Rounding(16, 4.0), 0)
+    levels = levels_of(form, found.coef[:, 0])
+    nearest = np.abs(weights[:, :, None] - levels[:, None]).argmin(axis=2)
+    np.testing.assert_array_equal(found.codes, nearest)
+
+
+def test_the_factor_is_that_of_the_inverse() -> None:
+    hessian = hessian_of(60)
+    known = curvature(hessian)
+    damped = hessian.astype(np.float64) + known.damping * np.trace(hessian) / 60 * np.eye(60)
+    np.testing.assert_allclose(known.factor.T @ known.factor @ damped, np.eye(60), atol=1e-3)
+    scale = np.exp(np.random.default_rng(0).standard_normal(60)).astype(np.float32)
+    scaled = known.scaled(scale)
+    np.testing.assert_allclose(scaled.hessian, hessian / np.outer(scale, scale), rtol=1e-6)
+    np.testing.assert_allclose(
+        scaled.factor.T @ scaled.factor @ (damped / np.outer(scale, scale)), np.eye(60), atol=1e-3
+    )
+
+
+def test_damping_is_raised_where_the_factorisation_fails() -> None:
+    hessian = np.ones((8, 8), np.float32)
+    hessian[0, 1] = hessian[1, 0] = 3.0  # no Gram matrix: an eigenvalue is -2
+    assert curvature(hessian).damping > 1
+    assert curvature(np.zeros((4, 4), np.float32)).damping == 0.01
+    for bad in (np.full((3, 3), np.nan, np.float32), -np.eye(3, dtype=np.float32)):
+        with pytest.raises(TensorError, match=r"layer: its Hessian .* calibrate again"):
+            curvature(bad, "layer")
+
+
+@pytest.mark.parametrize("settings", CALIBRATED)
+@pytest.mark.parametrize(
+    ("rows", "cols", "dtype"), [(1, 1, "BF16"), (3, 70, "F16"), (33, 128, "F32"), (9, 300, "BF16")]
+)
+def test_what_is_stored_is_what_was_chosen(settings: Settings, rows: int, cols: int, dtype: str) -> None:
+    weight = as_weight(np.random.default_rng(cols).standard_normal((rows, cols)) * 0.05, dtype)
+    found = METHODS[settings.method](weight, settings, inputs_of(cols))
+    coef = found.coef
+    values = (
+        from_float8(coef, found.coef_exponent)
+        if coef.dtype == np.uint8
+        else np.ldexp(coef.astype(np.float32), found.coef_exponent)
+    )
+    if found.mix is not None:
+        values = np.einsum("ti,irb->trb", np.array(found.mix, np.float32), values)
+    planes = found.planes
+    if found.column_planes.size:
+        shared = np.broadcast_to(found.column_planes[:, None], (len(found.column_planes), *planes.shape[1:]))
+        planes = np.concatenate([planes, shared])
+    stands_for = expand(planes, values, found.terms, found.block, cols)
+    if found.in_scale is not None:
+        stands_for *= found.in_scale
+    exact = weight.float32().astype(np.float64)
+    error = float(np.sum((exact - stands_for) ** 2))
+    assert error == pytest.approx(found.squared_error, rel=2e-3, abs=1e-9)
+    assert found.squared_norm == pytest.approx(float(np.sum(exact**2)))
+    expected = {8: np.uint8, 16: np.float16}[settings.scale_bits]
+    assert coef.dtype == expected
+    if cols % 64:
+        assert not np.any(found.planes[:, :, -1] >> np.uint64(cols % 64))
+
+
+def test_a_weight_of_zeros_stays_zero() -> None:
+    weight = as_weight(np.zeros((4, 128)), "BF16")
+    for settings in CALIBRATED:
+        found = METHODS[settings.method](weight, settings, inputs_of(128))
+        assert found.squared_error == 0
+        assert not np.any(found.coef)
+
+
+def paper_descent(weights: np.ndarray, scale: np.ndarray, rate: float, most: int = 300) -> np.ndarray:
+    """Return the scale of the paper's descent: gradient steps on its loss until the mean distance grows."""
+    distance = np.inf
+    for _ in range(most):
+        transformed = weights * scale
+        aim = dbellquant.targets(transformed)
+        now = float(np.abs(transformed - aim).mean())
+        if now > distance:
+            break
+        distance = now
+        scale = scale - rate * np.mean(2 * (transformed - aim) / aim**2 * weights, axis=0)
+    return scale
+
+
+def nearest_error(weights: np.ndarray) -> float:
+    """Return the relative squared error of each weight's nearer target."""
+    return float(np.sum((weights - dbellquant.targets(weights)) ** 2) / np.sum(weights**2))
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.gate_proj"])
+def test_the_dual_bell_search_is_as_good_as_the_papers_descent(name: str) -> None:
+    from bincompress.checkpoint import open_checkpoint, read_weight
+
+    model = open_checkpoint(Path(dbellquant.__file__).parents[1] / "demo_model")
+    weights = read_weight(model.tensors[f"model.layers.1.{name}.weight"]).float32().astype(np.float64)
+    absmax = np.exp(np.random.default_rng(0).standard_normal(weights.shape[1])).astype(np.float32)
+    begin = dbellquant.formula(weights, absmax, 0.85)
+    ours = weights * list(dbellquant.descend(weights, begin))[-1]
+    for rate in (0.001, 0.01, 0.1):
+        theirs = weights * paper_descent(weights, begin, rate)
+        assert dbellquant.bell_loss(ours) < dbellquant.bell_loss(theirs)
+        assert nearest_error(ours) < nearest_error(theirs)
+    assert dbellquant.bell_loss(weights * paper_descent(weights, begin, 0.01)) < dbellquant.bell_loss(weights * begin)
+
+
+def test_one_scale_for_all_members_and_never_worse_on_what_it_saw() -> None:
+    inputs = inputs_of(128)
+    members = tuple(as_weight(np.random.default_rng(i).standard_normal((96, 128)) * 0.05, "BF16") for i in range(3))
+    settings = Settings("dbellquant", planes=1)
+    scale = dbellquant.channel_scale(members, inputs, settings)
+    assert scale.shape == (128,)
+    assert np.all(scale > 0)
+    assert not np.any(scale.view(np.uint32) & 0xFFFF)
+    together = replace(inputs, members=members)
+    with_it = sum(METHODS["dbellquant"](m, settings, together).notes["output_error"] for m in members)
+    without = sum(METHODS["xnor"](m, Settings("xnor", compensate=True), inputs).notes["output_error"] for m in members)
+    assert with_it < without
+
+
+def test_an_input_scale_is_kept_only_where_it_pays() -> None:
+    random = np.random.default_rng(3)
+    plain = random.standard_normal((256, 128)) * 0.05
+    inputs = inputs_of(128)
+    kept = METHODS["dbellquant"](as_weight(plain, "BF16"), Settings("dbellquant", planes=1), inputs)
+    assert kept.in_scale is None
+    assert "would not pay" in kept.notes["transformation"]
+    uneven = plain * np.exp(1.5 * random.standard_normal(128))
+    even_inputs = Inputs("layer", np.eye(128, dtype=np.float32), np.ones(128, np.float32))
+    scaled = METHODS["dbellquant"](as_weight(uneven, "BF16"), Settings("dbellquant", planes=1), even_inputs)
+    assert scaled.in_scale is not None
+    assert scaled.notes["transformation"] == "in_scale"
+
+
+def test_methods_that_need_inputs_say_so() -> None:
+    weight: Any = as_weight(np.ones((2, 64)), "BF16")
+    for method in ("billm", "dbellquant"):
+        with pytest.raises(TensorError, match=f"{method} needs statistics"):
+            METHODS[method](weight, Settings(method))
