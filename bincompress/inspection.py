@@ -15,7 +15,7 @@ def inspect(store: Store) -> dict[str, Any]:
         if attributes.get("status") != "complete":
             tensors[name] = {"method": None, "status": "missing"}
             continue
-        report = {key: value for key, value in attributes["report"].items() if key != "histogram"}
+        report = {key: value for key, value in attributes["report"].items() if key not in ("histogram", "bells")}
         shape = list(store.shape(name))
         tensors[name] = {**report, "shape": shape, "status": "complete", "seconds": store.read_log(name).get("seconds")}
     return {"tensors": tensors, "total": _total(store, list(tensors.values()))}

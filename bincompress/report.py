@@ -14,6 +14,7 @@ from bincompress import __version__
 from bincompress.dequantize import dequantize
 from bincompress.errors import BincompressError, StoreError
 from bincompress.inspection import inspect, totals
+from bincompress.methods.dbellquant import BELLS_REACH
 from bincompress.store import Store
 
 _SAMPLE_ROWS = 256  # of the shown tensor, dequantized for its histogram
@@ -46,6 +47,7 @@ def report_page(store: Store, tensor: str | None = None) -> str:
         "bits": _by_layer(packed, "stored_bits", "stored bits per weight"),
         "times": _times(packed),
         "histogram": _histogram(attributes, store, tensor),
+        "bells": _bells(attributes["report"]["bells"]) if "bells" in attributes["report"] else "",
     }
     return template.render(
         store=store.url, version=__version__, totals=totals(found["total"]), tensors=found["tensors"], plots=plots,
@@ -136,6 +138,20 @@ def _histogram(attributes: dict[str, Any], store: Store, tensor: str) -> str:
     axes.set_xlabel("weight")
     axes.set_ylabel("density")
     axes.legend(fontsize=8)
+    return _svg(figure)
+
+
+def _bells(found: dict[str, list[int]]) -> str:
+    """Plot a tensor's weights before and after the transformation, in mean magnitudes of their row-blocks."""
+    figure = _figure()
+    for axes, (name, counts) in zip(figure.subplots(1, 2, sharey=True), found.items(), strict=True):
+        edges = np.linspace(-BELLS_REACH, BELLS_REACH, len(counts) + 1)
+        density = np.array(counts, np.float64) / max(1, sum(counts)) / (edges[1] - edges[0])
+        axes.stairs(density, edges, fill=True, alpha=0.4, color="C0" if name == "before" else "C2")
+        for target in (-1.0, 1.0):
+            axes.axvline(target, color="C3", lw=1.2)
+        axes.set_title(f"{name} the transformation", fontsize=9)
+        axes.set_xlabel("weight / mean magnitude of its row-block")
     return _svg(figure)
 
 

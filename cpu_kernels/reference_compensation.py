@@ -10,8 +10,11 @@ Codes = NDArray[np.uint8]
 
 
 def _nearest(levels: Floats, column_class: int, planes: int, target: np.float32) -> int:
+    """Return the code whose level is nearest, the lesser level of two as near."""
     first = column_class << planes
-    return first + int(np.argmin(np.abs(target - levels[first : first + (1 << planes)])))
+    order = first + np.argsort(levels[first : first + (1 << planes)], kind="stable")
+    middles = np.float32(0.5) * (levels[order[:-1]] + levels[order[1:]])
+    return int(order[np.count_nonzero(target > middles)])
 
 
 def round_block(weights: Floats, factor: Floats, levels: Floats, classes: Codes, planes: int) -> tuple[Codes, Floats]:
@@ -28,34 +31,48 @@ def round_block(weights: Floats, factor: Floats, levels: Floats, classes: Codes,
 
 def flip_block(
     gradient: Floats, hessian: Floats, levels: Floats, classes: Codes, planes: int, passes: int, codes: Codes
-) -> tuple[Codes, Floats, int]:
-    """Return the codes after `compensation.flip_block`, what was added to the weights, and the number of moves."""
-    codes, gradient, change, moves = codes.copy(), gradient.copy(), np.zeros_like(gradient), 0
+) -> tuple[Codes, Floats, float]:
+    """Return the codes after `compensation.flip_block`, what was added to the weights, and how much less they cost."""
+    codes, gradient, change = codes.copy(), gradient.copy(), np.zeros_like(gradient)
+    gained = 0.0
     for row in range(len(gradient)):
         for _ in range(passes):
-            before = moves
+            moved = False
             for col in range(gradient.shape[1]):
                 now = levels[row, codes[row, col]]
-                target = now + gradient[row, col] / hessian[col, col]
+                target = now + gradient[row, col] * (np.float32(1.0) / hessian[col, col])
                 code = _nearest(levels[row], int(classes[col]), planes, target)
                 if abs(target - levels[row, code]) >= abs(target - now) * np.float32(1.0 - 1e-6):
                     continue
                 step = levels[row, code] - now
                 codes[row, col] = code
                 change[row, col] += step
+                gained += float(step) * (2.0 * float(gradient[row, col]) - float(step) * float(hessian[col, col]))
                 gradient[row] -= step * hessian[col]
-                moves += 1
-            if moves == before:
+                moved = True
+            if not moved:
                 break
-    return codes, change, moves
+    return codes, change, gained
 
 
-def add_normal(products: Floats, signs: Floats, block: int) -> NDArray[np.float64]:
+def look_up(codes: Codes, levels: Floats) -> Floats:
+    """Return what `compensation.look_up` writes for all columns."""
+    return np.take_along_axis(np.broadcast_to(levels, (len(codes), levels.shape[1])), codes.astype(np.intp), axis=1)
+
+
+def add_normal(products: Floats, signs: Floats, block: int, first: int) -> NDArray[np.float64]:
     """Return what `compensation.add_normal` writes from the block's own columns on, (rows, coefs, units * coefs)."""
     starts = np.arange(0, products.shape[2], block)
-    pairs = np.einsum("krc,orc->rkoc", products.astype(np.float64), signs.astype(np.float64))
+    pairs = np.einsum("krc,orc->rkoc", products.astype(np.float64), signs[:, :, first:].astype(np.float64))
     sums = np.add.reduceat(pairs, starts, axis=3)
     return np.moveaxis(sums, 3, 2).reshape(products.shape[1], len(products), -1)
+
+
+def dot_blocks(signs: Floats, pulled: Floats, block: int) -> NDArray[np.float64]:
+    """Return what `compensation.dot_blocks` writes, (rows, blocks * coefs)."""
+    starts = np.arange(0, signs.shape[2], block)
+    sums = np.add.reduceat(signs.astype(np.float64) * pulled, starts, axis=2)
+    return np.transpose(sums, (1, 2, 0)).reshape(len(pulled), -1)
 
 
 def split_two(weights: Floats, importance: NDArray[np.float64]) -> NDArray[np.float64]:

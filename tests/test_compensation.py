@@ -66,27 +66,36 @@ def test_kernels_equal_their_twins(form: Form, rows: int, cols: int, seed: int) 
     expected, expected_errors = reference_compensation.round_block(weights, known.factor, levels, classes, form.planes)
     np.testing.assert_array_equal(codes, expected)
     np.testing.assert_allclose(errors, expected_errors, rtol=1e-4, atol=1e-5)
-    chosen = np.take_along_axis(levels, codes.astype(np.intp), axis=1)
+    chosen = np.empty_like(weights)
+    for rows_of_levels in (levels[:1], levels):
+        compensation.look_up(codes, rows_of_levels, 0, cols, chosen)
+        np.testing.assert_array_equal(chosen, reference_compensation.look_up(codes, rows_of_levels))
     gradient = (weights - chosen) @ known.hessian
     arguments = known.hessian, levels, classes, form.planes, 3
-    expected, expected_change, expected_moves = reference_compensation.flip_block(gradient, *arguments, codes)
+    expected, expected_change, expected_gain = reference_compensation.flip_block(gradient, *arguments, codes)
     change, after = np.empty_like(gradient), codes.copy()
-    moves = compensation.flip_block(gradient.copy(), *arguments, after, change)
+    gain = compensation.flip_block(gradient.copy(), *arguments, after, change)
     np.testing.assert_array_equal(after, expected)
-    assert moves == expected_moves
+    assert gain == pytest.approx(expected_gain, rel=1e-3, abs=1e-4)
+    assert gain >= 0
     np.testing.assert_allclose(change, expected_change, rtol=1e-5, atol=1e-6)
 
 
 @given(cols=st.integers(1, 150), rows=st.integers(1, 3), seed=st.integers(0, 99), block=st.sampled_from([64, 128]))
 def test_sums_and_fits_equal_their_twins(cols: int, rows: int, seed: int, block: int) -> None:
     random = np.random.default_rng(seed)
-    products, signs = random.standard_normal((2, 3, rows, cols)).astype(np.float32)
+    products = random.standard_normal((3, rows, cols)).astype(np.float32)
+    signs = random.standard_normal((3, rows, block + cols)).astype(np.float32)
     units = -(-cols // block)
     normal = np.zeros((rows, 3 * (units + 1), 3 * (units + 1)))
-    compensation.add_normal(products, signs, block, 1, normal)
-    expected = reference_compensation.add_normal(products, signs, block)
+    compensation.add_normal(products, signs, block, block, normal)
+    expected = reference_compensation.add_normal(products, signs, block, block)
     np.testing.assert_allclose(normal[:, 3:6, 3:], expected, rtol=1e-4, atol=1e-4)
     assert not normal[:, :3].any()
+    wanted = np.empty((rows, 3 * units))
+    compensation.dot_blocks(products, signs[0, :, :cols].copy(), block, wanted)
+    expected = reference_compensation.dot_blocks(products, signs[0, :, :cols], block)
+    np.testing.assert_allclose(wanted, expected, rtol=1e-4, atol=1e-4)
     weights = random.standard_normal((rows, cols)).astype(np.float32)
     importance = np.exp(random.standard_normal(cols))
     means = np.empty((rows, 2))

@@ -230,7 +230,7 @@ def test_calibration_gives_the_local_bytes(
     calibrate(checkpoint, samples, str(there), runner=run_on_ray(None, str(there)))
     assert tree(here) == tree(there)
     (tiny_model / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(BincompressError, match="layer 0, part 0: .*; the same command goes on"):
+    with pytest.raises(BincompressError, match=r"layer 0, part 0: .*; the same command goes on"):
         calibrate(checkpoint, samples, str(there), runner=run_on_ray(None, str(there)), overwrite=True)
 
 

@@ -7,13 +7,15 @@ of it needs only H, the mean of x x^T over the layer's inputs x, and treats rows
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bincompress.errors import TensorError
 from bincompress.methods.forms import Form, Rounding, levels_of, values_of
-from cpu_kernels.compensation import add_normal, flip_block, round_block
+from cpu_kernels.compensation import add_normal, dot_blocks, flip_block, look_up, round_block
 
 Floats = NDArray[np.float32]
 # From the weights (rows, cols of a block) as compensated so far and the importance of each column: coefficients
@@ -23,9 +25,10 @@ Start = Callable[[Floats, NDArray[np.float64]], tuple[NDArray[np.float64], NDArr
 _DAMPING = 0.01  # of the mean of H's diagonal, as GPTQ has it
 _MOST_DAMPING = 1e3
 _STEP = 128  # columns whose errors wait for one matrix product; also a stretch that stays in the first-level cache
+_STRETCH = 512  # columns whose gradient one matrix product brings up to date: BLAS is a quarter slower with fewer
 _PASSES = 3  # over the columns of such a stretch before the others hear of its moves
 _CHUNK_BYTES = 256 << 20
-_MOST_ROWS = 1024  # of a chunk; fixed by the shape alone, so that the same matrix gives the same bytes everywhere
+_MOST_ROWS = 4096  # of a chunk; fixed by the shape alone, so that the same matrix gives the same bytes everywhere
 _RIDGE = 1e-6  # of the normal equations' mean diagonal
 _ENOUGH = 1e-4  # a round that lowers the cost by a smaller share is the last
 
@@ -77,8 +80,9 @@ def curvature(hessian: Floats, name: str = "") -> Curvature:
         damped[np.diag_indices_from(damped)] += damping * mean
         try:
             # Reversed, the lower factor of H becomes the upper one of its inverse.
-            lower = np.linalg.cholesky(damped[::-1, ::-1])
-            factor = np.linalg.inv(lower)[::-1, ::-1]
+            # The factorisation needs float64; its inverse, well conditioned by then, is kept in float32 anyway.
+            lower = np.linalg.cholesky(damped[::-1, ::-1]).astype(np.float32)
+            factor = _inverse(lower)[::-1, ::-1]
         except np.linalg.LinAlgError:
             damping *= 10
             continue
@@ -86,6 +90,19 @@ def curvature(hessian: Floats, name: str = "") -> Curvature:
             return Curvature(exact.astype(np.float32), np.ascontiguousarray(np.triu(factor), np.float32), damping)
         damping *= 10
     raise TensorError(f"{name}: its Hessian cannot be factorised even with {damping:g} times its mean added")
+
+
+def _inverse(lower: Floats) -> Floats:
+    """Return the inverse of a lower triangle, by halves: a sixth of the work that a general inverse takes."""
+    size = len(lower)
+    if size <= _STEP:
+        return np.tril(np.linalg.inv(lower))
+    half = size // 2
+    found = np.zeros_like(lower)
+    found[:half, :half] = _inverse(lower[:half, :half])
+    found[half:, half:] = _inverse(lower[half:, half:])
+    found[half:, :half] = -found[half:, half:] @ (lower[half:, :half] @ found[:half, :half])
+    return found
 
 
 def compensate(
@@ -122,10 +139,9 @@ def compensate(
     for row in range(0, rows, step):
         chunk = slice(row, row + step)
         state = _State(weights[chunk], inputs.hessian, form, block, codes[chunk], coef[chunk], column_bits)
-        before += state.cost
-        size += state.size
-        rounds = max(rounds, _refine(state, rounding, refine))
-        after += state.cost
+        done = _refine(state, rounding, refine)
+        before, after, size = before + done.before, after + done.after, size + state.size
+        rounds = max(rounds, done.rounds)
         codes[chunk], coef[chunk] = state.codes, state.coef
     share = 1.0 / size if size > 0 else 0.0
     return Rounded(codes, coef, column_bits, before * share, after * share, size, rounds)
@@ -136,7 +152,7 @@ def _chunk_rows(coefs: int, blocks: int, cols: int) -> int:
 
 
 class _State:
-    """Some rows on their way: codes, coefficients, the rounded weights q, and the gradient (w - q) H."""
+    """Some rows on their way: codes and coefficients, and w H, which pulls at the rounded weights."""
 
     def __init__(
         self, weights: Floats, hessian: Floats, form: Form, block: int, codes: NDArray[np.uint8], coef: Floats,
@@ -145,68 +161,98 @@ class _State:
         self.weights, self.hessian, self.form, self.block = weights, hessian, form, block
         self.codes, self.coef, self.column_bits = codes.copy(), coef.copy(), column_bits
         self.pulled = weights @ hessian
-        self.values = values_of(form, self.codes, self.coef, block)
-        self.gradient = self.pulled - self.values @ hessian
+
+    @cached_property
+    def sizes(self) -> NDArray[np.float64]:
+        """What each row's outputs amount to."""
+        sizes: NDArray[np.float64] = np.einsum("rc,rc->r", self.weights, self.pulled, dtype=np.float64)
+        return sizes
 
     @property
     def size(self) -> float:
-        return float(np.sum(self.weights * self.pulled, dtype=np.float64))
+        return float(self.sizes.sum())
 
     @property
-    def costs(self) -> NDArray[np.float64]:
-        """What each row's error costs."""
-        costs: NDArray[np.float64] = np.einsum("rc,rc->r", self.weights - self.values, self.gradient, dtype=np.float64)
-        return costs
-
-    @property
-    def cost(self) -> float:
-        return float(self.costs.sum())
+    def values(self) -> Floats:
+        """The rounded weights."""
+        return values_of(self.form, self.codes, self.coef, self.block)
 
     def starts(self) -> range:
         return range(0, self.weights.shape[1], self.block)
 
 
-def _refine(state: _State, rounding: Rounding, rounds: int) -> int:
-    """Refit scales and move weights in turn; returns the rounds made."""
-    cost = state.cost
-    for done in range(rounds):
-        _refit(state, rounding)
-        moves = _flip(state)
-        before, cost = cost, state.cost
-        if moves == 0 or before - cost <= _ENOUGH * before:
-            return done + 1
-    return rounds
+@dataclass(frozen=True)
+class _Refined:
+    before: float  # cost
+    after: float
+    rounds: int
 
 
-def _refit(state: _State, rounding: Rounding) -> None:
-    """Solve for the scales of every row, given its planes: least squares under H; kept where it costs less."""
-    coefs, block, rows = state.form.coefs, state.block, len(state.weights)
+def _refine(state: _State, rounding: Rounding, rounds: int) -> _Refined:
+    """Refit scales and move weights in turn; returns the rounds made and what they gained."""
+    if not rounds:
+        error = state.weights - state.values
+        cost = float(np.einsum("rc,rc->", error, error @ state.hessian, dtype=np.float64))
+        return _Refined(cost, cost, 0)
+    first = cost = 0.0
+    for done in range(1, rounds + 1):
+        before, after = _refit(state, rounding)
+        if done == 1:
+            first = before
+        cost = after - _flip(state)
+        if before - cost <= _ENOUGH * before:
+            return _Refined(first, cost, done)
+    return _Refined(first, cost, rounds)
+
+
+def _refit(state: _State, rounding: Rounding) -> tuple[float, float]:
+    """Solve for the scales of every row, given its planes: least squares under H; kept where it costs less.
+
+    Returns the cost before and after, which the normal equations tell.
+    """
+    coefs, rows = state.form.coefs, len(state.weights)
     blocks = len(state.starts())
-    signs = np.ascontiguousarray(np.moveaxis(state.form.features[state.codes], -1, 0))
-    normal = np.zeros((rows, blocks * coefs, blocks * coefs))
-    wanted = np.empty((rows, blocks * coefs))
-    for unit, first in enumerate(state.starts()):
-        own = slice(first, min(signs.shape[2], first + block))
-        products = np.matmul(signs[:, :, own], state.hessian[own, first:])
-        add_normal(products, np.ascontiguousarray(signs[:, :, first:]), block, unit, normal)
-        pulled = np.einsum("krc,rc->rk", signs[:, :, own], state.pulled[:, own], dtype=np.float64)
-        wanted[:, unit * coefs : (unit + 1) * coefs] = pulled
-    upper = np.triu_indices(blocks * coefs, 1)
-    normal[:, upper[1], upper[0]] = normal[:, upper[0], upper[1]]
+    normal, wanted = _normal_equations(state)
+
+    def costs(coef: NDArray[Any]) -> NDArray[np.float64]:
+        flat = coef.reshape(rows, -1).astype(np.float64)
+        quadratic = np.einsum("ri,ri->r", np.matmul(normal, flat[:, :, None])[:, :, 0], flat)
+        found: NDArray[np.float64] = state.sizes + quadratic - 2 * np.einsum("ri,ri->r", flat, wanted)
+        return found
+
+    before = costs(state.coef)
     diagonal = np.einsum("rii->ri", normal)
     diagonal += _RIDGE * diagonal.mean(axis=1, keepdims=True) + np.finfo(np.float64).tiny
     solved = np.linalg.solve(normal, wanted[:, :, None])[:, :, 0].reshape(rows, blocks, coefs)
-    codes = state.codes
+    codes, coef, signed = state.codes, rounding(solved.astype(np.float64)), None
     if rounding.bits == 8:
-        codes = _turned(state, solved < 0)
-        solved = np.abs(solved)
-    coef = rounding(solved.astype(np.float64))
-    values = values_of(state.form, codes, coef, block)
-    gradient = state.pulled - values @ state.hessian
-    better = np.einsum("rc,rc->r", state.weights - values, gradient, dtype=np.float64) < state.costs
-    for old, new in ((state.codes, codes), (state.coef, coef), (state.values, values), (state.gradient, gradient)):
-        if old is not new:
-            old[better] = new[better]
+        codes, coef = _turned(state, solved < 0), rounding(np.abs(solved).astype(np.float64))
+        signed = np.where(solved < 0, -coef, coef)
+    after = costs(coef if signed is None else signed)
+    better = after < before
+    state.codes[better], state.coef[better] = codes[better], coef[better]
+    return float(before.sum()), float(np.where(better, after, before).sum())
+
+
+def _normal_equations(state: _State) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the matrices (rows, m, m) and right sides (rows, m) of all m scales of each row."""
+    coefs, rows, cols = state.form.coefs, *state.weights.shape
+    blocks = len(state.starts())
+    signs = np.empty((coefs, rows, cols), np.float32)
+    for own, feature in zip(signs, np.ascontiguousarray(state.form.features.T), strict=True):
+        look_up(state.codes, feature[None], 0, cols, own)
+    normal = np.zeros((rows, blocks * coefs, blocks * coefs))
+    wanted = np.empty((rows, blocks * coefs))
+    scratch = np.empty(coefs * rows * cols, np.float32)  # new memory for every product would cost as much as it
+    for unit, first in enumerate(state.starts()):
+        block = slice(first, min(cols, first + state.block))
+        products = scratch[: coefs * rows * (cols - first)].reshape(coefs, rows, cols - first)
+        np.matmul(signs[:, :, block], state.hessian[block, first:], out=products)
+        add_normal(products, signs, state.block, first, normal)
+        own = slice(unit * coefs, (unit + 1) * coefs)
+        normal[:, own, own] *= 0.5  # both halves of it are there already
+    dot_blocks(signs, state.pulled, state.block, wanted)
+    return normal + normal.transpose(0, 2, 1), wanted
 
 
 def _turned(state: _State, negative: NDArray[np.bool_]) -> NDArray[np.uint8]:
@@ -218,24 +264,25 @@ def _turned(state: _State, negative: NDArray[np.bool_]) -> NDArray[np.uint8]:
     return codes
 
 
-def _flip(state: _State) -> int:
-    """Go over the columns once, moving weights to better levels; returns how many moved."""
-    moves = 0
-    for unit, first in enumerate(state.starts()):
-        levels = levels_of(state.form, state.coef[:, unit])
-        last = min(state.weights.shape[1], first + state.block)
-        for begin in range(first, last, _STEP):
-            part = slice(begin, min(last, begin + _STEP))
-            gradient = np.ascontiguousarray(state.gradient[:, part])
-            codes = np.ascontiguousarray(state.codes[:, part])
-            change = np.empty(gradient.shape, np.float32)
+def _flip(state: _State) -> float:
+    """Go over the columns once, moving weights to better levels; returns how much less they cost."""
+    gained = 0.0
+    values, cols = state.values, state.weights.shape[1]
+    for begin in range(0, cols, _STRETCH):
+        # Only this stretch's gradient, with all moves so far in it: one matrix product for a whole pass.
+        stretch = slice(begin, min(cols, begin + _STRETCH))
+        gradient = state.pulled[:, stretch] - values @ state.hessian[stretch].T
+        for first in range(begin, stretch.stop, min(_STEP, state.block)):
+            part = slice(first, min(stretch.stop, first + min(_STEP, state.block)))
+            here = slice(first - begin, part.stop - begin)
+            codes, pulls = np.ascontiguousarray(state.codes[:, part]), np.ascontiguousarray(gradient[:, here])
+            change = np.empty(pulls.shape, np.float32)
+            levels = levels_of(state.form, state.coef[:, first // state.block])
             hessian = np.ascontiguousarray(state.hessian[part, part])
-            moved = flip_block(
-                gradient, hessian, levels, state.column_bits[part], state.form.planes, _PASSES, codes, change
+            gained += flip_block(
+                pulls, hessian, levels, state.column_bits[part], state.form.planes, _PASSES, codes, change
             )
-            if moved:
-                moves += moved
-                state.codes[:, part] = codes
-                state.values[:, part] += change
-                state.gradient -= change @ state.hessian[part]
-    return moves
+            state.codes[:, part] = codes
+            values[:, part] += change
+            gradient[:, here.stop :] -= change @ state.hessian[part, part.stop : stretch.stop]
+    return gained

@@ -26,6 +26,7 @@ _FITS = 3  # of the scale to the planes, after the search
 _MOST_CHANGE = 2.0  # of a channel's scale in one step
 _EXPONENTS = (0.25,)  # tried beside settings.epsilon
 _SAMPLE_ROWS = 512  # of all members together, that the search looks at
+BELLS_REACH = 4.0  # of the histograms for the report, in mean magnitudes
 _PAYS = 4.0  # what a stored bit a weight lowers the error by: a factor of four
 
 
@@ -40,7 +41,8 @@ def binarize(weight: Weight, settings: Settings, inputs: Inputs | None = None) -
     if inputs.members:
         scale = channel_scale(inputs.members, inputs, settings)
         found = _transformed(weight, settings, inputs, scale)
-        return replace(found, notes={**found.notes, "transformation": "folded into the norm"})
+        notes = {"transformation": "folded into the norm", "bells": bells(weight, scale)}
+        return replace(found, notes={**found.notes, **notes})
     plain = _transformed(weight, settings, inputs, np.ones(weight.shape[1], np.float32))
     scale = channel_scale((weight,), inputs, settings)
     found = _transformed(weight, settings, inputs, scale)
@@ -48,7 +50,8 @@ def binarize(weight: Weight, settings: Settings, inputs: Inputs | None = None) -
     if found.notes["output_error"] * worth >= plain.notes["output_error"]:
         return replace(plain, notes={**plain.notes, "transformation": "none: in_scale would not pay for its bits"})
     in_scale = (1.0 / scale).astype(np.float32)
-    return replace(found, in_scale=in_scale, notes={**found.notes, "transformation": "in_scale"})
+    notes = {"transformation": "in_scale", "bells": bells(weight, scale)}
+    return replace(found, in_scale=in_scale, notes={**found.notes, **notes})
 
 
 def _transformed(weight: Weight, settings: Settings, inputs: Inputs, scale: NDArray[np.float32]) -> Binarized:
@@ -119,6 +122,22 @@ def _fitted(weights: Floats, values: Floats, scale: Floats, known: Curvature) ->
     fit = np.linalg.solve(normal, ((weights @ hessian) * values).sum(axis=0))
     fitted: Floats = 1.0 / np.clip(fit, 1.0 / (_MOST_CHANGE * scale), _MOST_CHANGE / scale)
     return fitted
+
+
+def bells(weight: Weight, scale: NDArray[np.float32]) -> dict[str, list[int]]:
+    """Return histograms, before and after the transformation, of weights over the mean magnitude of their row-block.
+
+    Of rows spread evenly, 80 bins from -4 to 4: with two bells they gather around -1 and 1.
+    """
+    weights = _sampled(weight, 1)
+    found = {}
+    for name, values in (("before", weights), ("after", weights * scale)):
+        starts = np.arange(0, values.shape[1], _BLOCK)
+        sums = np.add.reduceat(np.abs(values), starts, axis=1)
+        means = np.repeat(sums / np.diff(np.append(starts, values.shape[1])), _BLOCK, axis=1)[:, : values.shape[1]]
+        counts, _ = np.histogram(values / np.maximum(means, 1e-30), bins=80, range=(-BELLS_REACH, BELLS_REACH))
+        found[name] = counts.tolist()
+    return found
 
 
 def formula(weights: Floats, absmax: NDArray[np.float32], epsilon: float) -> Floats:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from bincompress.float8 import from_float8, to_float8
 from bincompress.methods.coefficients import from_float16, to_float16
+from cpu_kernels.compensation import look_up
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,6 @@ def levels_of(form: Form, coef: NDArray[np.float32]) -> NDArray[np.float32]:
 def values_of(form: Form, codes: NDArray[np.uint8], coef: NDArray[np.float32], block: int) -> NDArray[np.float32]:
     """Return the weights (rows, cols) that codes and coefficients (rows, blocks, coefs) stand for."""
     values = np.empty(codes.shape, np.float32)
-    for unit, start in enumerate(range(0, codes.shape[1], block)):
-        part = (slice(None), slice(start, start + block))
-        values[part] = np.take_along_axis(levels_of(form, coef[:, unit]), codes[part].astype(np.intp), axis=1)
+    for unit, first in enumerate(range(0, codes.shape[1], block)):
+        look_up(codes, levels_of(form, coef[:, unit]), first, min(first + block, codes.shape[1]), values)
     return values
