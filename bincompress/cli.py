@@ -14,6 +14,7 @@ _COMMANDS = {
     "demo": "Compress the small model that ships with the package, show the result, check it.",
     "compress": "Pack a checkpoint's weight matrices into a store.",
     "batch": "Compress several models in one go, from a manifest.",
+    "distill": "Train a store's coefficients against the unquantized model.",
     "inspect": "Show what is in a store: bits, errors, times.",
     "verify": "Read everything in a store and hold it against its hashes.",
     "export": "Write a store as a Hugging Face folder (dequantized, bfloat16).",

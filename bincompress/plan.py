@@ -147,6 +147,8 @@ def packed_bytes(settings: Settings, rows: int, cols: int) -> int:
     """Return the bytes of planes and coefficients of a matrix, without listed weights."""
     if settings.method == "uniform":
         planes, stored = settings.bits, 2
+    elif settings.method == "dbllm":
+        planes, stored = 2, 2
     elif settings.method == "wgm":
         planes = 1 + (settings.groups - 1).bit_length()
         stored = 1 << (planes - 1)
@@ -165,6 +167,7 @@ def settings_record(settings: Settings) -> dict[str, Any]:
     used = {
         "keep": ["method"],
         "uniform": ["method", "bits", "block"],
+        "dbllm": ["method", "block"],
         "xnor": ["method", "block"],
         "wgm": ["method", "groups", "solver", "window", "lam", "lam_normalized", "block"],
     }[settings.method]
