@@ -6,32 +6,33 @@ A tensor is complete once its attributes say so; they are written last, after it
 import contextlib
 import json
 import math
+import mmap
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
-import zarr
-import zarr.api.asynchronous
-import zarr.storage
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.group import GroupMetadata
-from zarr.core.sync import sync
 
-from bincompress.direct_store import DirectStore, write_one_chunk
 from bincompress.errors import DamagedError, StoreError
 from bincompress.records import Binarized, Weight
+from cpu_kernels.unpacking import widen
+
+if TYPE_CHECKING:
+    import zarr
+
+    from bincompress.zarr_access import ZarrAccess
 
 FORMAT = "bincompress"
 VERSION = 1
-_CHUNK_LIMIT = 256 << 20  # bytes of one chunk file: a larger array is cut by rows, so that no writer holds it twice
-_ZSTD_LEVEL = 9
 _CHECKSUM_BYTES = 4  # of crc32c, behind the data
+_SCALED_BY_KERNEL = 1 << 16  # coefficients: NumPy takes 4 ns each, but a small model should not wait for a compiler
+_EXPONENTS = 500  # well within float64's
 _PLAIN_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -54,21 +55,28 @@ def is_local(url: str) -> bool:
     return "://" not in url
 
 
-def _zarr_store(url: str) -> Any:
-    return DirectStore(url) if is_local(url) else zarr.storage.FsspecStore.from_url(url)
-
-
 class Store:
-    """A bincompress store, open for reading or writing."""
+    """A bincompress store, open for reading or writing.
 
-    def __init__(self, url: str, root: zarr.Group) -> None:
+    Importing zarr takes longer than loading a small model, so zarr is used only to write and to read what is not an
+    uncompressed array in a local folder.
+    """
+
+    def __init__(self, url: str, attributes: dict[str, Any]) -> None:
         self.url = url
-        self.root = root
+        self.attributes = attributes  # the root's: format, version, source, config, recipe, tensors, status, failures
+        self._complete: dict[str, dict[str, Any]] = {}  # attributes of complete tensors, which do not change
+
+    @cached_property
+    def _access(self) -> "ZarrAccess":
+        from bincompress.zarr_access import ZarrAccess
+
+        return ZarrAccess(self.url)
 
     @property
-    def attributes(self) -> dict[str, Any]:
-        """The root's attributes: format, version, source, config, recipe, tensors, status, failures."""
-        return dict(self.root.attrs)
+    def root(self) -> "zarr.Group":
+        """The store as a zarr group."""
+        return self._access.root
 
     def tensors(self) -> dict[str, str]:
         """Return the planned tensors by name: "packed" or "plain"."""
@@ -79,17 +87,17 @@ class Store:
     def _node(self, path: str) -> dict[str, Any]:
         """Return a node's Zarr metadata; empty where there is none."""
         # Read straight: opening a node through zarr takes a millisecond, and loading a model opens hundreds.
-        key = f"{self.root.path}/{path}/zarr.json".strip("/")
         if is_local(self.url):
             try:
-                content = (Path(self.url) / key).read_bytes()
+                with open(f"{self.url}/{path}/zarr.json", "rb") as file:
+                    content = file.read()
             except (FileNotFoundError, NotADirectoryError):
                 return {}
         else:
-            found = sync(self.root.store.get(key, default_buffer_prototype()))
+            found = self._access.read(f"{path}/zarr.json")
             if found is None:
                 return {}
-            content = found.to_bytes()
+            content = found
         try:
             node = json.loads(content)
         except ValueError:
@@ -101,14 +109,15 @@ class Store:
         return dict(self._node(self._path(name)).get("attributes", {}))
 
     def _path(self, name: str) -> str:
-        kinds = self.root.attrs["tensors"]
-        if not isinstance(kinds, dict) or name not in kinds:
+        kinds = self.attributes["tensors"]
+        if name not in kinds:
             raise StoreError(f"{self.url}: no tensor {name!r}; `bincompress inspect {self.url}` lists those there are")
         return f"{'tensors' if kinds[name] == 'packed' else 'plain'}/{name}"
 
     def remove(self, name: str) -> None:
         """Remove what a broken run left of a tensor."""
-        sync(self.root.store.delete_dir(f"{self.root.path}/{self._path(name)}".strip("/")))
+        self._complete.pop(name, None)
+        self._access.remove(self._path(name))
 
     def write_packed(self, name: str, found: Binarized, archive: bool) -> tuple[dict[str, str], int]:
         """Write a packed tensor's arrays; returns their hashes and stored bytes. `commit` makes it count."""
@@ -117,7 +126,7 @@ class Store:
             arrays |= {"listed_index": found.listed_index, "listed_value": found.listed_value}
         self.remove(name)
         path = self._path(name)
-        stored = _write_all(self.root, {f"{path}/{key}": values for key, values in arrays.items()}, archive)
+        stored = self._access.write_arrays({f"{path}/{key}": values for key, values in arrays.items()}, archive)
         return {key: array_hash(values) for key, values in arrays.items()}, stored
 
     def write_plain(
@@ -128,24 +137,24 @@ class Store:
         if weight.dtype == "F32":
             values = values.view(np.float32)
         self.remove(name)
-        stored = _write_all(self.root, {self._path(name): values}, archive)
+        stored = self._access.write_arrays({self._path(name): values}, archive)
         return {"array": array_hash(values)}, stored
 
     def total_bytes(self) -> int:
         """Return the bytes of everything in the store: chunks, metadata, assets and logs."""
-        return int(sync(self.root.store.getsize_prefix("")))
+        return self._access.total_bytes()
 
     def commit(self, name: str, attributes: Mapping[str, Any]) -> None:
         """Mark a tensor complete: its arrays are there, and these are its attributes."""
         complete = {**attributes, "status": "complete"}
         if self.tensors()[name] == "packed":
-            sync(_put_group(self.root, self._path(name), complete))
+            self._access.put_group(self._path(name), complete)
         else:
-            self.root[self._path(name)].attrs.put(complete)
+            self._access.put_attributes(self._path(name), complete)
 
     def write_log(self, name: str, attributes: Mapping[str, Any]) -> None:
         """Write what differs between equal runs (times), outside the bytes that a run determines."""
-        sync(_put_group(self.root, f"log/{name}", attributes))
+        self._access.put_group(f"log/{name}", attributes)
 
     def read_log(self, name: str) -> dict[str, Any]:
         """Return what `write_log` wrote; empty where it did not."""
@@ -153,11 +162,14 @@ class Store:
 
     def complete_attributes(self, name: str) -> dict[str, Any]:
         """Return a complete tensor's attributes; raises StoreError where it is not complete."""
+        if name in self._complete:
+            return self._complete[name]
         attributes = self.node_attributes(name)
         if attributes.get("status") != "complete":
             raise StoreError(
                 f"{self.url}: {name} is not complete; run the same `bincompress compress` again to finish it"
             )
+        self._complete[name] = attributes
         return attributes
 
     def read_packed(self, name: str, check_hashes: bool = False) -> Packed:
@@ -188,7 +200,7 @@ class Store:
             raise DamagedError(f"{self.url}: {name}: coef {stored.shape} does not fit {rows} rows of {units} blocks")
         if len(mix or stored) != len(terms) or any(not 0 <= term < 1 << planes.shape[0] for term in terms):
             raise DamagedError(f"{self.url}: {name}: {len(terms)} terms do not fit {planes.shape[0]} planes and coef")
-        coef = np.ldexp(stored.astype(np.float32), exponent)
+        coef = _scaled(stored, exponent)
         if mix is not None:
             weights = np.array(mix, np.float32)
             coef = np.stack([sum(w * c for w, c in zip(row, coef, strict=True)) for row in weights]).astype(np.float32)
@@ -223,7 +235,7 @@ class Store:
         """Return an array: mapped, read-only and unchecked, where it is one uncompressed chunk of a local file."""
         try:
             found = self._mapped(path) if mapped else None
-            return np.asarray(self.root[path][...]) if found is None else found  # type: ignore[index]
+            return self._access.read_array(path) if found is None else found
         except (KeyError, OSError, TypeError, ValueError, RuntimeError) as error:
             raise DamagedError(f"{self.url}: {name}: array {path.split('/')[-1]} cannot be read: {error}") from None
 
@@ -235,11 +247,13 @@ class Store:
         size = math.prod(shape) * dtype.itemsize
         if tuple(node["chunk_grid"]["configuration"]["chunk_shape"]) != shape or not size:
             return None
-        chunk = Path(self.url) / path / "c" / "/".join("0" * len(shape))
-        found = chunk.stat().st_size
-        if found != size + _CHECKSUM_BYTES:
-            raise ValueError(f"{found:,} bytes; expected {size + _CHECKSUM_BYTES:,}")
-        return np.asarray(np.memmap(chunk, dtype, "r", shape=shape))
+        # Without Path and np.memmap, which take 0.3 ms an array together.
+        with open(f"{self.url}/{path}/c/{'/'.join('0' * len(shape))}", "rb") as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != size + _CHECKSUM_BYTES:
+                raise ValueError(f"{found:,} bytes; expected {size + _CHECKSUM_BYTES:,}")
+            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        return np.frombuffer(mapped, dtype).reshape(shape)
 
     def stored_arrays(self, name: str) -> Iterator[tuple[str, NDArray[Any]]]:
         """Read the arrays of a tensor, checksums included, and yield them by the name of their hash."""
@@ -253,31 +267,57 @@ class Store:
 
     def write_assets(self, assets: Mapping[str, bytes]) -> None:
         """Write the model's small files."""
-        group = self.root.create_group("assets", overwrite=True)
-        arrays = {name: np.frombuffer(content, np.uint8) for name, content in assets.items()}
-        _write_all(group, arrays, archive=False)
-        for name, values in arrays.items():
-            group[name].attrs.put({"hashes": {"array": array_hash(values)}})
+        self._access.put_group("assets", {})
+        arrays = {f"assets/{name}": np.frombuffer(content, np.uint8) for name, content in assets.items()}
+        self._access.write_arrays(arrays, archive=False)
+        for path, values in arrays.items():
+            self._access.put_attributes(path, {"hashes": {"array": array_hash(values)}})
 
     def read_assets(self) -> dict[str, bytes]:
         """Return the model's small files by name; raises DamagedError where one differs from what was written."""
         found = {}
-        group = zarr.open_group(self.root.store, path=f"{self.root.path}/assets".strip("/"), mode="r", zarr_format=3)
-        for name, array in group.arrays():
+        for name in self._asset_names():
             values = self._read(f"assets/{name}", f"assets/{name}")
-            if array.attrs.get("hashes") != {"array": array_hash(values)}:
+            if self._node(f"assets/{name}").get("attributes", {}).get("hashes") != {"array": array_hash(values)}:
                 raise DamagedError(f"{self.url}: assets/{name}: its bytes are not those that were written")
             found[name] = values.tobytes()
         return found
+
+    def _asset_names(self) -> list[str]:
+        if not is_local(self.url):
+            return self._access.array_names("assets")
+        folder = Path(self.url) / "assets"
+        return sorted(path.parent.name for path in folder.glob("*/zarr.json"))
 
     def finish(self, failures: Mapping[str, str]) -> bool:
         """Write the manifest: the store is complete if every planned tensor is."""
         missing = [name for name in self.tensors() if self.node_attributes(name).get("status") != "complete"]
         attributes = {key: value for key, value in self.attributes.items() if key != "run_id"}
-        self.root.attrs.put(
-            {**attributes, "failures": dict(failures), "status": "incomplete" if missing or failures else "complete"}
-        )
+        status = "incomplete" if missing or failures else "complete"
+        self.put_attributes({**attributes, "failures": dict(failures), "status": status})
         return not missing and not failures
+
+    def create(self, assets: Mapping[str, bytes], attributes: dict[str, Any], overwrite: bool) -> None:
+        """Write a new store without tensors; its attributes come last."""
+        self._access.create_root(self.attributes, overwrite)
+        self.write_assets(assets)
+        for name in ("tensors", "plain", "log"):
+            self._access.put_group(name, {})
+        self.put_attributes(attributes)
+
+    def put_attributes(self, attributes: dict[str, Any]) -> None:
+        """Write the root's attributes."""
+        self._access.put_attributes("", attributes)
+        self.attributes = attributes
+
+
+def _scaled(stored: NDArray[Any], exponent: int) -> NDArray[np.float32]:
+    """Return stored * 2 ** exponent as float32."""
+    if stored.dtype != np.float16 or stored.size < _SCALED_BY_KERNEL or abs(exponent) > _EXPONENTS:
+        return np.asarray(np.ldexp(stored.astype(np.float32), exponent))
+    result = np.empty(stored.shape, np.float32)
+    widen(np.ascontiguousarray(stored).view(np.int16).reshape(-1), 2.0**exponent, result.reshape(-1))
+    return result
 
 
 def array_hash(values: NDArray[Any]) -> str:
@@ -285,64 +325,30 @@ def array_hash(values: NDArray[Any]) -> str:
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
 
-async def _put_group(root: zarr.Group, path: str, attributes: Mapping[str, Any]) -> None:
-    """Write a group's metadata, whatever was there before, without looking: a third of what creating one costs."""
-    metadata = GroupMetadata(attributes=dict(attributes), zarr_format=3)
-    for key, content in metadata.to_buffer_dict(default_buffer_prototype()).items():
-        await root.store.set(f"{root.path}/{path}/{key}".strip("/"), content)
-
-
-def _write_all(group: zarr.Group, arrays: Mapping[str, NDArray[Any]], archive: bool) -> int:
-    """Write arrays by their paths below a group, one after the other; returns the bytes of their chunks."""
-    stored = 0
-    others = {}
-    folder = group.store.root / group.path if isinstance(group.store, DirectStore) and not archive else None
-    for name, values in arrays.items():
-        if folder is not None and values.ndim and 0 < values.nbytes <= _CHUNK_LIMIT:
-            stored += write_one_chunk(folder / name, values)
-        else:
-            others[name] = values
-    return stored + (sync(_write_with_zarr(group, others, archive)) if others else 0)
-
-
-async def _write_with_zarr(group: zarr.Group, arrays: Mapping[str, NDArray[Any]], archive: bool) -> int:
-    """Write arrays of several chunks, with compression, or into a store that is no local folder."""
-    stored = 0
-    for name, values in arrays.items():
-        path = f"{group.path}/{name}".strip("/")
-        axis = 1 if values.ndim == 3 else 0  # the rows
-        pieces = max(1, -(-values.nbytes // _CHUNK_LIMIT))
-        step = max(1, -(-values.shape[axis] // pieces)) if values.ndim else 1
-        array = await zarr.api.asynchronous.create_array(
-            group.store,
-            name=path,
-            shape=values.shape,
-            dtype=values.dtype,
-            chunks=tuple(step if i == axis else max(1, size) for i, size in enumerate(values.shape)),
-            filters=None,
-            compressors=[*([ZstdCodec(level=_ZSTD_LEVEL)] if archive else []), Crc32cCodec()],
-            # Without this an all-zero plane would have no file, and could not be memory-mapped.
-            config={"write_empty_chunks": True},
-            zarr_format=3,
-        )
-        for start in range(0, values.shape[axis] if values.ndim else 1, step):
-            part = (slice(None),) * axis + (slice(start, start + step),) if values.ndim else ()
-            if values[part].size:
-                await array.setitem(part, values[part])
-        stored += await group.store.getsize_prefix(f"{path}/c")
-    return stored
-
-
 def open_store(url: str) -> Store:
     """Open a store for reading; raises StoreError where there is none or another version wrote it."""
     if is_local(url) and not Path(url).is_dir():
         raise StoreError(f"{url}: no such store; `bincompress compress SOURCE {url}` makes one")
     try:
-        root = zarr.open_group(_zarr_store(url), mode="r+", zarr_format=3)
+        attributes = _root_attributes(url)
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise StoreError(f"{url}: not a Zarr v3 store: {str(error) or type(error).__name__}") from None
-    _check_format(url, dict(root.attrs))
-    return Store(url, root)
+    _check_format(url, attributes)
+    return Store(url, attributes)
+
+
+def _root_attributes(url: str) -> dict[str, Any]:
+    if not is_local(url):
+        from bincompress.zarr_access import open_root
+
+        return dict(open_root(url).attrs)
+    path = Path(url) / "zarr.json"
+    if not path.is_file():
+        raise FileNotFoundError("it has no zarr.json")
+    node = json.loads(path.read_bytes())
+    if not isinstance(node, dict) or node.get("zarr_format") != 3 or node.get("node_type") != "group":
+        raise ValueError("zarr.json is not a group's")
+    return dict(node.get("attributes", {}))
 
 
 def _check_format(url: str, attributes: dict[str, Any]) -> None:
@@ -371,14 +377,10 @@ def begin_store(url: str, plan: Mapping[str, Any], assets: Mapping[str, bytes], 
         return _continue(url, record, extra)
     elif not is_local(url) and not overwrite:
         with contextlib.suppress(FileNotFoundError):
-            zarr.open_group(_zarr_store(url), mode="r", zarr_format=3)
+            _root_attributes(url)
             return _continue(url, record, extra)
-    root = zarr.create_group(_zarr_store(url), zarr_format=3, overwrite=overwrite, attributes={"format": FORMAT})
-    store = Store(url, root)
-    store.write_assets(assets)
-    for name in ("tensors", "plain", "log"):
-        root.create_group(name)
-    root.attrs.put({**record, **extra, "status": "incomplete", "failures": {}})
+    store = Store(url, {"format": FORMAT})
+    store.create(assets, {**record, **extra, "status": "incomplete", "failures": {}}, overwrite)
     return store
 
 
@@ -396,7 +398,7 @@ def _continue(url: str, record: dict[str, Any], extra: dict[str, str]) -> Store:
         for leftover in Path(url).rglob(".*.partial"):
             leftover.unlink()
     if extra:
-        store.root.attrs.update(extra)
+        store.put_attributes({**store.attributes, **extra})
     return store
 
 
@@ -417,7 +419,7 @@ def remove_store(path: Path) -> None:
     """Remove a store to make room for another; refuses a folder that holds anything else."""
     if any(path.iterdir()):
         try:
-            known = dict(zarr.open_group(DirectStore(path), mode="r", zarr_format=3).attrs)
+            known = _root_attributes(str(path))
         except (FileNotFoundError, KeyError, ValueError):
             known = {}
         if known.get("format") != FORMAT:

@@ -5,14 +5,13 @@ a horizontal sum; values (kv heads, positions, padded head_dim), padded to a mul
 float32, or float16 bit patterns as uint16.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import types
 from numpy import float32
 
-from cpu_kernels.compiler import kernel, out, view
+from cpu_kernels.compiler import Kernel, kernel, out, view
 from cpu_kernels.exponential import exponential
 from cpu_kernels.tiles import TILE_COLUMNS, TILE_ROWS, largest, multiply_tile, total
 
@@ -141,7 +140,7 @@ def _signature(cached: Any) -> Any:
     )
 
 
-ATTEND: dict[np.dtype[Any], Callable[..., None]] = {
+ATTEND: dict[np.dtype[Any], Kernel] = {
     np.dtype(np.float32): kernel(_signature(types.float32))(_attend),
     np.dtype(np.uint16): kernel(_signature(types.uint16))(_attend),
 }

@@ -2,7 +2,8 @@
 
 Numba's own cache is not safe when several processes compile one function at the same time, and its key
 ignores callees in other files and survives a change of them. Here the cache folder's name holds a hash of every
-kernel source, the versions and the CPU, and a file lock is held while a kernel is loaded or compiled.
+kernel source, the versions and the CPU; in it each kernel has a folder of its own with a file lock, held while the
+kernel is loaded or compiled, so that processes compile different kernels at the same time and none of them twice.
 """
 
 import contextlib
@@ -40,15 +41,15 @@ def inline(function: Callable[..., Any]) -> Callable[..., Any]:
     return cast(Callable[..., Any], numba.njit(nogil=True, error_model="numpy")(function))
 
 
-def kernel(signature: Any, reassociate: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def kernel(signature: Any, reassociate: bool = False) -> "Callable[[Callable[..., Any]], Kernel]":
     """Mark a kernel: compiled for `signature` alone, on first use, without the GIL held while it runs.
 
     Arguments of other types raise TypeError instead of compiling a second version. `reassociate` lets float sums be
     taken in any order, so that they vectorise; their last bits then depend on the CPU.
     """
 
-    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.wraps(function)(Kernel(function, signature, reassociate))
+    def mark(function: Callable[..., Any]) -> Kernel:
+        return cast(Kernel, functools.wraps(function)(Kernel(function, signature, reassociate)))
 
     return mark
 
@@ -70,9 +71,16 @@ class Kernel:
         """Load the kernel from the cache or compile it, and return the callable."""
         with _process_lock:
             if self._compiled is None:
-                with _cache_folder() as folder:
+                with _cache_folder(self._name()) as folder:
                     self._compiled = _dispatcher(self, folder)
             return self._compiled
+
+    def _name(self) -> str:
+        """Return a name that no other kernel has: of one function's, signature and closed-over numbers differ."""
+        cells = [cell.cell_contents for cell in self.function.__closure__ or ()]
+        numbers = [value for value in cells if isinstance(value, bool | int | float | str)]
+        digest = hashlib.sha256(repr((self.function.__module__, str(self.signature), numbers)).encode())
+        return f"{self.function.__name__}-{digest.hexdigest()[:12]}"
 
 
 def _dispatcher(wanted: Kernel, folder: Path | None) -> Callable[..., Any]:
@@ -96,14 +104,16 @@ def _dispatcher(wanted: Kernel, folder: Path | None) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _cache_folder() -> Iterator[Path | None]:
-    """Yield the locked cache folder, or None where no folder can be written (then each process compiles anew)."""
-    folder = cache_path()
+def _cache_folder(kernel: str) -> Iterator[Path | None]:
+    """Yield a kernel's locked folder, or None where no folder can be written (then each process compiles anew)."""
+    every = cache_path()
+    folder = every / kernel
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        every.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Compiled code is loaded from here: not from a folder that somebody else made under a name that can be guessed.
-        if folder.stat().st_uid != os.getuid():
-            raise PermissionError(f"{folder} belongs to another user")
+        if every.stat().st_uid != os.getuid():
+            raise PermissionError(f"{every} belongs to another user")
+        folder.mkdir(exist_ok=True)
         handle = open(folder / "lock", "a")  # noqa: SIM115 (closed by the with below)
     except OSError:
         yield None
@@ -126,10 +136,15 @@ def cache_path() -> Path:
     return base / f"kernels-{_identity()}"
 
 
+def cache_is_kept() -> bool:
+    """Return whether what this process compiles will be there for others."""
+    return _writable(cache_path())
+
+
 def _writable(folder: Path) -> bool:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    return os.access(folder, os.W_OK)
+    return folder.is_dir() and os.access(folder, os.W_OK)
 
 
 def _identity() -> str:

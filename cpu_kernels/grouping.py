@@ -121,7 +121,8 @@ def cost_rows(count, first, second, lam, low, high, most, half, costs, crossing)
         if low + k <= high:
             costs[k] = rows[now, high]
         if k == half + 1:
-            passed[now, low + k : high + 1] = choice[low + k : high + 1]
+            for j in range(low + k, high + 1):
+                passed[now, j] = choice[j]
         elif k > half:
             for j in range(low + k, high + 1):
                 passed[now, j] = passed[before, choice[j]]

@@ -1,6 +1,5 @@
 """The element-wise work between the matrix products of a decoder layer, fused so that a token costs few calls."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ from numba import types
 from numpy import float32
 
 from cpu_kernels.attention import BLOCK
-from cpu_kernels.compiler import inline, kernel, out, view
+from cpu_kernels.compiler import Kernel, inline, kernel, out, view
 from cpu_kernels.exponential import exponential
 from cpu_kernels.tiles import LANES, square_total, stored_as
 
@@ -115,7 +114,7 @@ def _placing(cached: Any) -> Any:
     )  # fmt: skip
 
 
-PLACE: dict[np.dtype[Any], Callable[..., None]] = {
+PLACE: dict[np.dtype[Any], Kernel] = {
     np.dtype(np.float32): kernel(_placing(types.float32))(_place),
     np.dtype(np.uint16): kernel(_placing(types.uint16))(_place),
 }

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpu_kernels import activations, vector
 from cpu_kernels import stream as layout
-from cpu_kernels import vector
 from cpu_kernels.activations import Activations, quantize
+from cpu_kernels.compiler import Kernel
 from cpu_kernels.sweep import sweep, table_bytes
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "multiply",
     "prepack",
     "prepack_rows",
+    "product_kernels",
     "quantize",
 ]
 
@@ -149,6 +151,14 @@ def kernels() -> list[str]:
     return [f"lookup-{vector.NAMES[code]}" for code in vector.shuffle_sets()] + ["popcount"]
 
 
+def product_kernels(bits: int = 8) -> list[Kernel]:
+    """Return what quantize, multiply and prepack compile for the best kernel of this CPU and units of 128 columns."""
+    name, code = _choose(None)
+    pack = layout.packer(int(name == "lookup"), vector.tile_rows(code))
+    sweeps = [sweep(code, bits, 2, half) for half in (1, 0)]
+    return [activations._quantize, *sweeps, layout.raise_exponents, layout.write_scales, pack]
+
+
 def _choose(name: str | None) -> tuple[str, int]:
     sets = vector.shuffle_sets()
     if name == "popcount" or (name is None and not sets):
@@ -247,7 +257,19 @@ def prepack_rows(
             ) -> None:
                 inexact.append(
                     layout.write_scales(
-                        bits, first_set, row, tile, block_bytes, header, tile_bytes, half, exponents, stream, begin, end
+                        bits,
+                        first_set,
+                        row,
+                        tile,
+                        block_bytes,
+                        header,
+                        tile_bytes,
+                        half,
+                        exponents,
+                        stream.view(np.uint16),
+                        stream.view(np.int32),
+                        begin,
+                        end,
                     )
                 )
 

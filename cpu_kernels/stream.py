@@ -12,7 +12,6 @@ multiplier), else as float32; nothing is rounded.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,11 @@ from numba import types
 from numba.extending import intrinsic
 
 from cpu_kernels import vector as v
-from cpu_kernels.compiler import inline, kernel, out, view
+from cpu_kernels.compiler import Kernel, inline, kernel, out, view
 
+_I1, _I10, _I13, _I16, _I23, _I31, _I31_NOT = (np.int32(number) for number in (1, 10, 13, 16, 23, 31, ~31))
+_I255, _I3FF, _I1FFF, _I8000 = (np.int32(number) for number in (0xFF, 0x3FF, 0x1FFF, 0x8000))
+CODED = 32  # scales of a row that are coded at a time
 TOP = 15  # the binade of float16 that a row's largest scale is moved to
 
 
@@ -83,7 +85,7 @@ _PACK = types.void(
 
 
 @functools.cache
-def packer(lookup: int, tile: int) -> Callable[..., None]:
+def packer(lookup: int, tile: int) -> Kernel:
     """Return the kernel that writes the bits of planes into the stream's tiles [first, last)."""
 
     @kernel(_PACK)
@@ -176,7 +178,8 @@ def _half(bits: Any, largest: Any) -> Any:
         types.intp,  # bytes per tile
         types.intp,  # 1 to write float16
         view(types.int32, 1),  # exponent of each row
-        out(types.uint8, 1),  # stream
+        out(types.uint16, 1),  # stream
+        out(types.int32, 1),  # stream
         types.intp,  # first tile to write
         types.intp,  # tile to stop before
     )
@@ -191,37 +194,54 @@ def write_scales(
     tile_bytes: Any,
     half: Any,
     exponents: Any,
-    stream: Any,
+    halves: Any,
+    singles: Any,
     begin: Any,
     end: Any,
 ) -> Any:
     """Write scales into the stream and return how many are no float16 values after the row's power of two."""
-    halves = stream.view(np.uint16)
-    singles = stream.view(np.int32)
+    coded = np.empty(tile * CODED, np.uint16)
     inexact = 0
     rows = scale.shape[1]
+    blocks = scale.shape[2]
     for number in range(max(begin, row // tile), min(end, (row + rows + tile - 1) // tile)):
         top = number * tile - row
+        first, last = max(0, top), min(rows, top + tile)
         for s in range(scale.shape[0]):
-            for b in range(scale.shape[2]):
-                place = number * tile_bytes + b * (block_bytes + header) + (first_set + s) * tile * (2 if half else 4)
-                first, last = max(0, top), min(rows, top + tile)
-                if not half:
-                    for r in range(first, last):
-                        singles[place // 4 + r - top] = scale[s, r, b]
-                    continue
-                # Without a branch per scale for the common case (a normal float16): 3.5 ns instead of 5.5 ns each.
-                unusual = np.int32(0)
+            place = number * tile_bytes + (first_set + s) * tile * (2 if half else 4)
+            if not half:
                 for r in range(first, last):
-                    bits = scale[s, r, b]
-                    field = np.int32((bits >> 23 & 0xFF) - exponents[row + r] + np.int32(TOP + 15))
-                    unusual |= (bits & 0x1FFF) | ((field - 1) & ~31) | (field == 31)
-                    halves[place // 2 + r - top] = (bits >> 16 & 0x8000) | field << 10 | (bits >> 13 & 0x3FF)
-                if unusual:
-                    for r in range(first, last):
-                        coded, fits = _half(scale[s, r, b], exponents[row + r])
-                        inexact += not fits
-                        halves[place // 2 + r - top] = coded
+                    for b in range(blocks):
+                        singles[(place + b * (block_bytes + header)) // 4 + r - top] = scale[s, r, b]
+                continue
+            for chunk in range(0, blocks, CODED):
+                width = min(CODED, blocks - chunk)
+                # Along the row, as it lies in memory, without a branch per scale for the common case (a normal
+                # float16), then across: 1.1 ns a scale instead of 3.5.
+                for r in range(first, last):
+                    unusual = np.int32(0)
+                    largest = exponents[row + r]
+                    shift = np.int32(largest - np.int32(TOP + 15))
+                    source = scale[s, r, chunk : chunk + width]
+                    target = coded[(r - first) * CODED : (r - first) * CODED + width]
+                    for b in range(source.size):
+                        bits = source[b]
+                        # In 32 bits throughout: Numba takes plain numbers, and sums with them, for 64 bits.
+                        field = np.int32((np.int32(bits >> _I23) & _I255) - shift)
+                        odd = np.int32(bits & _I1FFF) | np.int32(np.int32(field - _I1) & _I31_NOT)
+                        unusual |= odd | np.int32(field == _I31)
+                        target[b] = np.uint16(
+                            np.int32(bits >> _I16) & _I8000 | np.int32(field << _I10) | np.int32(bits >> _I13) & _I3FF
+                        )
+                    if unusual:
+                        for b in range(source.size):
+                            target[b], fits = _half(source[b], largest)
+                            inexact += not fits
+                for b in range(width):
+                    # Unsigned places need no test for negative ones.
+                    at = np.uint64((place + (chunk + b) * (block_bytes + header)) // 2 - top + first)
+                    for r in range(np.uint64(last - first)):
+                        halves[at + r] = coded[r * np.uint64(CODED) + np.uint64(b)]
     return inexact
 
 

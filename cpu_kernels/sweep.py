@@ -6,7 +6,6 @@ plane the packed bits (see stream.py).
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from numba.extending import intrinsic
 
 from cpu_kernels import lookup, popcount
 from cpu_kernels import vector as v
-from cpu_kernels.compiler import kernel, out, view
+from cpu_kernels.compiler import Kernel, kernel, out, view
 
 TOGETHER = 4  # tokens that share one pass over the packed bits of a unit
 
@@ -134,7 +133,7 @@ _SIGNATURE = types.void(
 
 
 @functools.cache
-def sweep(instruction_set: int, bits: int, words: int, half: int) -> Callable[..., None]:
+def sweep(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
     """Return the kernel for one instruction set, activation width, unit of `words` words and float16 or 32 scales."""
     tile = v.tile_rows(instruction_set)
     portable = 1 if instruction_set == v.PORTABLE else 0

@@ -3,6 +3,7 @@
 Only the byte shuffle names a target instruction; the rest is portable LLVM IR.
 """
 
+import functools
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -38,9 +39,15 @@ def _target_features() -> dict[str, bool]:
     # NUMBA_CPU_NAME and NUMBA_CPU_FEATURES restrict what Numba compiles for, so they restrict the choice as well.
     config: Any = numba.config
     if config.CPU_NAME is None and config.CPU_FEATURES is None:
-        return dict(llvmlite.binding.get_host_cpu_features())
+        return _host_features()
     stated = (config.CPU_FEATURES or "").split(",")
     return {name[1:]: name[0] == "+" for name in stated if name}
+
+
+@functools.cache
+def _host_features() -> dict[str, bool]:
+    # Once, as asking takes 0.3 ms, for every matrix that is laid out.
+    return dict(llvmlite.binding.get_host_cpu_features())
 
 
 def constant(item: Any, lanes: int, value: Any) -> Any:

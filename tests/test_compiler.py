@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from cpu_kernels import compiler
+from cpu_kernels.attention import ATTEND
 from cpu_kernels.counting import greatest_magnitude
+from cpu_kernels.stream import packer
 
 PROBE = """
 import numpy as np
@@ -58,3 +60,24 @@ def test_another_type_is_refused_instead_of_compiled() -> None:
     assert kernel(np.array([7])) == 7
     with pytest.raises(TypeError, match="No matching definition"):
         kernel(np.array([7.0]))
+
+
+def test_another_kernel_is_compiled_while_one_is_being_compiled(tmp_path: Path) -> None:
+    # As many processes as hold a lock each: this one's must not stop the other.
+    code = "import time; from cpu_kernels import compiler, counting\n"
+    code += "with compiler._cache_folder('some-kernel'): print('held', flush=True); time.sleep(60)"
+    environment = {**os.environ, "BINCOMPRESS_CACHE": str(tmp_path)}
+    holder = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert "count_magnitudes" in compiled(tmp_path, 1)
+        assert holder.poll() is None
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_kernels_that_differ_in_closed_over_numbers_or_signature_differ_in_name() -> None:
+    names = {kernel._name() for kernel in (packer(1, 32), packer(1, 64), packer(0, 32), *ATTEND.values())}
+    assert len(names) == 5

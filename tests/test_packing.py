@@ -12,7 +12,7 @@ from cpu_kernels import reference
 from cpu_kernels.counting import MAGNITUDES, count_magnitudes, find_zeros, greatest_magnitude
 from cpu_kernels.packing import pack_by_table, pack_codes, pack_signs, pack_two, words_for
 from cpu_kernels.uniform import block_ranges, nearest_levels
-from cpu_kernels.unpacking import expand
+from cpu_kernels.unpacking import expand, widen
 from tests.conftest import EVERY_METHOD, as_weight
 
 shapes = st.tuples(st.integers(1, 5), st.sampled_from([1, 7, 63, 64, 65, 100, 127, 128, 129, 200, 257]))
@@ -192,3 +192,14 @@ def test_the_papers_own_figure_is_nominal_and_leaves_the_groups_out() -> None:
     found = METHODS["wgm"](weight, Settings("wgm", groups=32, block="matrix"))
     assert found.nominal_bits == 1 + 16 * 32 / (64 * 256)
     assert found.planes.nbytes * 8 / weight.bits.size == 6
+
+
+def test_float16_numbers_are_widened_and_scaled_as_numpy_does() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    for exponent in (-500, -140, -130, -3, 0, 10, 115, 130, 500):
+        found = np.empty(every.size, np.float32)
+        widen(every.view(np.int16), 2.0**exponent, found)
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            expected = np.ldexp(every.astype(np.float32), exponent)
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(np.signbit(found[expected == 0]), np.signbit(expected[expected == 0]))

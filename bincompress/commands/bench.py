@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from bincompress.commands.options import engine_options
-from bincompress.commands.shared import kernels_announced, print_json
+from bincompress.commands.shared import decoding_announced, print_json
 
 
 @click.command()
@@ -31,7 +31,7 @@ def command(store: str, prompt: int, tokens: int, repeats: int, verbose: bool, a
     from bincompress.model.packed import ActivationSettings
 
     settings = ActivationSettings(int(options["activation_bits"]), options["activation_scale"])
-    with kernels_announced():
+    with decoding_announced():
         loaded = load_decoder(store, options["threads"], settings, options["kernel"])
         tests = bool(prompt) + bool(tokens)
         with tqdm(total=tests * (repeats + 1), desc="bench", unit="run", disable=True if as_json else None) as bar:

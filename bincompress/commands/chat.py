@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from bincompress.commands.options import engine_options, load_with, sampling_options, settings_from
-from bincompress.commands.shared import kernels_announced
+from bincompress.commands.shared import decoding_announced
 
 
 @click.command()
@@ -23,7 +23,7 @@ def command(store: str, system: str | None, **options: Any) -> None:
     """
     from bincompress.model.errors import TemplateError
 
-    with kernels_announced():
+    with decoding_announced():
         model = load_with(store, options)
         if model.template is None:
             raise TemplateError(

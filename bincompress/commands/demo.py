@@ -24,23 +24,28 @@ def command(store: str) -> None:
     from bincompress.commands.running import Placement, run_plans
     from bincompress.commands.verify import check
     from bincompress.inspection import inspect, table
+    from bincompress.model.ahead import compiling_ahead
     from bincompress.plan import make_plan
     from bincompress.recipe import load_recipe
     from bincompress.store import open_store
+    from cpu_kernels.compiler import announce
 
-    with as_file(files("bincompress") / "demo_model") as folder:
-        # So small a model bears two planes only with calibration; with eight groups a matrix it still writes sentences.
-        recipe = load_recipe(None, {"groups": 8, "block": "matrix", "embeddings": "8bit"})
-        plan = make_plan(open_checkpoint(Path(folder)), recipe)
-        outcome = run_plans({store: plan}, Placement(), overwrite=False, verbose=False, quiet=False)[store]
-    click.echo(table(inspect(open_store(store))))
-    problems = check(store, quiet=False)
-    for name, problem in problems.items():
-        click.echo(f"{name}: {problem}", err=True)
-    if problems or not outcome.complete:
-        sys.exit(1)
-    click.echo(f"\nverified: every tensor of {store} is as it was written. The packed model writes:\n")
-    _write_text(store)
+    # The packed model's kernels are compiled beside those that pack it.
+    with compiling_ahead() as ahead, announce(lambda _: ahead()):
+        with as_file(files("bincompress") / "demo_model") as folder:
+            # So small a model bears two planes only with calibration; with eight groups a matrix it still writes
+            # sentences.
+            recipe = load_recipe(None, {"groups": 8, "block": "matrix", "embeddings": "8bit"})
+            plan = make_plan(open_checkpoint(Path(folder)), recipe)
+            outcome = run_plans({store: plan}, Placement(), overwrite=False, verbose=False, quiet=False)[store]
+        click.echo(table(inspect(open_store(store))))
+        problems = check(store, quiet=False)
+        for name, problem in problems.items():
+            click.echo(f"{name}: {problem}", err=True)
+        if problems or not outcome.complete:
+            sys.exit(1)
+        click.echo(f"\nverified: every tensor of {store} is as it was written. The packed model writes:\n")
+        _write_text(store)
     click.echo("\nNext:")
     click.echo(f'  bincompress generate {store} "{_PROMPT}" --seed 7')
     click.echo(f"  bincompress bench {store}")

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from bincompress.commands.options import engine_options, load_with, sampling_options, settings_from
-from bincompress.commands.shared import kernels_announced, print_json
+from bincompress.commands.shared import decoding_announced, print_json
 
 
 @click.command()
@@ -26,7 +26,7 @@ def command(store: str, prompt: str, as_json: bool, **options: Any) -> None:
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     begin = time.perf_counter()
-    with kernels_announced():
+    with decoding_announced():
         model = load_with(store, options)
         loaded = time.perf_counter()
         generation = model.stream(text, settings_from(model, options))

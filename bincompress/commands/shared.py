@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -14,8 +14,11 @@ def print_json(found: Any) -> None:
 
 
 @contextlib.contextmanager
-def kernels_announced(bar: Any = None) -> Iterator[None]:
-    """Say once, on standard error, when kernels are compiled instead of loaded: it takes seconds and happens once."""
+def kernels_announced(bar: Any = None, ahead: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Say once, on standard error, when kernels are compiled instead of loaded: it takes seconds and happens once.
+
+    ahead: called then, to compile others meanwhile.
+    """
     from cpu_kernels.compiler import announce
 
     told = False
@@ -24,6 +27,7 @@ def kernels_announced(bar: Any = None) -> Iterator[None]:
         nonlocal told
         if not told:
             told = True
+            ahead()
             message = "compiling kernels for this CPU (once; later runs load them from the cache) ..."
             if bar is None:
                 click.echo(message, err=True)
@@ -31,6 +35,15 @@ def kernels_announced(bar: Any = None) -> Iterator[None]:
                 bar.write(message)
 
     with announce(tell):
+        yield
+
+
+@contextlib.contextmanager
+def decoding_announced() -> Iterator[None]:
+    """`kernels_announced` for a verb that runs a model: a second process compiles a part of the decoder's kernels."""
+    from bincompress.model.ahead import compiling_ahead
+
+    with compiling_ahead() as ahead, kernels_announced(ahead=ahead):
         yield
 
 

@@ -54,7 +54,7 @@ class Decoder:
         names = config.declaration.names
         self.config = config
         self.workers = workers or Workers(1)
-        self.layers = [_layer(config, source, layer) for layer in range(config.layers)]
+        self.layers = _layers(config, source, self.workers)
         self.norm = source.vector([names.norm])
         self.embedding: Embedding = source.embedding(names.embedding)
         self.head: Linear = source.linear([names.embedding if config.tied else names.head])
@@ -185,6 +185,18 @@ class Buffers:
     def first(self, n: int) -> "Buffers":
         """Return views of the first n rows."""
         return Buffers(self.stream[:n], self.normed[:n], self.mixed[:n], self.inner[:n])
+
+
+def _layers(config: ModelConfig, source: WeightSource, workers: Workers) -> list[Layer]:
+    """Read every layer, several threads one each at a time."""
+    found: dict[int, Layer] = {}
+
+    def read(start: int, stop: int, _: int) -> None:
+        for number in range(start, stop):
+            found[number] = _layer(config, source, number)
+
+    over_ranges(workers, read, config.layers)
+    return [found[number] for number in range(config.layers)]
 
 
 def _layer(config: ModelConfig, source: WeightSource, number: int) -> Layer:

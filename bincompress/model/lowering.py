@@ -45,7 +45,8 @@ def lower(packed: Packed) -> Lowered | None:
         last = weights.index(min(weights))
         scale: NDArray[np.float32] = np.ascontiguousarray(coef[signed[last]]) * np.float32(1 / weights[last])
         return Lowered(Part(planes, scale, offset), block, weights)
-    return Lowered(Part(planes, np.ascontiguousarray(coef[signed]), offset), block, None)
+    chosen = coef if len(signed) == len(packed.terms) else coef[signed]  # a selection is a copy
+    return Lowered(Part(planes, np.ascontiguousarray(chosen), offset), block, None)
 
 
 def _planes(packed: Packed, masks: list[int]) -> NDArray[np.uint64]:

@@ -1,5 +1,6 @@
 """A store as the decoder's weights: every matrix laid out for this CPU, by the form that it is stored in."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -25,7 +26,10 @@ _ROWS_AT_ONCE = 256  # whose planes are decoded to find what listed weights diff
 
 
 class StoreSource:
-    """Matrices of a finished store, their bytes held against the hashes in it as they are laid out."""
+    """Matrices of a finished store, their bytes held against the hashes in it as they are laid out.
+
+    Threads may ask for different ones at the same time.
+    """
 
     def __init__(
         self,
@@ -51,6 +55,7 @@ class StoreSource:
         self._workers = workers
         self._kernel = kernel
         self._tables: dict[str, Embedding] = {}
+        self._lock = threading.Lock()
         self.paths: dict[str, str] = {}  # by tensor: which kernel multiplies it
         self.nbytes = 0  # of all matrices as they are laid out
 
@@ -99,7 +104,6 @@ class StoreSource:
             entries[0][1].shape[1] if entries[0][1] is not None else 0,
             plane_weights=lowered[0].plane_weights,
             kernel=self._kernel,
-            pool=self._workers,
         )
         listed, row = [], 0
         for _, packed, _ in entries:
@@ -117,8 +121,9 @@ class StoreSource:
         return DenseLinear(weight.bits if weight.dtype == "BF16" else weight.float32(), self._workers)
 
     def _noted(self, names: Sequence[str], linear: PackedLinear | DecodedLinear | DenseLinear) -> Linear:
-        self.paths |= dict.fromkeys(names, linear.path)
-        self.nbytes += linear.nbytes
+        with self._lock:
+            self.paths |= dict.fromkeys(names, linear.path)
+            self.nbytes += linear.nbytes
         return linear
 
 

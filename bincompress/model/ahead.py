@@ -1,0 +1,61 @@
+"""The kernels of a first token, compiled in a second process while the first one compiles those it needs before.
+
+Numba compiles one kernel at a time in a process, whatever its threads; processes share what they compile.
+
+    python -m bincompress.model.ahead       # what `compiling_ahead` starts
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from cpu_kernels.attention import ATTEND
+from cpu_kernels.compiler import Kernel, cache_is_kept
+from cpu_kernels.norms import PLACE, add_norm, gate
+from cpu_kernels.products import product_kernels
+from cpu_kernels.unpacking import expand
+
+
+def first_token_kernels() -> list[Kernel]:
+    """Return the kernels that load and run a model with the default settings and generation's float16 cache.
+
+    Those that load the weights come last: the first process compiles them before it runs a token.
+    """
+    cached = np.dtype(np.uint16)
+    return [expand, add_norm, PLACE[cached], ATTEND[cached], gate, *product_kernels()]
+
+
+@contextlib.contextmanager
+def compiling_ahead() -> Iterator[Callable[[], None]]:
+    """Yield a function that starts the second process, once; it is ended with the block."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        if not started and len(os.sched_getaffinity(0)) > 1 and cache_is_kept():
+            # -P and this process's path, so that nothing is imported from the folder that the user happens to be in.
+            path = os.pathsep.join(entry for entry in sys.path if entry)
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-P", "-m", "bincompress.model.ahead"],
+                    env={**os.environ, "PYTHONPATH": path},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    process_group=0,  # Ctrl-C is for the first process, which then ends this one
+                )
+            )
+
+    try:
+        yield start
+    finally:
+        for process in started:
+            process.terminate()
+            process.wait()
+
+
+if __name__ == "__main__":
+    for kernel in first_token_kernels():
+        kernel.compile()

@@ -1,0 +1,88 @@
+"""Is only what the first token needs imported and compiled, and is it compiled by more than one process?"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+import bincompress
+from bincompress.checkpoint import open_checkpoint
+from bincompress.compress import compress
+from bincompress.model.ahead import compiling_ahead
+from bincompress.plan import make_plan
+from bincompress.recipe import load_recipe
+from cpu_kernels import compiler
+
+DEMO_MODEL = Path(bincompress.__file__).parent / "demo_model"
+
+GENERATE = """
+import gc, sys
+sys.argv = ["bincompress", "generate", {store!r}, "The scheduler", "--max-tokens", "2"]
+from bincompress.cli import main
+main()
+from bincompress.model.ahead import first_token_kernels
+from cpu_kernels.compiler import Kernel
+used = [kernel for kernel in gc.get_objects() if isinstance(kernel, Kernel) and kernel._compiled]
+others = [kernel.__name__ for kernel in used if kernel not in first_token_kernels()]
+heavy = {{"zarr", "fsspec", "jinja2", "huggingface_hub", "safetensors", "tqdm"}}
+print()
+print("others:", *others)
+print("imported:", *sorted(heavy & set(sys.modules)))
+"""
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("demo") / "store"
+    recipe = load_recipe(None, {"groups": 8, "block": "matrix", "embeddings": "8bit"})
+    assert compress(make_plan(open_checkpoint(DEMO_MODEL), recipe), str(store)).complete
+    return store
+
+
+def test_generate_from_a_local_store_imports_no_zarr_and_uses_the_kernels_compiled_ahead(demo: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GENERATE.format(store=str(demo))], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-2:] == ["others:", "imported:"]
+
+
+def test_the_process_that_compiles_ahead_ends_with_the_block() -> None:
+    before = psutil.Process().children()
+    with compiling_ahead() as start:
+        start()
+        start()
+        started = [process for process in psutil.Process().children() if process not in before]
+        assert len(started) == (1 if len(psutil.Process().cpu_affinity()) > 1 else 0)
+    assert not [process for process in started if process.is_running()]
+
+
+def test_nothing_is_compiled_ahead_where_no_cache_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(compiler, "cache_path", lambda: tmp_path / "file" / "kernels")
+    before = psutil.Process().children()
+    with compiling_ahead() as start:
+        start()
+        assert psutil.Process().children() == before
+
+
+def test_what_compiles_ahead_finds_its_modules_anywhere(tmp_path: Path) -> None:
+    # A file in the user's folder must not take the place of a library.
+    (tmp_path / "numpy.py").write_text("raise SystemExit('imported from the current folder')")
+    script = """
+import os, subprocess, sys
+from bincompress.model import ahead
+os.chdir({folder!r})
+with ahead.compiling_ahead() as start:
+    start()
+    for child in [c for c in __import__("psutil").Process().children()]:
+        print(child.wait(), file=sys.stdout)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script.format(folder=str(tmp_path))], capture_output=True, text=True, check=True
+    )
+    assert "current folder" not in done.stderr
+    assert done.stdout.split() in (["0"], ["None"], [])
