@@ -93,20 +93,20 @@ def write_text(
     vocab, device = config.vocab, predictions.device
     at_once = max(1, _CACHE_BYTES[device.type] // (8 * config.layers * config.kv_heads * config.head_dim * context))
     count = -(-tokens // context)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     written = []
     for begin in range(0, count, at_once):
         size = min(at_once, count - begin)
-        ids = torch.randint(vocab, (size, 1), generator=generator)
+        ids = torch.randint(vocab, (size, 1), generator=generator, device=device)
         if first is not None:
-            ids = torch.cat([torch.full((size, 1), first), ids], 1)[:, :context]
+            ids = torch.cat([torch.full((size, 1), first, device=device), ids], 1)[:, :context]
         cache, row = Cache(), ids
         while ids.shape[1] < context:
             with torch.no_grad(), predictions.arithmetic():
-                states = predictions.decoder.states(weights, row.to(device), cache)
-                shares = predictions.decoder.head(weights, states[:, -1]).softmax(-1).cpu()
+                states = predictions.decoder.states(weights, row, cache)
+                shares = predictions.decoder.head(weights, states[:, -1]).softmax(-1)
             row = torch.multinomial(shares, 1, generator=generator)
             ids = torch.cat([ids, row], 1)
             on_tokens(begin * context + size * ids.shape[1])
-        written.append(ids.numpy())
+        written.append(ids.cpu().numpy())
     return np.concatenate(written).reshape(-1)
