@@ -15,8 +15,8 @@ from bincompress.methods.coefficients import from_float16
 from bincompress.recipe import check_settings, load_recipe
 from bincompress.records import Binarized, Settings, Weight
 from bincompress.store import open_store
-from tests.conftest import Run, as_weight
 from cpu_kernels.dual import TRIALS, rounding_steps
+from tests.conftest import Run, as_weight
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 

@@ -7,6 +7,7 @@ import click
 
 from bincompress.commands.shared import print_json
 
+_WRITTEN_TOKENS = 1 << 18
 _PLACES = ("device", "threads", "checkpoint_every")
 
 
@@ -15,7 +16,7 @@ _PLACES = ("device", "threads", "checkpoint_every")
 @click.option("--teacher", metavar="SOURCE", required=True, help="The checkpoint that STORE was made from.")
 @click.option("--text", type=click.Path(dir_okay=False, path_type=Path), help="What to train on.")
 @click.option("--data-free", is_flag=True, help="Train on text that the teacher writes itself.")
-@click.option("--data-tokens", type=int, default=1 << 18, show_default=True, help="--data-free: tokens it writes.")
+@click.option("--written-tokens", type=int, help="That the teacher writes.  [default: 0; --data-free: 262144]")
 @click.option("--out", metavar="STORE2", required=True, help="The store to write.")
 @click.option("--steps", type=int, default=500, show_default=True, help="Optimizer steps.")
 @click.option("--batch", type=int, default=4, show_default=True, help="Windows of a step.")
@@ -45,7 +46,7 @@ _PLACES = ("device", "threads", "checkpoint_every")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     store: str, teacher: str, text: Path | None, out: str, work: Path | None, cache_logits: Path | None,
-    overwrite: bool, as_json: bool, **options: Any,
+    data_free: bool, written_tokens: int | None, overwrite: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train the coefficients of STORE against the model that it was made from, and write them to a new store.
 
@@ -79,7 +80,12 @@ def command(
     except (OSError, ValueError) as error:
         raise BincompressError(f"{text}: not readable as UTF-8 text: {error}") from None
     places = Places(**{key: options.pop(key) for key in _PLACES}, work=work, cached_logits=cache_logits)
-    settings = DistillSettings(**options)
+    if data_free and content is not None:
+        raise BincompressError(
+            "expected either --text FILE or --data-free; --written-tokens N adds the teacher's own to a text"
+        )
+    written = (_WRITTEN_TOKENS if data_free else 0) if written_tokens is None else written_tokens
+    settings = DistillSettings(**options, written_tokens=written)
     with tqdm(total=settings.steps, desc="distill", unit="step", disable=True if as_json else None) as bar:
 
         def on_step(progress: Any) -> None:

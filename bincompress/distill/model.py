@@ -134,7 +134,7 @@ class Predictions:
             for start in range(0, len(rows), self._step):
                 part = slice(start, start + self._step)
                 found = self.decoder.head(weights, rows[part])
-                loss, _ = deviation_aware(flat[part].float(), found, settings.lam, settings.gamma)
+                loss = deviation_aware(flat[part].float(), found, settings.lam, settings.gamma)
                 share = loss.sum() / tokens
                 share.backward()
                 total += float(share.detach())

@@ -76,8 +76,9 @@ def distill(
 ) -> Distilled:
     """Train a store's coefficients against the unquantized model and write the result as a new store.
 
-    text: what to train on, None where the teacher writes it (settings.data_free). An interrupted run goes on from its
-    last checkpoint. Raises DistillError, StoreError, CheckpointError, DamagedError or UnsupportedModelError.
+    text: what to train on, None where all of it is written by the teacher (settings.written_tokens). An interrupted
+    run goes on from its last checkpoint. Raises DistillError, StoreError, CheckpointError, DamagedError or
+    UnsupportedModelError.
     """
     begin = time.perf_counter()
     opened = open_store(store)
@@ -96,8 +97,7 @@ def distill(
         decoder = TorchDecoder(config, device, settings.context)
         predictions = Predictions(decoder, settings, device)
         weights = teacher_weights(teacher, config, device, dtype)
-        tokens = _tokens(text, teacher, predictions, weights, settings, work, on_written)
-        windows = Windows.of(tokens, settings)
+        windows = _windows(text, teacher, predictions, weights, settings, work, on_written)
         fingerprint = str(source_record(teacher)["fingerprint"])
         key = xxhash.xxh3_64_hexdigest(f"{fingerprint} {settings.dtype} {device.type}".encode())
         taught = Teacher(predictions, weights, windows, places.cached_logits, key)
@@ -138,8 +138,8 @@ def _check(
             f"{store.url}: was made from {attributes['source']['id']}, whose headers or config are not those of "
             f"{teacher.name}; give the checkpoint that it was made from as --teacher"
         )
-    if (text is None) != settings.data_free:
-        raise DistillError("expected either --text FILE or --data-free")
+    if text is None and not settings.written_tokens:
+        raise DistillError("nothing to train on: expected --text FILE, or --data-free")
     CheckpointSource(teacher, parse(teacher.config))
     if is_local(out):
         if Path(out).resolve() == Path(store.url).resolve():
@@ -155,27 +155,38 @@ def chosen_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def _tokens(
+def _windows(
     text: str | None, teacher: Checkpoint, predictions: Predictions, weights: dict[str, torch.Tensor],
     settings: DistillSettings, work: Path, on_written: Callable[[int, int], None],
+) -> Windows:  # fmt: skip
+    """Return the windows of the text and of what the teacher writes; the text's, where there is one, judge."""
+    written = np.empty(0, np.int64)
+    if settings.written_tokens:
+        written = _written(teacher, predictions, weights, settings, work, on_written)
+    if text is None:
+        return Windows.of(written, settings)
+    tokenizer = load_tokenizer(teacher.assets())
+    if tokenizer.size > predictions.decoder.config.vocab:
+        raise DistillError(f"{teacher.name}: its tokenizer has more tokens than its vocabulary")
+    return Windows.of(np.array(tokenizer.encode(text), np.int64), settings).with_more(written)
+
+
+def _written(
+    teacher: Checkpoint, predictions: Predictions, weights: dict[str, torch.Tensor], settings: DistillSettings,
+    work: Path, on_written: Callable[[int, int], None],
 ) -> NDArray[np.int64]:  # fmt: skip
-    """Return the text's tokens, or those that the teacher writes; an interrupted run finds them as they were."""
-    if text is not None:
-        tokenizer = load_tokenizer(teacher.assets())
-        if tokenizer.size > predictions.decoder.config.vocab:
-            raise DistillError(f"{teacher.name}: its tokenizer has more tokens than its vocabulary")
-        return np.array(tokenizer.encode(text), np.int64)
-    path = work / f"written-{settings.seed}-{settings.data_tokens}-{settings.context}.npy"
+    """Return tokens that the teacher writes; an interrupted run finds them as they were."""
+    path = work / f"written-{settings.seed}-{settings.written_tokens}-{settings.context}.npy"
     if path.exists():
         return np.asarray(np.load(path))
     first = teacher.config.get("bos_token_id")
     tokens = write_text(
-        predictions, weights, settings.data_tokens, settings.context, first if type(first) is int else None,
-        settings.seed, lambda done: on_written(done, settings.data_tokens),
+        predictions, weights, settings.written_tokens, settings.context, first if type(first) is int else None,
+        settings.seed, lambda done: on_written(done, settings.written_tokens),
     )  # fmt: skip
+    partial = path.with_suffix(".partial")
     with writable(path):
         work.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         with open(partial, "wb") as file:
             np.save(file, tokens)
         partial.replace(path)

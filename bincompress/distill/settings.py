@@ -29,8 +29,7 @@ class DistillSettings:
     validation_share: float = 0.02
     evaluate_every: int = 50
     patience: int = 5  # evaluations without a better one before it stops
-    data_free: bool = False
-    data_tokens: int = 1 << 18  # that the teacher writes
+    written_tokens: int = 0  # that the teacher writes, to be trained on beside the text or in its place
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -40,7 +39,8 @@ class DistillSettings:
         self._check("accumulate", f"a divisor of the batch of {self.batch}", self.batch % self.accumulate == 0)
         self._check("lr", "a number above 0", 0 < self.lr < math.inf)
         self._check("lam", "a number of at least 0", 0 <= self.lam < math.inf)
-        self._check("seed", "at least 0", self.seed >= 0)
+        for name in ("seed", "written_tokens"):
+            self._check(name, "at least 0", getattr(self, name) >= 0)
         for name in ("gamma", "warmup"):
             self._check(name, "0 to 1", 0 <= getattr(self, name) <= 1)
         self._check("validation_share", "above 0 and at most 0.5", 0 < self.validation_share <= 0.5)

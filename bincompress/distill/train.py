@@ -61,7 +61,7 @@ class Training:
     def run(self, checkpoint: "Checkpoints | None" = None, on_step: OnStep = lambda progress: None) -> None:
         """Train to the last step, or until held-out text stops gaining; the student then has its best parameters.
 
-        Raises DistillError where the loss is NaN before anything was better than the start.
+        Raises DistillError where nothing was better than the start.
         """
         settings, progress = self._settings, self.progress
         if not progress.judged:
@@ -80,8 +80,9 @@ class Training:
             if checkpoint is not None and checkpoint.due(progress.step):
                 checkpoint.write(self.state())
             on_step(progress)
-        if progress.stopped and not progress.best_step:
-            raise DistillError(f"{progress.stopped} (nothing was better than the start, so no store was written)")
+        if not progress.best_step:
+            why = progress.stopped or "try a smaller --lr, or more --steps"
+            raise DistillError(f"nothing was better than the start on held-out text, so no store was written: {why}")
         self._restore(self._best)
 
     def state(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Which tokens does a step see, and which are held out?"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xxhash
@@ -16,6 +16,10 @@ class Windows:
     training: NDArray[np.int64]  # (windows, context)
     held_out: NDArray[np.int64]  # (windows, context)
     seed: int
+
+    def with_more(self, tokens: NDArray[np.int64]) -> "Windows":
+        """Return these with further windows to train on, (n,) tokens that fill them."""
+        return replace(self, training=np.concatenate([self.training, tokens.reshape(-1, self.training.shape[1])]))
 
     @classmethod
     def of(cls, tokens: NDArray[np.int64], settings: DistillSettings) -> "Windows":
