@@ -390,6 +390,8 @@ def test_bad_input_is_refused_before_work(
     refused("--accumulate 3: expected a divisor of the batch of 4", *given, "--accumulate", 3)
     refused("not readable as UTF-8 text", "--text", tmp_path / "nowhere")
     refused("no such store", *given, at=str(tmp_path / "nothing"))
+    code, _, err = run("distill", store, "--teacher", model, "--out", "memory://out", *given)
+    assert (code, "give one as --work" in err) == (2, True)
     (tmp_path / "taken").mkdir()
     code, _, err = run("distill", store, "--teacher", model, "--out", tmp_path / "taken", *given)
     assert (code, "exists; choose another --out, or --overwrite" in err) == (2, True)

@@ -86,6 +86,8 @@ def distill(
     config = parse(teacher.config)
     if settings.context > config.context:
         raise DistillError(f"--context {settings.context}: expected at most {config.context}, the model's limit")
+    if places.work is None and not is_local(out):
+        raise DistillError(f"{out}: checkpoints need a local folder; give one as --work")
     device = chosen_device(places.device)
     if places.threads is not None:
         torch.set_num_threads(places.threads)

@@ -19,7 +19,7 @@ class DistillSettings:
     batch: int = 4  # windows of a step
     accumulate: int = 1  # parts in which a batch is worked on, one after the other
     context: int = 512  # tokens of a window
-    lr: float = 0.003  # share of a row's typical coefficient that a step may change
+    lr: float = 0.01  # share of a row's typical coefficient that a step may change
     warmup: float = 0.05  # share of the steps
     gamma: float = 0.5  # the teacher's share in how ambiguous a token is
     lam: float = 0.0  # weight of ambiguous tokens; 0 is plain distillation
