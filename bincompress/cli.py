@@ -15,6 +15,7 @@ _COMMANDS = {
     "compress": "Pack a checkpoint's weight matrices into a store.",
     "calibrate": "Collect what a model's layers read on a text, for compression that makes up for its errors.",
     "batch": "Compress several models in one go, from a manifest.",
+    "distill": "Train a store's coefficients against the unquantized model.",
     "inspect": "Show what is in a store: bits, errors, times.",
     "verify": "Read everything in a store and hold it against its hashes.",
     "export": "Write a store as a Hugging Face folder (dequantized, bfloat16).",

@@ -58,7 +58,7 @@ def compress_all(
     run_id = uuid.uuid4().hex
     with contextlib.ExitStack() as held:
         for store in plans:
-            held.enter_context(_exclusive(store))
+            held.enter_context(exclusive(store))
         opened = {store: _begin(plan, store, run_id, overwrite) for store, plan in plans.items()}
         jobs = largest_first(job for store, plan in plans.items() for job in make_jobs(plan, store, run_id))
         counts: dict[str, Counter[str]] = {store: Counter() for store in plans}
@@ -96,7 +96,7 @@ def _cause(error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def _exclusive(store: str) -> Iterator[None]:
+def exclusive(store: str) -> Iterator[None]:
     """Hold a local store for this process alone; object stores are guarded at commit instead."""
     if not is_local(store):
         yield

@@ -232,6 +232,8 @@ def packed_bytes(settings: Settings, rows: int, cols: int) -> int:
     """Return the bytes of planes and coefficients of a matrix, without listed weights."""
     if settings.method == "uniform":
         planes, stored = settings.bits, 2
+    elif settings.method == "dbllm":
+        planes, stored = 2, 2
     elif settings.method == "wgm":
         planes = 1 + (settings.groups - 1).bit_length()
         stored = 1 << (planes - 1)
@@ -250,12 +252,15 @@ def settings_record(settings: Settings) -> dict[str, Any]:
     """Return the settings that matter to a method's bytes, as JSON."""
     everything = asdict(settings)
     if settings.calibrated:
-        own = {"wgm": ["groups"], "xnor": ["planes"], "billm": [], "dbellquant": ["planes", "epsilon"]}[settings.method]
+        own = {"wgm": ["groups"], "xnor": ["planes"], "billm": [], "dbllm": [], "dbellquant": ["planes", "epsilon"]}[
+            settings.method
+        ]
         chosen = {key: everything[key] for key in ("method", *own, "block", "scale_bits", "compensate", "refine")}
         return {**chosen, "compensate": True, **({"planes": settings.plane_count} if "planes" in own else {})}
     used = {
         "keep": ["method"],
         "uniform": ["method", "bits", "block"],
+        "dbllm": ["method", "block"],
         "xnor": ["method", "block"],
         "wgm": ["method", "groups", "solver", "window", "lam", "lam_normalized", "block"],
     }[settings.method]

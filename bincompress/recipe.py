@@ -28,6 +28,7 @@ KEEP = "keep"
 EMBEDDINGS = ("keep", "4bit", "8bit")
 _MOST_PLANES = 4
 _BLOCKS = (64, 128, 256, "row", "matrix")
+_USUAL_BLOCK = {"dbllm": 64}  # where a method's paper has another than 128
 _SOLVERS = ("exact", "greedy", "windowed")
 _TYPES: dict[str, tuple[type, ...]] = {
     "method": (str,), "groups": (int,), "solver": (str,), "window": (int,), "lam": (int, float),
@@ -84,7 +85,7 @@ def load_recipe(path: Path | None, options: dict[str, Any], keep: tuple[str, ...
     defaults, tensors = found.get("defaults", {}), found.get("tensor", [])
     if not isinstance(defaults, dict) or not isinstance(tensors, list) or not all(isinstance(t, dict) for t in tensors):
         raise RecipeError(f"{path}: expected a [defaults] table and [[tensor]] tables")
-    merged = {**defaults, **options}
+    merged = _with_block({**defaults, **options})
     embeddings = merged.pop("embeddings", KEEP)
     if embeddings not in EMBEDDINGS:
         raise RecipeError(f"embeddings: expected one of {', '.join(EMBEDDINGS)}, found {embeddings!r}")
@@ -94,11 +95,17 @@ def load_recipe(path: Path | None, options: dict[str, Any], keep: tuple[str, ...
         where = f"{path}: [[tensor]] number {number}"
         if not isinstance(pattern, str):
             raise RecipeError(f'{where}: expected a pattern, such as pattern = "*.down_proj.weight"')
-        changes = {key: value for key, value in tensor.items() if key != "pattern"}
+        changes = _with_block({key: value for key, value in tensor.items() if key != "pattern"})
         _changed(Settings(), changes, where)
         overrides.append(Override(pattern, tuple(changes.items())))
     overrides += [Override(pattern, (("method", KEEP),)) for pattern in keep]
     return Recipe(_changed(Settings(), merged, f"{path or 'options'}"), embeddings, tuple(overrides))
+
+
+def _with_block(given: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with the block of their method's paper, where they name such a method and no block."""
+    usual = _USUAL_BLOCK.get(str(given.get("method")))
+    return given if usual is None or "block" in given else {**given, "block": usual}
 
 
 def _known(found: dict[str, Any], names: set[str], where: str) -> None:
@@ -133,6 +140,8 @@ def check_settings(settings: Settings, name: str, shape: tuple[int, int]) -> Non
         if settings.block == "matrix" or not 1 <= settings.bits <= 8:
             refuse(f"method uniform takes 1 to 8 bits per row or row-block, found {settings.bits} per {settings.block}")
         return
+    if settings.method == "dbllm" and settings.block == "matrix":
+        refuse("method dbllm takes scales per row or row-block, found block matrix")
     _check_calibrated(settings, refuse)
     if settings.method != "wgm":
         return
@@ -171,8 +180,8 @@ def _check_calibrated(settings: Settings, refuse: Callable[[str], None]) -> None
         return
     if settings.block == "matrix":
         refuse("error compensation works on rows and row-blocks, not on a whole matrix; choose another --block")
-    if settings.method == "billm" and settings.scale_bits == 8:
-        refuse("8-bit scales have no sign, and billm's coefficients do")
+    if settings.method in ("billm", "dbllm") and settings.scale_bits == 8:
+        refuse(f"8-bit scales have no sign, and {settings.method}'s coefficients do")
     if settings.method == "wgm":
         if settings.groups not in (1, 2, 4, 8, 16):
             refuse(f"groups {settings.groups}: with error compensation 1, 2, 4, 8 or 16")

@@ -49,9 +49,13 @@ def report_page(store: Store, tensor: str | None = None) -> str:
         "histogram": _histogram(attributes, store, tensor),
         "bells": _bells(attributes["report"]["bells"]) if "bells" in attributes["report"] else "",
     }
+    distillation = store.attributes.get("distillation")
+    if distillation is not None:
+        plots["distillation"] = _distillation(distillation)
     return template.render(
         store=store.url, version=__version__, totals=totals(found["total"]), tensors=found["tensors"], plots=plots,
-        tensor=tensor, shown=packed[tensor], recipe=store.attributes["recipe"], source=found["total"]["source"],
+        tensor=tensor, shown=packed[tensor], distillation=distillation,
+        recipe=store.attributes["recipe"], source=found["total"]["source"],
     )  # fmt: skip
 
 
@@ -108,6 +112,24 @@ def _times(packed: dict[str, dict[str, Any]]) -> str:
     axes.set_yscale("log")
     axes.set_xlabel("weights in the tensor")
     axes.set_ylabel("seconds")
+    axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
+def _distillation(record: dict[str, Any]) -> str:
+    """Plot the loss of every step and the perplexity on held-out text, with the unquantized model's."""
+    figure = _figure()
+    axes = figure.subplots()
+    losses = record["losses"]
+    steps = [min((i + 1) * losses["every"], record["steps"]) for i in range(len(losses["mean"]))]
+    axes.plot(steps, losses["mean"], lw=1, color="C7", label="loss")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss against the unquantized model")
+    twin = axes.twinx()
+    twin.plot(*zip(*record["held_out"], strict=True), marker="o", ms=3, color="C3", label="held-out perplexity")
+    twin.axhline(record["teacher_perplexity"], ls="--", lw=1, color="C3")
+    twin.set_yscale("log")
+    twin.set_ylabel("held-out perplexity (dashed: unquantized)", color="C3")
     axes.grid(alpha=0.3)
     return _svg(figure)
 

@@ -402,7 +402,7 @@ def begin_store(url: str, plan: Mapping[str, Any], assets: Mapping[str, bytes], 
     record = {"format": FORMAT, "version": VERSION, **plan}
     extra = {} if is_local(url) else {"run_id": run_id}
     if overwrite and is_local(url) and Path(url).exists():
-        _remove_store(Path(url))
+        remove_store(Path(url))
     elif is_local(url) and Path(url).exists() and any(Path(url).iterdir()):
         return _continue(url, record, extra)
     elif not is_local(url) and not overwrite:
@@ -445,7 +445,7 @@ def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str 
     return ""
 
 
-def _remove_store(path: Path) -> None:
+def remove_store(path: Path) -> None:
     """Remove a store to make room for another; refuses a folder that holds anything else."""
     if any(path.iterdir()):
         try:

@@ -26,6 +26,8 @@ EVERY_METHOD = [
     Settings("xnor", block=128),
     Settings("xnor", block="row"),
     Settings("xnor", block="matrix"),
+    Settings("dbllm", block=64),
+    Settings("dbllm", block="row"),
     Settings("uniform", bits=4),
     Settings("uniform", bits=8, block="row"),
     Settings("wgm"),

@@ -32,6 +32,7 @@ CALIBRATED = [
     Settings("billm", refine=2, block=64),
     Settings("dbellquant", refine=2),
     Settings("dbellquant", planes=1, scale_bits=8),
+    Settings("dbllm", block=64, compensate=True, refine=1),
 ]
 
 

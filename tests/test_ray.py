@@ -40,7 +40,7 @@ GB = 1 << 30
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head without cores, to which tests add nodes."""
-    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 10}
     head = {"num_cpus": 0, "memory": GB, "object_store_memory": 100 << 20, "_system_config": quick}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # of workers, for tests.gates

@@ -62,7 +62,10 @@ def test_later_overrides_win_and_options_win_over_defaults(tiny_model: Path) -> 
         ("[[tensor]]\npattern = '*.nothing'\ngroups = 2", r"matches none of the \d+ tensors, such as lm_head"),
         ("defaults = 3", "expected a .defaults. table"),
         ("not toml", "not readable as TOML"),
-        ("[defaults]\nmethod = 'wgn'", "unknown method 'wgn'; known: billm, dbellquant, keep, uniform, wgm, xnor"),
+        (
+            "[defaults]\nmethod = 'wgn'",
+            "unknown method 'wgn'; known: billm, dbellquant, dbllm, keep, uniform, wgm, xnor",
+        ),
         ("[defaults]\ngroups = 0", "groups 0: expected 1 to 256"),
         ("[defaults]\ngroups = 257", "groups 257: expected 1 to 256"),
         ("[defaults]\nblock = 100", "block 100: expected one of 64, 128, 256, row, matrix"),

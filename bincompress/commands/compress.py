@@ -38,7 +38,7 @@ class _Block(click.ParamType[int | str]):
 @click.argument("store")
 @click.option(
     "--method",
-    type=click.Choice(["xnor", "wgm", "billm", "dbellquant"]),
+    type=click.Choice(["xnor", "wgm", "billm", "dbellquant", "dbllm"]),
     help="How matrices become planes.  [default: wgm]",
 )
 @click.option("--groups", type=int, help="wgm: at most so many groups of magnitudes in a unit.  [default: 2]")
@@ -56,7 +56,7 @@ class _Block(click.ParamType[int | str]):
     default=None,
     help="wgm: lambda is a share between the paper's l_min and l_max.",
 )
-@click.option("--block", type=_Block(), help="The unit that shares scales.  [default: 128]")
+@click.option("--block", type=_Block(), help="The unit that shares scales.  [default: 128; dbllm: 64]")
 @click.option(
     "--embeddings", type=click.Choice(["keep", "4bit", "8bit"]), help="Embeddings and output head.  [default: keep]"
 )

@@ -6,12 +6,13 @@ calibration found of the layer's inputs, None where settings do not ask for it.
 
 from collections.abc import Callable
 
-from bincompress.methods import billm, dbellquant, uniform, wgm, xnor
+from bincompress.methods import billm, dbellquant, dbllm, uniform, wgm, xnor
 from bincompress.records import Binarized, Inputs, Settings, Weight
 
 METHODS: dict[str, Callable[[Weight, Settings, Inputs | None], Binarized]] = {
     "billm": billm.binarize,
     "dbellquant": dbellquant.binarize,
+    "dbllm": dbllm.binarize,
     "uniform": uniform.binarize,
     "wgm": wgm.binarize,
     "xnor": xnor.binarize,

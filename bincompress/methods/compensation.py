@@ -249,8 +249,8 @@ def _normal_equations(state: _State) -> tuple[NDArray[np.float64], NDArray[np.fl
         products = scratch[: coefs * rows * (cols - first)].reshape(coefs, rows, cols - first)
         np.matmul(signs[:, :, block], state.hessian[block, first:], out=products)
         add_normal(products, signs, state.block, first, normal)
-        own = slice(unit * coefs, (unit + 1) * coefs)
-        normal[:, own, own] *= 0.5  # both halves of it are there already
+        here = slice(unit * coefs, (unit + 1) * coefs)
+        normal[:, here, here] *= 0.5  # both halves of it are there already
     dot_blocks(signs, state.pulled, state.block, wanted)
     return normal + normal.transpose(0, 2, 1), wanted
 

@@ -1,0 +1,111 @@
+"""bincompress distill"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bincompress.commands.shared import print_json
+
+_WRITTEN_TOKENS = 1 << 18
+_PLACES = ("device", "threads", "checkpoint_every")
+
+
+@click.command()
+@click.argument("store")
+@click.option("--teacher", metavar="SOURCE", required=True, help="The checkpoint that STORE was made from.")
+@click.option("--text", type=click.Path(dir_okay=False, path_type=Path), help="What to train on.")
+@click.option("--data-free", is_flag=True, help="Train on text that the teacher writes itself.")
+@click.option("--written-tokens", type=int, help="That the teacher writes.  [default: 0; --data-free: 262144]")
+@click.option("--out", metavar="STORE2", required=True, help="The store to write.")
+@click.option("--steps", type=int, default=500, show_default=True, help="Optimizer steps.")
+@click.option("--batch", type=int, default=4, show_default=True, help="Windows of a step.")
+@click.option("--context", type=int, default=512, show_default=True, help="Tokens of a window.")
+@click.option("--accumulate", type=int, default=1, show_default=True, help="Parts of a batch, one after the other.")
+@click.option("--lr", type=float, default=0.01, show_default=True, help="Relative to a row's typical coefficient.")
+@click.option("--warmup", type=float, default=0.05, show_default=True, help="Share of the steps; then a cosine.")
+@click.option("--lam", type=float, default=0.0, show_default=True, help="Weight of ambiguous tokens; 0: plain.")
+@click.option("--gamma", type=float, default=0.5, show_default=True, help="The teacher's share in what is ambiguous.")
+@click.option("--norms", is_flag=True, help="Train the norm weights, too.")
+@click.option("--rechoose-planes", is_flag=True, help="dbllm: choose planes anew half-way; keep them if they help.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to train."
+)
+@click.option("--dtype", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True, help="Products.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of a CPU.  [default: PyTorch's]")
+@click.option(
+    "--cache-logits", type=click.Path(file_okay=False, path_type=Path), help="Keep the teacher's logits here."
+)
+@click.option("--validation-share", type=float, default=0.02, show_default=True, help="Of the text, held out to judge.")
+@click.option("--evaluate-every", type=int, default=50, show_default=True, help="Steps between judgements.")
+@click.option("--patience", type=int, default=5, show_default=True, help="Judgements without gain before it stops.")
+@click.option("--checkpoint-every", type=int, default=100, show_default=True, help="Steps; 0: none.")
+@click.option("--work", type=click.Path(file_okay=False, path_type=Path), help="Checkpoints.  [default: beside STORE2]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of windows and of written text.")
+@click.option("--overwrite", is_flag=True, help="Replace STORE2, and begin anew.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(
+    store: str, teacher: str, text: Path | None, out: str, work: Path | None, cache_logits: Path | None,
+    data_free: bool, written_tokens: int | None, overwrite: bool, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Train the coefficients of STORE against the model that it was made from, and write them to a new store.
+
+    Planes stay as they are; STORE is not changed. Part of the text is held out: the result is the state that predicts
+    it best. The same command goes on where an interrupted one stopped, with the same result. Needs PyTorch:
+    pip install 'bincompress[distill]'.
+
+    \b
+    Examples:
+      bincompress distill ./store --teacher ./Llama-3.2-1B --text train.txt --out ./better --norms
+      bincompress distill ./store --teacher ./Llama-3.2-1B --data-free --out ./better --lam 0.1 --dtype bf16
+      bincompress distill ./store --teacher ./Llama-3.2-1B --text train.txt --out ./better --batch 8 --accumulate 4
+    """
+    from tqdm import tqdm
+
+    from bincompress.errors import BincompressError
+    from bincompress.hub import open_source
+
+    try:
+        from bincompress.distill.run import Places, distill
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise BincompressError(
+            "distillation needs PyTorch, which is not installed: pip install 'bincompress[distill]'"
+        ) from None
+    from bincompress.distill.settings import DistillSettings
+
+    try:
+        content = text.read_text("utf-8") if text is not None else None
+    except (OSError, ValueError) as error:
+        raise BincompressError(f"{text}: not readable as UTF-8 text: {error}") from None
+    places = Places(**{key: options.pop(key) for key in _PLACES}, work=work, cached_logits=cache_logits)
+    if data_free and content is not None:
+        raise BincompressError(
+            "expected either --text FILE or --data-free; --written-tokens N adds the teacher's own to a text"
+        )
+    written = (_WRITTEN_TOKENS if data_free else 0) if written_tokens is None else written_tokens
+    settings = DistillSettings(**options, written_tokens=written)
+    with tqdm(total=settings.steps, desc="distill", unit="step", disable=True if as_json else None) as bar:
+
+        def on_step(progress: Any) -> None:
+            bar.update(progress.step - bar.n)
+            at, held_out = progress.judged[-1]
+            bar.set_postfix_str(f"loss {progress.losses[-1]:.4f}, held-out perplexity {held_out:.3f} at {at}")
+
+        found = distill(
+            store, open_source(teacher), content, out, settings, places,
+            overwrite=overwrite, on_step=on_step,
+            on_written=lambda done, total: bar.set_postfix_str(f"the teacher has written {done:,} of {total:,} tokens"),
+        )  # fmt: skip
+    if as_json:
+        print_json({"store": out, **found.record()})
+        return
+    if found.resumed_at:
+        click.echo(f"went on from step {found.resumed_at}")
+    if found.stopped:
+        click.echo(f"stopped at step {found.steps}: {found.stopped}")
+    click.echo(
+        f"{out}: held-out perplexity {found.start:.4f} -> {found.best:.4f} (unquantized {found.teacher:.4f}), "
+        f"best at step {found.best_step} of {found.steps}, {found.seconds:.0f} s"
+    )

@@ -1,0 +1,1 @@
+"""Training a store's coefficients against the unquantized model. PyTorch is imported here only."""

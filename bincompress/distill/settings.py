@@ -1,0 +1,62 @@
+"""What can be chosen of a distillation, and what is refused?"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from bincompress.errors import BincompressError
+
+
+class DistillError(BincompressError):
+    """A distillation cannot begin or go on."""
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """How the coefficients of a store are trained; all of it decides the result."""
+
+    steps: int = 500
+    batch: int = 4  # windows of a step
+    accumulate: int = 1  # parts in which a batch is worked on, one after the other
+    context: int = 512  # tokens of a window
+    lr: float = 0.01  # share of a row's typical coefficient that a step may change
+    warmup: float = 0.05  # share of the steps
+    gamma: float = 0.5  # the teacher's share in how ambiguous a token is
+    lam: float = 0.0  # weight of ambiguous tokens; 0 is plain distillation
+    norms: bool = False
+    rechoose_planes: bool = False
+    dtype: Literal["float32", "bf16"] = "float32"
+    validation_share: float = 0.02
+    evaluate_every: int = 50
+    patience: int = 5  # evaluations without a better one before it stops
+    written_tokens: int = 0  # that the teacher writes, to be trained on beside the text or in its place
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "evaluate_every", "patience"):
+            self._check(name, "at least 1", getattr(self, name) >= 1)
+        self._check("context", "at least 2", self.context >= 2)
+        self._check("accumulate", f"a divisor of the batch of {self.batch}", self.batch % self.accumulate == 0)
+        self._check("lr", "a number above 0", 0 < self.lr < math.inf)
+        self._check("lam", "a number of at least 0", 0 <= self.lam < math.inf)
+        for name in ("seed", "written_tokens"):
+            self._check(name, "at least 0", getattr(self, name) >= 0)
+        for name in ("gamma", "warmup"):
+            self._check(name, "0 to 1", 0 <= getattr(self, name) <= 1)
+        self._check("validation_share", "above 0 and at most 0.5", 0 < self.validation_share <= 0.5)
+
+    def _check(self, name: str, expected: str, holds: bool) -> None:
+        if not holds:
+            raise DistillError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {expected}")
+
+    def record(self) -> dict[str, Any]:
+        """Return the settings as JSON, for the store."""
+        return asdict(self)
+
+    def difference(self, other: dict[str, Any]) -> str:
+        """Return the first setting that another run's record has otherwise, with both values; empty if none."""
+        for field in fields(self):
+            found, wanted = other.get(field.name), getattr(self, field.name)
+            if found != wanted:
+                return f"--{field.name.replace('_', '-')} was {found!r} and is {wanted!r} now"
+        return ""

@@ -1,0 +1,117 @@
+"""DB-LLM's two {0, 1} planes: the paper's formulas written out, the format without loss, and what the report says."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from bincompress.errors import RecipeError
+from bincompress.methods import dbllm
+from bincompress.methods.coefficients import from_float16
+from bincompress.recipe import check_settings, load_recipe
+from bincompress.records import Binarized, Settings, Weight
+from bincompress.store import open_store
+from cpu_kernels.dual import TRIALS, rounding_steps
+from tests.conftest import Run, as_weight
+
+NAME = "model.layers.1.mlp.down_proj.weight"
+
+
+def ones(found: Binarized, cols: int) -> np.ndarray:
+    """The {0, 1} planes, (2, rows, cols)."""
+    bits = np.unpackbits(found.planes.view(np.uint8), axis=2, count=cols, bitorder="little")
+    return bits.reshape(2, -1, cols)
+
+
+def scales(found: Binarized, cols: int) -> np.ndarray:
+    """a1 and a2 of every weight, float32 (2, rows, cols)."""
+    return np.repeat(from_float16(found.coef, found.coef_exponent), found.block, axis=2)[:, :, :cols]
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> Weight:
+    rows, cols = draw(st.integers(1, 4)), draw(st.sampled_from([1, 63, 64, 65, 130]))
+    values = draw(npst.arrays(np.float32, (rows, cols), elements=st.floats(-2, 2, width=32)))
+    return as_weight(values, draw(st.sampled_from(["BF16", "F16", "F32"])))
+
+
+@given(weights(), st.sampled_from([64, "row"]))
+def test_planes_are_those_of_the_formulas(weight: Weight, block: int | str) -> None:
+    found = dbllm.binarize(weight, Settings("dbllm", block=block))  # type: ignore[arg-type]
+    cols = weight.shape[1]
+    w, (a1, a2) = weight.float32(), scales(found, cols)
+    b1 = (w - (a1 + a2) / 2 > 0).astype(np.float32)
+    b2 = (-(w - a1 * b1 - a2 / 2) > 0).astype(np.float32)
+    assert np.array_equal(ones(found, cols), np.stack([b1, b2]))
+    error = np.sum((w.astype(np.float64) - a1 * b1 - a2 * b2) ** 2)
+    assert found.squared_error == pytest.approx(float(error), rel=1e-5, abs=1e-9)
+    assert np.all(a1 >= 0)
+    assert np.all(a2 <= 0)
+
+
+def test_the_start_is_rounding_to_two_bits() -> None:
+    w = np.random.default_rng(0).standard_normal((3, 192)).astype(np.float32)
+    steps = np.empty((3, 3), np.float32)
+    rounding_steps(w, 64, steps)
+    for row in range(3):
+        for unit in range(3):
+            block = w[row, 64 * unit : 64 * (unit + 1)].astype(np.float64)
+            fits = []
+            for trial in range(1, TRIALS + 1):
+                levels = np.clip(np.rint(block / (np.abs(block).max() * trial / TRIALS)), -1, 2)
+                step = levels @ block / (levels @ levels)
+                fits.append((np.sum((block - step * levels) ** 2), step))
+            assert steps[row, unit] == pytest.approx(min(fits)[1], rel=1e-5)
+    found = dbllm.binarize(as_weight(w, "F32"), Settings("dbllm", block=64))
+    a1, a2 = from_float16(found.coef, found.coef_exponent)
+    assert np.array_equal(a1, -2 * a2)
+
+
+def test_only_two_scales_are_stored_and_the_formula_gives_the_levels(
+    run: Run, tiny_model: Path, tmp_path: Path
+) -> None:
+    assert run("compress", tiny_model, tmp_path / "store", "--method", "dbllm")[0] == 0
+    assert run("verify", tmp_path / "store")[0] == 0
+    store = open_store(str(tmp_path / "store"))
+    attributes, arrays = store.complete_attributes(NAME), dict(store.stored_arrays(NAME))
+    assert attributes["settings"] == {"method": "dbllm", "block": 64}
+    assert attributes["terms"] == [0, 1, 2]
+    assert attributes["mix"] == [[0.5, 0.5], [0.5, 0.0], [0.0, 0.5]]
+    assert arrays["coef"].shape == (2, 64, 3)
+    found = Binarized(arrays["planes"], arrays["coef"], (0, 1, 2), 64, 0, 0, 0, 0, attributes["coef_exponent"])
+    b1, b2 = ones(found, 160)
+    a1, a2 = scales(found, 160)
+    from bincompress.dequantize import dequantize
+
+    assert np.allclose(dequantize(store.read_packed(NAME)), a1 * b1 + a2 * b2, rtol=0, atol=1e-7)
+
+
+def test_the_report_tells_zeros_and_saved_additions(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    run("compress", tiny_model, tmp_path / "store", "--method", "dbllm")
+    store = open_store(str(tmp_path / "store"))
+    report, planes = store.complete_attributes(NAME)["report"], dict(store.stored_arrays(NAME))["planes"]
+    bits = np.unpackbits(planes.view(np.uint8), axis=2, count=160, bitorder="little")
+    zeros = [float(np.mean(plane == 0)) for plane in bits]
+    assert report["plane_zeros"] == pytest.approx(zeros, rel=1e-5)
+    assert report["additions_saved"] == pytest.approx(np.mean(zeros), rel=1e-5)
+    assert np.mean(zeros) > 0.5
+    total = json.loads(run("inspect", tmp_path / "store", "--json")[1])["total"]
+    assert 0.5 < total["additions_saved"] < 0.7
+    assert "a machine that skips zeros saves" in run("inspect", tmp_path / "store")[1]
+
+
+def test_a_matrix_of_zeros_has_empty_planes() -> None:
+    found = dbllm.binarize(as_weight(np.zeros((2, 70)), "BF16"), Settings("dbllm", block=64))
+    assert not found.planes.any()
+    assert found.squared_error == 0
+
+
+def test_block_64_unless_given() -> None:
+    assert load_recipe(None, {"method": "dbllm"}).defaults.block == 64
+    assert load_recipe(None, {"method": "dbllm", "block": "row"}).defaults.block == "row"
+    with pytest.raises(RecipeError, match="per row or row-block, found block matrix"):
+        check_settings(Settings("dbllm", block="matrix"), "w", (4, 64))
