@@ -42,8 +42,10 @@ def report_page(store: Store, tensor: str | None = None) -> str:
     attributes = store.complete_attributes(tensor)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string((files("bincompress") / "report.html.jinja").read_text("utf-8"))
+    calibrated = {name: report for name, report in packed.items() if "output_error" in report}
     plots = {
         "error": _by_layer(packed, "relative_error", "relative squared error"),
+        "outputs": _by_layer(calibrated, "output_error", "relative squared error of outputs") if calibrated else "",
         "bits": _by_layer(packed, "stored_bits", "stored bits per weight"),
         "times": _times(packed),
         "histogram": _histogram(attributes, store, tensor),
