@@ -235,7 +235,7 @@ class _LayerWeights:
     def linear(self, names: Sequence[str]) -> tuple[str, DenseLinear]:
         """Return matrices with one input, and the first one's name."""
         own = self._renamed(names)
-        if not own:  # the head, which no layer needs
+        if not own:  # head and embedding, which no layer needs
             return "", DenseLinear(np.zeros((1, self._hidden), np.float32))
         with self._lock:
             if own[0] not in self._found:
@@ -259,9 +259,9 @@ class _Seen:
         key, matrix = self._weights.linear(names)
         return _Watched(matrix, self._inputs.setdefault(key, []))
 
-    def embedding(self, name: str) -> "_Nothing":
+    def embedding(self, name: str) -> DenseLinear:
         """Return a table that is never asked: the stream comes from outside."""
-        return _Nothing()
+        return self._weights.linear([name])[1]
 
     def take(self) -> dict[str, list[Floats]]:
         """Return the inputs seen since the last call, by matrix."""
@@ -279,8 +279,3 @@ class _Watched:
     def __call__(self, x: Floats) -> Floats:
         self._seen.append(x.copy())  # the decoder works in place
         return self._matrix(x)
-
-
-class _Nothing:
-    def rows_of(self, ids: NDArray[np.int64]) -> Floats:
-        raise NotImplementedError("one layer alone has no tokens")
