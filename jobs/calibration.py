@@ -6,9 +6,10 @@ name out; the driver adds the sums in the order of the parts, as the local runne
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,40 +18,70 @@ from bincompress import __version__
 from bincompress.calibrate import Calibration, LayerRunner, PartRunner, Sum
 from bincompress.errors import BincompressError
 from bincompress.statistics import open_unfinished
+from jobs.nodes import PATIENCE_SECONDS, Nodes
 from jobs.runner import connect, import_ray
 from jobs.task import ENVIRONMENT
 
 Floats = NDArray[np.float32]
-_MOST_RETRIES = 3
+_MOST_DEATHS = 3  # of the workers and nodes that had one part
+_TICK_SECONDS = 1.0
 
 
-def run_on_ray(address: str | None, url: str) -> LayerRunner:
+def run_on_ray(address: str | None, url: str, *, patience: float = PATIENCE_SECONDS) -> LayerRunner:
     """Return a runner that does all parts of a layer at once on a Ray cluster.
 
-    url: of the statistics store, which every node has to reach. address: as for `run_ray`.
+    url: of the statistics store, which every node has to reach. address and patience: as for `run_ray`.
     """
     ray = import_ray()
     if not ray.is_initialized():
         connect(ray, address)
-    task = ray.remote(num_cpus=1, max_retries=_MOST_RETRIES, runtime_env={"env_vars": ENVIRONMENT})(run_part)
+    # Its own retries after the memory monitor's kills would be endless.
+    task = ray.remote(num_cpus=1, max_retries=0, runtime_env={"env_vars": ENVIRONMENT})(run_part)
 
     def run(work: Calibration, layer: int, stream: Floats) -> Iterator[tuple[Floats, dict[str, Sum]]]:
         found = open_unfinished(url)
         found.write_work(f"stream-{layer}", stream)
-        waiting = [task.remote(url, work, layer, number, __version__) for number in range(len(work.parts))]
-        for number, reference in enumerate(waiting):
-            try:
-                ray.get(reference)
-            except ray.exceptions.RayError as error:
-                for rest in waiting[number:]:
-                    ray.cancel(rest, force=True)
-                reason = str(error).strip().splitlines()[-1]
-                raise BincompressError(
-                    f"layer {layer}, part {number}: {reason}; the same command goes on after the last whole layer"
-                ) from None
-            yield _take(found, work, layer, number)
+        parts = range(len(work.parts))
+        waiting = {number: task.remote(url, work, layer, number, __version__) for number in parts}
+        try:
+            for number in parts:
+                deaths = 0
+                while (error := _error(ray, waiting[number], patience, layer)) is not None:
+                    deaths += 1
+                    if isinstance(error, ray.exceptions.RayTaskError) or deaths == _MOST_DEATHS:
+                        reason = str(error).strip().splitlines()[-1]
+                        raise BincompressError(
+                            f"layer {layer}, part {number}: {reason}; the same command goes on after the last whole "
+                            "layer"
+                        )
+                    waiting[number] = task.remote(url, work, layer, number, __version__)
+                del waiting[number]
+                yield _take(found, work, layer, number)
+        finally:
+            for reference in waiting.values():
+                ray.cancel(reference, force=True)
 
     return run
+
+
+def _error(ray: Any, reference: Any, patience: float, layer: int) -> Exception | None:
+    """Wait for a task and return what it died of; raises BincompressError once no node has had a core for so long.
+
+    Ray itself would wait for ever.
+    """
+    nodes = Nodes(ray)
+    last_seen = time.monotonic()
+    while not ray.wait([reference], timeout=_TICK_SECONDS)[0]:
+        nodes.look()
+        if nodes.cpus:
+            last_seen = time.monotonic()
+        elif time.monotonic() - last_seen >= patience:
+            raise nodes.none_for(f"the rest of layer {layer}")
+    try:
+        ray.get(reference)
+    except ray.exceptions.RayError as error:
+        return cast(Exception, error)
+    return None
 
 
 def run_part(url: str, work: Calibration, layer: int, number: int, version: str) -> None:

@@ -3,6 +3,9 @@
 import time
 from typing import Any
 
+from bincompress.errors import BincompressError
+
+PATIENCE_SECONDS = 60.0  # how long to wait for nodes when none can do what is left
 _LOOK_SECONDS = 1.0
 
 
@@ -28,3 +31,10 @@ class Nodes:
     def hold(self, memory: int) -> bool:
         """Return whether some node could run a job that needs so many bytes, were it idle."""
         return self.cpus > 0 and memory <= self.largest_memory
+
+    def none_for(self, what: str) -> BincompressError:
+        """Return the error that no node has a core for what is left."""
+        return BincompressError(
+            f"no node of the Ray cluster has a core for {what}; start workers "
+            "(`ray start --address=HEAD:6379`) and run the same command again to go on"
+        )

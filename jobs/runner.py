@@ -17,7 +17,7 @@ from bincompress.events import JobEvent, OnEvent
 from bincompress.job import run_job
 from bincompress.records import Job, JobReport
 from jobs.interrupts import Interrupts
-from jobs.nodes import Nodes
+from jobs.nodes import PATIENCE_SECONDS, Nodes
 from jobs.task import ENVIRONMENT, run_task
 
 _TICK_SECONDS = 1.0  # how often the driver looks up although no job has finished
@@ -37,7 +37,7 @@ def run_ray(
     *,
     max_in_flight: int | None = None,
     memory_per_job: int | None = None,
-    patience: float = 60.0,
+    patience: float = PATIENCE_SECONDS,
     work: Callable[[Job], JobReport] = run_job,
     on_event: OnEvent = lambda event: None,
 ) -> Generator[JobReport, None, None]:
@@ -187,10 +187,7 @@ class _Run:
             self.aside = []
             return
         if not self.nodes.cpus:
-            raise BincompressError(
-                f"no node of the Ray cluster has a core for the {len(self.aside)} jobs that are left; start workers "
-                "(`ray start --address=HEAD:6379`) and run the same command again to go on"
-            )
+            raise self.nodes.none_for(f"the {len(self.aside)} jobs that are left")
         yield from (_failed(task.job, self._too_big(task)) for task in self.aside)
         self.aside = []
 

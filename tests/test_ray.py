@@ -1,5 +1,6 @@
 """Does a run on a real cluster survive what happens to clusters, and give the bytes of the run in process?"""
 
+import contextlib
 import functools
 import json
 import os
@@ -40,7 +41,7 @@ GB = 1 << 30
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head without cores, to which tests add nodes."""
-    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 10}
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 20}
     head = {"num_cpus": 0, "memory": GB, "object_store_memory": 100 << 20, "_system_config": quick}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # of workers, for tests.gates
@@ -74,6 +75,9 @@ def remove(cluster: Cluster, nodes: set[Any]) -> None:
 @pytest.fixture
 def home(cluster: Cluster) -> None:
     """A node of two cores that tests share, as starting one takes seconds; those that look at nodes go without."""
+    # A machine that stood still for a while finds its nodes declared dead, though their records are still here.
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    remove(cluster, {node for node in cluster.worker_nodes if node.node_id not in alive})
     if not cluster.worker_nodes:
         cluster.add_node(num_cpus=2, memory=4 * GB, object_store_memory=100 << 20)
 
@@ -219,7 +223,17 @@ def test_the_command_line(
     assert tree(tmp_path / "a") == tree(tmp_path / "b") == tree(store)
 
 
-def test_calibration_gives_the_local_bytes(
+def kill_one(name: str) -> bool:
+    """Kill a worker of this test's cluster that is doing such a task, if there is one."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[:1] == [name]:
+                process.kill()
+                return True
+    return False
+
+
+def test_calibration_loses_a_worker_and_gives_the_local_bytes(
     home: None, tiny_model: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = open_checkpoint(tiny_model)
@@ -227,7 +241,10 @@ def test_calibration_gives_the_local_bytes(
     samples = np.random.default_rng(0).integers(0, 96, (5, 32))
     here, there = tmp_path / "here", tmp_path / "there"
     calibrate(checkpoint, samples, str(here), runner=run_in_threads(2))
-    calibrate(checkpoint, samples, str(there), runner=run_on_ray(None, str(there)))
+    with ThreadPoolExecutor(1) as pool:
+        end = pool.submit(calibrate, checkpoint, samples, str(there), runner=run_on_ray(None, str(there)))
+        wait_for(lambda: kill_one("ray::run_part"))
+        end.result()
     assert tree(here) == tree(there)
     (tiny_model / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(BincompressError, match=r"layer 0, part 0: .*; the same command goes on"):
@@ -281,6 +298,11 @@ def test_a_node_comes_and_goes(
 def test_a_cluster_without_cores(no_home: None, cluster: Cluster, tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(BincompressError, match="no node of the Ray cluster has a core for the 21 jobs"):
         on_ray(tiny_model, tmp_path / "store", patience=0)
+    there = str(tmp_path / "there")
+    with pytest.raises(BincompressError, match="no node of the Ray cluster has a core for the rest of layer 0"):
+        calibrate(
+            open_checkpoint(tiny_model), np.ones((1, 8), np.int64), there, runner=run_on_ray(None, there, patience=0)
+        )
 
 
 def test_threads_and_the_kernel_cache(no_home: None, add_node: AddNode, tiny_model: Path, tmp_path: Path) -> None:
