@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 
 TWO = ("--compensate", "--refine", "4")
+ONE = ("--scale-bits", "8", "--block", "64")
+IN_SEQUENCE = "--sequential"  # takes the calibration text and --samples behind it
 ROWS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "two groups, block 128, no calibration": ((), (8,)),
     "two groups, block 128": (TWO, (8,)),
@@ -23,12 +25,20 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "--target-bits 2.5": ((*TWO, "--scale-bits", "8", "--target-bits", "2.5"), (8,)),
     "billm": (("--method", "billm"), (16, 8, 6)),
     "dbellquant": (("--method", "dbellquant"), (16, 8, 6)),
-    "one plane, block 64": (("--method", "xnor", *TWO, "--scale-bits", "8", "--block", "64"), (8,)),
-    "dbellquant, one plane, block 64": (
-        ("--method", "dbellquant", "--planes", "1", "--refine", "4", "--scale-bits", "8", "--block", "64"),
+    "one plane, block 64": (("--method", "xnor", *TWO, *ONE), (8,)),
+    "dbellquant, one plane, block 64": (("--method", "dbellquant", "--planes", "1", "--refine", "4", *ONE), (8,)),
+    "--target-bits 1.125": ((*TWO, "--scale-bits", "8", "--target-bits", "1.125"), (8,)),
+    "one plane, block 64, layer after layer": (("--method", "xnor", *TWO, *ONE, IN_SEQUENCE), (8,)),
+    "dbellquant, one plane, layer after layer": (
+        ("--method", "dbellquant", "--planes", "1", "--refine", "4", *ONE, IN_SEQUENCE),
         (8,),
     ),
-    "--target-bits 1.125": ((*TWO, "--scale-bits", "8", "--target-bits", "1.125"), (8,)),
+    "--target-bits 1.125, layer after layer": (
+        (*TWO, "--scale-bits", "8", "--target-bits", "1.125", IN_SEQUENCE),
+        (8,),
+    ),
+    "two groups, 8-bit scales, layer after layer": ((*TWO, "--scale-bits", "8", IN_SEQUENCE), (8,)),
+    "--target-bits 2.25, layer after layer": ((*TWO, "--scale-bits", "8", "--target-bits", "2.25", IN_SEQUENCE), (8,)),
 }
 
 
@@ -65,7 +75,12 @@ def main() -> None:
                 continue
             store = folder / f"store-{number}"
             begin = time.perf_counter()
-            made = bincompress("compress", options.source, store, "--stats", folder / "stats", "--overwrite", *settings)
+            given: list[object] = list(settings)
+            if IN_SEQUENCE in settings:
+                given += [options.calibration, "--samples", options.samples]
+            if IN_SEQUENCE not in settings or "--target-bits" in settings:
+                given += ["--stats", folder / "stats"]
+            made = bincompress("compress", options.source, store, "--overwrite", *given)
             seconds = time.perf_counter() - begin
             bits = made["total"]["binary"]  # type: ignore[index]
             for width in widths:

@@ -5,11 +5,10 @@ fixed size, each an independent piece of work; the sums of parts are added in th
 and nodes give the same bytes.
 """
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import threadpoolctl
@@ -20,12 +19,13 @@ from bincompress.checkpoint import Checkpoint
 from bincompress.errors import BincompressError, TensorError
 from bincompress.hub import source_record
 from bincompress.model.config import ModelConfig, parse
-from bincompress.model.decoder import Decoder
-from bincompress.model.linear import DenseLinear, Floats
+from bincompress.model.linear import Floats
 from bincompress.model.load import CheckpointSource
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.statistics import Statistics, begin_statistics
+from bincompress.watching import WatchedLayer
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]  # pieces done, pieces in all
 _PART_TOKENS = 4096  # whose products are summed in float32, by BLAS; the sums of parts are added in float64
 
@@ -59,12 +59,25 @@ class Calibration:
         table = source.embedding(self.config.declaration.names.embedding)
         return table.rows_of(self.samples.reshape(-1)).reshape(*self.samples.shape, self.config.hidden)
 
-    def inputs_of_layer(self, layer: int) -> dict[str, list[str]]:
-        """Return the distinct inputs of a layer's matrices, by the first matrix that reads each: its matrices."""
-        names = self.config.declaration.names
-        members = (names.qkv, (names.out,), names.gate_up, (names.down,))
-        groups = [[names.of_layer(layer, f"{part}.weight") for part in group] for group in members]
-        return {group[0]: group for group in groups}
+    def record(self) -> dict[str, Any]:
+        """Return what has to be equal for statistics to be the same, and which input every matrix reads, as JSON."""
+        groups = [self.config.inputs_of_layer(layer) for layer in range(self.config.layers)]
+        return {
+            "source": source_record(self.checkpoint),
+            **text_record(self.samples),
+            "inputs": {tensor: key for layer in groups for key, tensors in layer.items() for tensor in tensors},
+        }
+
+
+def text_record(samples: NDArray[np.int64]) -> dict[str, Any]:
+    """Return what a text is known by, as JSON."""
+    text = xxhash.xxh3_128_hexdigest(samples.tobytes())
+    return {"text": text, "samples": samples.shape[0], "context": samples.shape[1]}
+
+
+def begin_calibration(checkpoint: Checkpoint, samples: NDArray[np.int64]) -> Calibration:
+    """Return what is to be run; raises UnsupportedModelError where the decoder cannot."""
+    return Calibration(checkpoint, parse(checkpoint.config), samples, _PART_TOKENS)
 
 
 # Given the residual stream before a layer, yields each part's stream after it and sums, in the order of the parts.
@@ -106,16 +119,9 @@ def calibrate(
     with after its last whole layer. Raises StoreError, CheckpointError, UnsupportedModelError, or TensorError where an
     input is not finite.
     """
-    work = Calibration(checkpoint, parse(checkpoint.config), samples, _PART_TOKENS)
-    groups = [work.inputs_of_layer(layer) for layer in range(work.config.layers)]
-    record = {
-        "source": source_record(checkpoint),
-        "text": xxhash.xxh3_128_hexdigest(samples.tobytes()),
-        "samples": samples.shape[0],
-        "context": samples.shape[1],
-        "inputs": {tensor: key for layer in groups for key, tensors in layer.items() for tensor in tensors},
-    }
-    found = begin_statistics(url, record, overwrite)
+    work = begin_calibration(checkpoint, samples)
+    groups = [work.config.inputs_of_layer(layer) for layer in range(work.config.layers)]
+    found = begin_statistics(url, work.record(), overwrite)
     if found.complete:
         return found
     first, stream = _resumed(work, found, groups)
@@ -170,112 +176,31 @@ def run_in_threads(threads: int) -> LayerRunner:
 
     def run(work: Calibration, layer: int, stream: Floats) -> Iterator[tuple[Floats, dict[str, Sum]]]:
         runner = PartRunner(work, layer)
-        # Each part is one thread's work, BLAS included: its sums have the same bits however many run at once.
-        with threadpoolctl.threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(lambda part: runner(stream[part]), work.parts)
+        yield from over_parts(work, threads, lambda part: runner(stream[part]))
 
     return run
+
+
+def over_parts(work: Calibration, threads: int, run: Callable[[slice], T]) -> Iterator[T]:
+    """Run the parts, so many at once, and yield what each gives, in their order."""
+    # Each part is one thread's work, BLAS included: its sums have the same bits however many run at once.
+    with threadpoolctl.threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(run, work.parts)
 
 
 class PartRunner:
     """One decoder layer, ready to run parts of the stream; threads share its weights."""
 
     def __init__(self, work: Calibration, layer: int) -> None:
-        config = replace(work.config, layers=1, windows=(work.config.windows[layer],))
-        self._config = config
-        self._weights = _LayerWeights(CheckpointSource(work.checkpoint, work.config), work.config, layer)
-        self._keys = list(work.inputs_of_layer(layer))
-        self._local = threading.local()
+        self._layer = WatchedLayer(work.config, CheckpointSource(work.checkpoint, work.config), layer)
+        self._keys = list(work.config.inputs_of_layer(layer))
 
     def __call__(self, stream: Floats) -> tuple[Floats, dict[str, Sum]]:
         """Return the stream (samples, context, hidden) after the layer, and the sums over its tokens."""
-        # Work buffers belong to one thread; the weights do not.
-        if not hasattr(self._local, "decoder"):
-            self._local.seen = _Seen(self._weights)
-            self._local.decoder = Decoder(self._config, self._local.seen)
-        decoder, seen = self._local.decoder, self._local.seen
-        after = np.empty_like(stream)
-        cache = decoder.new_cache(stream.shape[1])
-        for number, sample in enumerate(stream):
-            cache.rewind()
-            after[number] = decoder.stream(sample, cache)
-        inputs = seen.take()
-        return after, {key: _sum(inputs.pop(key)) for key in self._keys}
+        seen = self._layer(stream, inputs=self._keys)
+        return seen.after, {key: _sum(seen.inputs.pop(key)) for key in self._keys}
 
 
-def _sum(parts: list[Floats]) -> Sum:
-    x = np.concatenate(parts)
+def _sum(x: Floats) -> Sum:
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused by name when all are summed
         return Sum(x.T @ x, np.maximum(x.max(axis=0), -x.min(axis=0)))
-
-
-class _LayerWeights:
-    """One layer's weights under the names of the first layer, read once."""
-
-    def __init__(self, source: CheckpointSource, config: ModelConfig, layer: int) -> None:
-        names = config.declaration.names
-        first, own = names.of_layer(0, ""), names.of_layer(layer, "")
-        self._hidden = config.hidden
-        self._found: dict[str, DenseLinear] = {}
-        self._source = source
-        self._first, self._own = first, own
-        self._lock = threading.Lock()
-
-    def _renamed(self, names: Sequence[str]) -> list[str]:
-        """Return the layer's names for the first layer's; none where they belong to no layer."""
-        if not names[0].startswith(self._first):
-            return []
-        return [self._own + name[len(self._first) :] for name in names]
-
-    def vector(self, names: Sequence[str]) -> Floats:
-        own = self._renamed(names)
-        # The final norm is asked for too, and no layer needs it.
-        return self._source.vector(own) if own else np.ones(self._hidden, np.float32)
-
-    def linear(self, names: Sequence[str]) -> tuple[str, DenseLinear]:
-        """Return matrices with one input, and the first one's name."""
-        own = self._renamed(names)
-        if not own:  # head and embedding, which no layer needs
-            return "", DenseLinear(np.zeros((1, self._hidden), np.float32))
-        with self._lock:
-            if own[0] not in self._found:
-                self._found[own[0]] = self._source.linear(own)
-        return own[0], self._found[own[0]]
-
-
-class _Seen:
-    """A decoder's weights that keep what its matrices are multiplied with."""
-
-    def __init__(self, weights: _LayerWeights) -> None:
-        self._weights = weights
-        self._inputs: dict[str, list[Floats]] = {}
-
-    def vector(self, names: Sequence[str]) -> Floats:
-        """Return one-dimensional tensors, one after the other."""
-        return self._weights.vector(names)
-
-    def linear(self, names: Sequence[str]) -> "_Watched":
-        """Return matrices with the same input as one, watched."""
-        key, matrix = self._weights.linear(names)
-        return _Watched(matrix, self._inputs.setdefault(key, []))
-
-    def embedding(self, name: str) -> DenseLinear:
-        """Return a table that is never asked: the stream comes from outside."""
-        return self._weights.linear([name])[1]
-
-    def take(self) -> dict[str, list[Floats]]:
-        """Return the inputs seen since the last call, by matrix."""
-        taken = {key: list(seen) for key, seen in self._inputs.items()}
-        for seen in self._inputs.values():
-            seen.clear()
-        return taken
-
-
-class _Watched:
-    def __init__(self, matrix: DenseLinear, seen: list[Floats]) -> None:
-        self.rows, self.cols = matrix.rows, matrix.cols
-        self._matrix, self._seen = matrix, seen
-
-    def __call__(self, x: Floats) -> Floats:
-        self._seen.append(x.copy())  # the decoder works in place
-        return self._matrix(x)

@@ -217,12 +217,12 @@ def _inputs(job: Job) -> Inputs | None:
     """Read what calibration found of the tensor's inputs; None where its settings do not ask for it."""
     if not job.statistics:
         return None
-    from bincompress.statistics import open_statistics
+    from bincompress.statistics import open_unfinished
 
     # One thread, whatever the machine has: BLAS sums in another order with more, and a job is one core's work.
     threadpoolctl.threadpool_limits(1, user_api="blas")
     members = job.shared.members if job.shared is not None else ()
-    found = open_statistics(job.statistics).read(members[0].name if members else job.name)
+    found = open_unfinished(job.statistics).read(members[0].name if members else job.name)
     return replace(found, name=job.name, members=tuple(read_weight(member) for member in members))
 
 

@@ -55,6 +55,7 @@ class Plan:
     archive: bool
     tensors: tuple[PlannedTensor, ...]
     statistics: str = ""  # where they lie, where any tensor needs them
+    sequence: Mapping[str, Any] | None = None  # what a run layer after layer is calibrated on, as JSON
 
     @property
     def expected_bytes(self) -> int:
@@ -80,7 +81,7 @@ class Plan:
             "keep_weights": {t.source.name: [list(place) for place in t.kept] for t in self.tensors if t.kept},
             "archive": self.archive,
             "tensors": {t.source.name: "packed" if t.packed else "plain" for t in self.tensors},
-            "statistics": _digest(t.inputs_hash for t in self.tensors),
+            "statistics": dict(self.sequence) if self.sequence else _digest(t.inputs_hash for t in self.tensors),
         }
 
 
@@ -90,22 +91,37 @@ def make_plan(
     kept: Mapping[str, tuple[tuple[int, int], ...]] | None = None,
     archive: bool = False,
     statistics: "Statistics | None" = None,
+    sequence: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Return the plan for a checkpoint; raises CheckpointError or RecipeError for all that can be refused now.
 
-    statistics: of the inputs, for settings that compensate errors; they have to be this checkpoint's.
+    statistics: of the inputs, for settings that compensate errors; they have to be this checkpoint's. sequence: what
+    they are collected on while the plan is carried out (see `sequence.in_sequence`), in place of statistics.
     """
     check_shapes(checkpoint)
     kept = dict(kept or {})
     _check_names(checkpoint, recipe, kept)
     if statistics is not None:
         _check_statistics(checkpoint, statistics)
+    known = _decoder_linears(checkpoint) if sequence is not None else frozenset()
     tensors = tuple(
-        _with_inputs(_planned(tensor, recipe, kept.get(tensor.name, ())), statistics)
+        _with_inputs(_planned(tensor, recipe, kept.get(tensor.name, ())), statistics, known)
         for tensor in checkpoint.tensors.values()
     )
+    if sequence is not None and not any(t.settings.calibrated for t in tensors):
+        raise RecipeError("--sequential is for methods that need calibration, and none of these do: add --compensate")
     url = statistics.url if statistics is not None and any(t.inputs_hash for t in tensors) else ""
-    return Plan(checkpoint, recipe, archive, _folded(checkpoint, tensors), url)
+    return Plan(checkpoint, recipe, archive, _folded(checkpoint, tensors), url, sequence)
+
+
+def _decoder_linears(checkpoint: Checkpoint) -> frozenset[str]:
+    """Return the matrices whose inputs a run layer after layer collects."""
+    from bincompress.model.config import parse
+
+    config = parse(checkpoint.config)
+    return frozenset(
+        tensor for layer in range(config.layers) for group in config.inputs_of_layer(layer).values() for tensor in group
+    )
 
 
 def _check_statistics(checkpoint: Checkpoint, statistics: "Statistics") -> None:
@@ -117,25 +133,28 @@ def _check_statistics(checkpoint: Checkpoint, statistics: "Statistics") -> None:
         )
 
 
-def _with_inputs(tensor: PlannedTensor, statistics: "Statistics | None") -> PlannedTensor:
-    """Note what the tensor's settings need of the statistics; raises RecipeError where it is not there."""
-    if not tensor.settings.calibrated or not tensor.packed:
+def _with_inputs(tensor: PlannedTensor, statistics: "Statistics | None", known: frozenset[str]) -> PlannedTensor:
+    """Note what the tensor's settings need of the statistics; raises RecipeError where it is not there.
+
+    known: matrices whose statistics are collected later.
+    """
+    if not tensor.settings.calibrated:
         return tensor
     name = tensor.source.name
-    if statistics is None:
+    if statistics is None and not known:
         raise RecipeError(
             f"{name}: error compensation needs statistics of the inputs: run `bincompress calibrate SOURCE STATS "
-            "--text FILE` first and give --stats STATS"
+            "--text FILE` first and give --stats STATS, or give --sequential FILE"
         )
-    if not statistics.knows(name):
-        raise RecipeError(
-            f"{name}: {statistics.url} knows nothing of its inputs; compensate only the decoder's linears"
-        )
+    if name not in known if statistics is None else not statistics.knows(name):
+        where = "the text" if statistics is None else statistics.url
+        raise RecipeError(f"{name}: {where} tells nothing of its inputs; compensate only the decoder's linears")
     rows, cols = tensor.source.shape
     # The matrix in float32 as it is worked on, the Hessian with its factor and inverse in float64, and what a chunk
     # of rows takes.
     memory = tensor.peak_memory + 12 * rows * cols + 40 * cols * cols + (1 << 30)
-    return replace(tensor, inputs_hash=statistics.hash_of(name), peak_memory=memory)
+    found = statistics.hash_of(name) if statistics is not None else ""
+    return replace(tensor, inputs_hash=found, peak_memory=memory)
 
 
 def _folded(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...]) -> tuple[PlannedTensor, ...]:

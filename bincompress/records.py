@@ -47,7 +47,7 @@ class Settings:
     @property
     def calibrated(self) -> bool:
         """Whether statistics of the layer's inputs are needed."""
-        return self.compensate or self.method in ("billm", "dbellquant")
+        return self.method != "keep" and (self.compensate or self.method in ("billm", "dbellquant"))
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class Inputs:
     hessian: NDArray[np.float32]  # (cols, cols): the mean of x x^T
     absmax: NDArray[np.float32]  # (cols,): the greatest |x|
     members: tuple["Weight", ...] = ()  # all matrices that read them, where a method is to treat them as one
+    # Where the layers before are binarized already, with x* and r* for what the unquantized model has in that place:
+    drift: NDArray[np.float32] | None = None  # (cols, cols): the mean of (x* - x) x^T
+    # (rows, cols): of (r* - r) x^T, r the residual stream after the unquantized matrix has added to it; of one that
+    # does so, in place of drift.
+    lack: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
     /inputs/<name>         attrs: tensors, tokens, hashes, status; named after the first tensor that reads the input
         hessian            float32 (cols, cols): the mean of x x^T over the tokens
         absmax             float32 (cols): the greatest |x|
+        drift, lack        float32, only of a run layer after layer: see `records.Inputs`
     /work                  what a run that was interrupted needs to go on; removed at the end
 
 `inputs` in the root says for every tensor which input it reads.
@@ -26,6 +27,7 @@ from bincompress.zarr_access import zarr_store
 
 FORMAT = "bincompress-statistics"
 VERSION = 1
+_ARRAYS = ("hessian", "absmax", "drift", "lack")
 _CHUNK_LIMIT = 256 << 20
 
 
@@ -57,27 +59,33 @@ class Statistics:
 
     def hash_of(self, tensor: str) -> str:
         """Return a hash of all that is known of a tensor's input; raises StoreError where it was not calibrated."""
-        hashes = self._group(tensor).attrs["hashes"]
-        assert isinstance(hashes, dict)
-        return f"{hashes['hessian']}{hashes['absmax']}"
+        return "".join(self._hashes(self._group(tensor)).values())
 
     def read(self, tensor: str) -> Inputs:
         """Return what is known of a tensor's input, checked against its hashes; raises StoreError, DamagedError."""
         group = self._group(tensor)
         found: dict[str, NDArray[Any]] = {}
-        for key in ("hessian", "absmax"):
+        for key, expected in self._hashes(group).items():
             try:
                 found[key] = np.asarray(group[key][...])  # type: ignore[index]
             except (KeyError, OSError, TypeError, ValueError, RuntimeError) as error:
                 raise DamagedError(f"{self.url}: {group.path}: {key} cannot be read: {error}") from None
-            if array_hash(found[key]) != dict(group.attrs["hashes"]).get(key):  # type: ignore[arg-type]
+            if array_hash(found[key]) != expected:
                 raise DamagedError(f"{self.url}: {group.path}: {key}: its bytes are not those that were written")
-        return Inputs(tensor, found["hessian"], found["absmax"])
+        return Inputs(tensor, found["hessian"], found["absmax"], drift=found.get("drift"), lack=found.get("lack"))
+
+    def _hashes(self, group: zarr.Group) -> dict[str, str]:
+        hashes = group.attrs["hashes"]
+        if not isinstance(hashes, dict) or not {"hessian", "absmax"} <= hashes.keys():
+            raise DamagedError(f"{self.url}: {group.path}: lists no hashes of its arrays")
+        return {key: str(hashes[key]) for key in _ARRAYS if key in hashes}
 
     def _group(self, tensor: str) -> zarr.Group:
         names = self.attributes["inputs"]
         if tensor not in names:
             raise StoreError(f"{self.url}: has no statistics of {tensor}'s inputs; calibrate with this model")
+        if not self.has(names[tensor]):
+            raise StoreError(f"{self.url}: the statistics of {tensor}'s inputs are not complete; calibrate again")
         group = self.root[f"inputs/{names[tensor]}"]
         assert isinstance(group, zarr.Group)
         return group
@@ -103,16 +111,24 @@ class Statistics:
     def write_work(self, name: str, values: NDArray[Any]) -> None:
         """Write an array that only an interrupted run needs."""
         write_array(self.root.require_group("work"), name, values)
+        # Last: chunks that a killed process did not come to write would be read as zeros.
+        self.root[f"work/{name}"].attrs["status"] = "complete"
 
     def read_work(self, name: str, rows: slice = slice(None)) -> NDArray[Any] | None:
         """Return rows of an array of `write_work`, None where it is not there whole."""
         with contextlib.suppress(KeyError, OSError, ValueError, RuntimeError):
-            return np.asarray(self.root[f"work/{name}"][rows])  # type: ignore[index]
+            found = self.root[f"work/{name}"]
+            if found.attrs.get("status") == "complete":
+                return np.asarray(found[rows])  # type: ignore[index]
         return None
 
     def remove_work(self, name: str = "") -> None:
         """Remove such an array, or all of them."""
         sync(self.root.store.delete_dir(f"{self.root.path}/work/{name}".strip("/")))
+
+    def remove(self) -> None:
+        """Remove everything."""
+        sync(self.root.store.delete_dir(self.root.path))
 
     def finish(self) -> None:
         """Mark the store complete."""

@@ -112,7 +112,7 @@ def _take(found: Any, work: Calibration, layer: int, number: int) -> tuple[Float
             raise BincompressError(f"{found.url}: what part {number} of layer {layer} wrote is not there")
         return np.asarray(values)
 
-    sums = {key: Sum(read(f"{key}-gram"), read(f"{key}-absmax")) for key in work.inputs_of_layer(layer)}
+    sums = {key: Sum(read(f"{key}-gram"), read(f"{key}-absmax")) for key in work.config.inputs_of_layer(layer)}
     after = read("stream")
     found.remove_work(f"part-{layer}-{number}")
     return after, sums

@@ -48,17 +48,26 @@ def run_ray(
     memory_per_job: bytes that a job claims; None is each job's own plan. patience: seconds to wait for nodes when none
     can hold what is left. The first Ctrl-C stops submitting, the second cancels; KeyboardInterrupt follows either.
     """
+    with connected(address) as ray:
+        tasks = [_Task(job, job.peak_memory if memory_per_job is None else memory_per_job) for job in jobs]
+        run = _Run(ray, tasks, max_in_flight, patience, work, on_event)
+        try:
+            with Interrupts() as interrupts:
+                yield from run.reports(interrupts)
+        finally:
+            run.cancel()
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[Any]:
+    """Yield Ray, connected to a cluster; a connection that was there before stays, another one is closed."""
     ray = import_ray()
     began = not ray.is_initialized()
     if began:
         connect(ray, address)
-    tasks = [_Task(job, job.peak_memory if memory_per_job is None else memory_per_job) for job in jobs]
-    run = _Run(ray, tasks, max_in_flight, patience, work, on_event)
     try:
-        with Interrupts() as interrupts:
-            yield from run.reports(interrupts)
+        yield ray
     finally:
-        run.cancel()
         if began:
             ray.shutdown()
 

@@ -208,6 +208,13 @@ def test_stores_are_complete_equal_and_run(
     assert np.abs(exported - exact).max() < 0.05 * size
 
 
+def test_matrices_may_be_kept_as_they_are(tiny_model: Path, tmp_path: Path, statistics: Statistics) -> None:
+    recipe = load_recipe(None, {"compensate": True}, ("*.0.mlp.down_proj.weight",))
+    plan = make_plan(open_checkpoint(tiny_model), recipe, statistics=statistics)
+    assert compress(plan, str(tmp_path / "store")).complete
+    assert problems(tmp_path / "store") == {}
+
+
 def test_a_transformation_is_folded_into_the_norm(tmp_path: Path) -> None:
     tensors = tiny_tensors()
     uneven = np.exp(np.random.default_rng(0).standard_normal(64)).astype(np.float32)

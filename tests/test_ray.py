@@ -18,16 +18,21 @@ import psutil
 import pytest
 
 from bincompress import cli
-from bincompress.calibrate import calibrate, run_in_threads
+from bincompress.calibrate import calibrate, run_in_threads, text_record
 from bincompress.checkpoint import open_checkpoint
 from bincompress.compress import Outcome, Runner, compress
 from bincompress.errors import BincompressError, StoreError
 from bincompress.events import JobEvent
+from bincompress.plan import make_plan
+from bincompress.recipe import load_recipe
+from bincompress.runner import run_local
+from bincompress.sequence import in_sequence
 from bincompress.store import open_store
 from jobs.calibration import run_on_ray
 from jobs.runner import run_ray
 from tests.gates import Notes, dies, gated, probe, wait_for
 from tests.s3 import CuttingProxy, s3_server
+from tests.test_calibrate import SAMPLES
 from tests.test_run import Tree, plan_of, problems, run
 
 ray = pytest.importorskip("ray")
@@ -249,6 +254,14 @@ def test_calibration_loses_a_worker_and_gives_the_local_bytes(
     (tiny_model / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(BincompressError, match=r"layer 0, part 0: .*; the same command goes on"):
         calibrate(checkpoint, samples, str(there), runner=run_on_ray(None, str(there)), overwrite=True)
+
+
+def test_layer_after_layer_gives_the_local_bytes(home: None, tiny_model: Path, tmp_path: Path, tree: Tree) -> None:
+    recipe = load_recipe(None, {"method": "dbellquant", "planes": 1})
+    plan = make_plan(open_checkpoint(tiny_model), recipe, sequence=text_record(SAMPLES))
+    for store, runner in ((tmp_path / "here", run_local), (tmp_path / "there", run_ray)):
+        compress(plan, str(store), runner=in_sequence(plan.checkpoint, SAMPLES, str(store), runner))
+    assert tree(tmp_path / "here") == tree(tmp_path / "there")
 
 
 def test_without_ray(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bincompress.commands.running import Placement, Rate, placement_options, run_plans, spread_bits
+from bincompress.commands.running import (
+    Placement,
+    Rate,
+    layer_after_layer,
+    placement_options,
+    run_plans,
+    spread_bits,
+)
 from bincompress.commands.shared import kernels_announced, print_json
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from bincompress.checkpoint import Checkpoint
     from bincompress.compress import Outcome
     from bincompress.plan import Plan
     from bincompress.statistics import Statistics
@@ -73,6 +84,16 @@ class _Block(click.ParamType[int | str]):
     "--stats", help="Statistics of the layers' inputs, as `bincompress calibrate` writes them: a path or fsspec URL."
 )
 @click.option(
+    "--sequential",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="TEXT",
+    help="In place of --stats: calibrate on this text layer after layer, each as those before it have become.",
+)
+@click.option(
+    "--samples", type=click.IntRange(min=1), help="sequential: windows, spread evenly over the text.  [default: 64]"
+)
+@click.option("--context", type=click.IntRange(min=2), help="sequential: tokens of a window.  [default: 512]")
+@click.option(
     "--compensate",
     is_flag=True,
     default=None,
@@ -102,7 +123,7 @@ class _Block(click.ParamType[int | str]):
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     source: str, store: str, recipe: Path | None, keep: tuple[str, ...], keep_weights: Path | None, stats: str | None,
-    target_bits: float | None,
+    sequential: Path | None, samples: int | None, context: int | None, target_bits: float | None,
     placement: Placement, dry_run: bool, rate: int | None, overwrite: bool, archive: bool, verbose: bool, as_json: bool,
     **options: Any,
 ) -> None:  # fmt: skip
@@ -118,9 +139,11 @@ def command(
       bincompress compress ./Llama-3.2-1B ./store --groups 32 --block matrix
       bincompress compress ./Llama-3.2-1B ./store --stats ./stats --compensate --refine 4 --scale-bits 8
       bincompress compress ./Llama-3.2-1B ./store --stats ./stats --compensate --refine 4 --target-bits 2.25
+      bincompress compress ./Llama-3.2-1B ./store --sequential wiki.txt --method xnor --compensate --refine 4
       bincompress compress meta-llama/Llama-3.2-1B ./store --embeddings 8bit --dry-run
       bincompress compress /shared/Llama-3.1-405B s3://bucket/store --runner ray --address auto
     """
+    from bincompress.calibrate import text_record
     from bincompress.hub import open_source
     from bincompress.plan import make_plan
     from bincompress.recipe import load_kept_weights, load_recipe
@@ -132,15 +155,46 @@ def command(
     kept = load_kept_weights(keep_weights) if keep_weights else {}
     statistics = _statistics(stats)
     checkpoint = open_source(source, headers_only=dry_run)
-    plan = make_plan(checkpoint, chosen, kept, archive, statistics)
+    tokens = _tokens(checkpoint, sequential, samples, context, stats, target_bits, dry_run)
     if target_bits is not None:
-        spread = spread_bits(plan, target_bits, placement, as_json)
-        plan = make_plan(checkpoint, spread, kept, archive, statistics)
+        tried = make_plan(checkpoint, chosen, kept, archive, statistics)
+        chosen = spread_bits(tried, target_bits, placement, as_json)
+    if sequential is None:
+        plan = make_plan(checkpoint, chosen, kept, archive, statistics)
+    else:
+        plan = make_plan(checkpoint, chosen, kept, archive, sequence={} if tokens is None else text_record(tokens))
     if dry_run:
         _show_plan(plan, rate, verbose, as_json)
         return
-    outcomes = run_plans({store: plan}, placement, overwrite=overwrite, verbose=verbose, quiet=as_json)
+    wrapped = layer_after_layer(checkpoint, tokens, store) if tokens is not None else None
+    outcomes = run_plans({store: plan}, placement, overwrite=overwrite, verbose=verbose, quiet=as_json, wrapped=wrapped)
     finish(store, outcomes[store], as_json)
+
+
+def _tokens(
+    checkpoint: Checkpoint, text: Path | None, samples: int | None, context: int | None, stats: str | None,
+    target_bits: float | None, dry_run: bool,
+) -> NDArray[np.int64] | None:  # fmt: skip
+    """Return what a run layer after layer is calibrated on; raises BincompressError where options contradict it."""
+    from bincompress.calibrate import choose_samples
+    from bincompress.errors import BincompressError
+    from bincompress.text import read_text
+
+    if text is None:
+        for option, value in (("--samples", samples), ("--context", context)):
+            if value is not None:
+                raise BincompressError(f"{option} is for --sequential TEXT; `bincompress calibrate` has its own")
+        return None
+    if stats is not None and target_bits is None:
+        raise BincompressError("--sequential collects statistics of its own: leave --stats out")
+    if stats is None and target_bits is not None:
+        raise BincompressError(
+            "--target-bits spreads the bits before --sequential has collected anything: give it --stats STATS too, as "
+            "`bincompress calibrate` writes them"
+        )
+    if dry_run:
+        return None
+    return choose_samples(checkpoint, read_text(text), samples or 64, context or 512)
 
 
 def _statistics(url: str | None) -> Statistics | None:

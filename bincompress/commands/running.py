@@ -15,11 +15,17 @@ import click
 from bincompress.commands.shared import byte_bar, kernels_announced
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from bincompress.checkpoint import Checkpoint
     from bincompress.compress import Outcome, Runner
     from bincompress.events import EventLog, JobEvent, OnEvent
     from bincompress.plan import Plan
     from bincompress.recipe import Recipe
     from bincompress.records import Job, JobReport
+
+    Wrapped = Callable[[Runner, Callable[[str], None]], Runner]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -56,14 +62,20 @@ class Placement:
     memory_per_job: int | None = None
     events: Path | None = None
 
-    def make(self, on_event: OnEvent, work: Callable[[Job], JobReport] | None = None) -> Runner:
+    def make(
+        self,
+        on_event: OnEvent,
+        work: Callable[[Job], JobReport] | None = None,
+        kept: contextlib.ExitStack | None = None,
+    ) -> Runner:
         """Return the runner; raises BincompressError where options and runner do not go together.
 
-        work: what a job is, by default `run_job`.
+        work: what a job is, by default `run_job`. kept: where the runner is called several times, what it keeps its
+        worker processes or its connection for.
         """
         from bincompress.errors import BincompressError
         from bincompress.job import run_job
-        from bincompress.runner import run_local
+        from bincompress.runner import Processes, run_local
 
         work = work or run_job
 
@@ -72,11 +84,14 @@ class Placement:
             if self.runner == "local" and value is not None:
                 raise BincompressError(f"{option} is for --runner ray; the local runner takes --workers")
         if self.runner == "local":
-            return functools.partial(run_local, workers=self.workers, work=work)
+            processes = kept.enter_context(Processes(self.workers)) if kept is not None else None
+            return functools.partial(run_local, workers=self.workers, work=work, processes=processes)
         if self.workers != 1:
             raise BincompressError("--workers is for --runner local; --max-in-flight bounds the jobs on a cluster")
-        from jobs.runner import run_ray
+        from jobs.runner import connected, run_ray
 
+        if kept is not None:
+            kept.enter_context(connected(self.address))
         return functools.partial(
             run_ray,
             address=self.address,
@@ -125,9 +140,18 @@ def placement_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run_plans(
-    plans: Mapping[str, Plan], placement: Placement, *, overwrite: bool, verbose: bool, quiet: bool
+    plans: Mapping[str, Plan],
+    placement: Placement,
+    *,
+    overwrite: bool,
+    verbose: bool,
+    quiet: bool,
+    wrapped: Wrapped | None = None,
 ) -> dict[str, Outcome]:
-    """Do plans by store, with one bar over all bytes, an event log, and a line per tensor where `verbose`."""
+    """Do plans by store, with one bar over all bytes, an event log, and a line per tensor where `verbose`.
+
+    wrapped: makes the runner of the one that placement names and of a function that takes what is done beside jobs.
+    """
     from bincompress.compress import compress_all
     from bincompress.events import EventLog
 
@@ -136,10 +160,21 @@ def run_plans(
         byte_bar(total, "compress", quiet) as bar,
         kernels_announced(None if bar.disable else bar),
         EventLog(placement.events) as log,
+        contextlib.ExitStack() as kept,
     ):
         progress = _Progress(bar, log, sum(len(plan.tensors) for plan in plans.values()), verbose)
-        runner = placement.make(progress.on_event)
+        runner = placement.make(progress.on_event, kept=kept if wrapped is not None else None)
+        if wrapped is not None:
+            runner = wrapped(runner, progress.on_stage)
         return compress_all(plans, runner=runner, overwrite=overwrite, on_report=progress.on_report)
+
+
+def layer_after_layer(checkpoint: Checkpoint, samples: NDArray[np.int64], store: str) -> Wrapped:
+    """Return what makes a runner collect statistics between the jobs of a layer, on all CPUs of this machine."""
+    from bincompress.engine import usable_threads
+    from bincompress.sequence import in_sequence
+
+    return lambda runner, tell: in_sequence(checkpoint, samples, store, runner, threads=usable_threads(), tell=tell)
 
 
 def spread_bits(plan: Plan, target_bits: float, placement: Placement, quiet: bool) -> Recipe:
@@ -171,6 +206,7 @@ class _Progress:
         self.total = total
         self.verbose = verbose
         self.running = self.done = self.failed = 0
+        self.stage = ""
         self.counts_running = False  # the local runner tells of no beginnings
 
     def on_event(self, event: JobEvent) -> None:
@@ -197,9 +233,15 @@ class _Progress:
         self.show()
         self.bar.update(report.bytes_read)
 
+    def on_stage(self, what: str) -> None:
+        """Take note of what is done between jobs."""
+        self.stage = what
+        self.show()
+        self.bar.refresh()
+
     def show(self) -> None:
         """Put the counts behind the bar."""
-        parts = [f"{self.running} running"] if self.counts_running else []
+        parts = ([self.stage] if self.stage else []) + ([f"{self.running} running"] if self.counts_running else [])
         parts += [f"{self.done}/{self.total} done"] + ([f"{self.failed} failed"] if self.failed else [])
         self.bar.set_postfix_str(", ".join(parts), refresh=False)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from bincompress.methods.aim import aimed
 from bincompress.methods.compensation import Rounded, Start, compensate, curvature
 from bincompress.methods.forms import Form, Rounding, values_of
 from bincompress.records import Binarized, Inputs, Settings, Weight
@@ -23,20 +24,20 @@ def binarize(
     is done (and divides the inputs); errors are still told of the weights as they were. Raises TensorError where the
     Hessian is not one.
     """
-    weights, known = weight.float32(), curvature(inputs.hessian, inputs.name)
+    original, known = weight.float32(), curvature(inputs.hessian, inputs.name)
+    weights = aimed(original, known, inputs)
     if channel_scale is not None:
         weights, known = weights * channel_scale, known.scaled(channel_scale)
     block = settings.block if isinstance(settings.block, int) else weight.shape[1]
     rounding = Rounding(settings.scale_bits, float(np.max(np.abs(weights), initial=0.0)))
     found = compensate(weights, known, form, block, start, rounding, settings.refine)
     packed = _as_planes(found, form, block, rounding, groups, nominal_bits)
-    error = weights - values_of(form, found.codes, found.coef, block)
-    if channel_scale is not None:
-        weights, error = weights / channel_scale, error / channel_scale
+    values = values_of(form, found.codes, found.coef, block)
+    error = original - (values if channel_scale is None else values / channel_scale)
     return replace(
         packed,
         squared_error=float(np.sum(error.astype(np.float64) ** 2)),
-        squared_norm=float(np.sum(weights.astype(np.float64) ** 2)),
+        squared_norm=float(np.sum(original.astype(np.float64) ** 2)),
         notes={
             "output_error": _rounded(found.cost),
             "output_error_before_refinement": _rounded(found.compensated),

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from bincompress.errors import TensorError
 from bincompress.methods import calibrated
+from bincompress.methods.aim import aimed
 from bincompress.methods.compensation import Curvature, compensate, curvature
 from bincompress.methods.forms import Rounding, sum_of_planes, values_of
 from bincompress.methods.starts import of_planes
@@ -70,9 +71,11 @@ def channel_scale(members: Sequence[Weight], inputs: Inputs, settings: Settings)
     all that the search passes, no transformation at all included, the one is taken with which error compensation costs
     least, on rows spread evenly over the members.
     """
-    sample = np.concatenate([_sampled(member, len(members)) for member in members])
-    weights = sample.astype(np.float64)
     known = curvature(inputs.hessian, inputs.name)
+    step = _row_step(members[0], len(members))
+    near = inputs if inputs.lack is None else replace(inputs, lack=inputs.lack[::step])  # one member, no norm's
+    sample = aimed(np.concatenate([_sampled(member, len(members)) for member in members]), known, near)
+    weights = sample.astype(np.float64)
     starts = [formula(weights, inputs.absmax, epsilon) for epsilon in (settings.epsilon, *_EXPONENTS)]
     passed = [scale for start in starts for scale in list(descend(weights, start))[:: _STEPS // 2]]
     best, values, least = _rounded(sample, known, np.ones(weights.shape[1]), settings)
@@ -89,8 +92,11 @@ def channel_scale(members: Sequence[Weight], inputs: Inputs, settings: Settings)
 
 
 def _sampled(weight: Weight, members: int) -> NDArray[np.float32]:
-    step = max(1, weight.shape[0] * members // _SAMPLE_ROWS)
-    return np.ascontiguousarray(weight.float32(slice(None, None, step)))
+    return np.ascontiguousarray(weight.float32(slice(None, None, _row_step(weight, members))))
+
+
+def _row_step(weight: Weight, members: int) -> int:
+    return max(1, weight.shape[0] * members // _SAMPLE_ROWS)
 
 
 def _as_bfloat16(values: Floats) -> NDArray[np.float32]:

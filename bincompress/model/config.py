@@ -41,6 +41,13 @@ class ModelConfig:
         """The architecture's entry in the registry."""
         return ARCHITECTURES[self.architecture]
 
+    def inputs_of_layer(self, layer: int) -> dict[str, list[str]]:
+        """Return a layer's distinct inputs in their order, by the first matrix that reads each: its readers."""
+        names = self.declaration.names
+        members = (names.qkv, (names.out,), names.gate_up, (names.down,))
+        groups = [[names.of_layer(layer, f"{part}.weight") for part in group] for group in members]
+        return {group[0]: group for group in groups}
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Return the name and shape of every tensor that the decoder reads."""
         names = self.declaration.names
