@@ -57,7 +57,7 @@ def report_page(store: Store, tensor: str | None = None) -> str:
     return template.render(
         store=store.url, version=__version__, totals=totals(found["total"]), tensors=found["tensors"], plots=plots,
         tensor=tensor, shown=packed[tensor], distillation=distillation,
-        recipe=store.attributes["recipe"], source=found["total"]["source"],
+        recipe=_settings(store.attributes), source=found["total"]["source"],
     )  # fmt: skip
 
 
@@ -182,3 +182,9 @@ def _bells(found: dict[str, list[int]]) -> str:
 def _levels(store: Store, tensor: str) -> NDArray[np.float32]:
     packed = store.read_packed(tensor)
     return dequantize(packed, slice(0, min(_SAMPLE_ROWS, packed.shape[0]))).reshape(-1)
+
+
+def _settings(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe, with the text where the run was calibrated on one layer after layer."""
+    calibrated = attributes.get("statistics")
+    return {**attributes["recipe"], **({"sequential": calibrated} if isinstance(calibrated, dict) else {})}

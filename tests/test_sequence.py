@@ -234,8 +234,10 @@ def test_the_command_line(run: Run, tmp_path: Path) -> None:
     assert (code, json.loads(out)["done"]) == (0, 38), err
     code, out, err = run("compress", DEMO, store, *options)
     assert (code, "38 were complete already" in out) == (0, True), err
+    assert run("report", store, "--out", tmp_path / "report.html")[0] == 0
+    assert '"context": 64' in (tmp_path / "report.html").read_text()
     code, out, err = run("compress", DEMO, tmp_path / "dry", *options, "--dry-run")
-    assert (code, "core-hours" in out) == (0, True), err
+    assert (code, "core-hours" in out, "not counted" in out) == (0, True, True), err
     assert run("calibrate", DEMO, stats, "--text", text, "--samples", 4, "--context", 64)[0] == 0
     code, out, err = run(
         "compress", DEMO, tmp_path / "spread", *options, "--stats", stats, "--target-bits", 2, "--json"
