@@ -232,6 +232,7 @@ def test_the_command_line(run: Run, tmp_path: Path) -> None:
     options = ("--sequential", text, "--samples", 4, "--context", 64, "--compensate", "--scale-bits", 8)
     code, out, err = run("compress", DEMO, store, *options, "--json")
     assert (code, json.loads(out)["done"]) == (0, 38), err
+    assert "256 tokens are few for inputs of 768 columns" in err
     code, out, err = run("compress", DEMO, store, *options)
     assert (code, "38 were complete already" in out) == (0, True), err
     assert run("report", store, "--out", tmp_path / "report.html")[0] == 0

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bincompress.plan import Plan
     from bincompress.statistics import Statistics
 
+_FEW_TOKENS = 16  # for each column of the widest input
 _SETTINGS = (
     "method", "groups", "solver", "window", "lam", "lam_normalized", "block", "embeddings", "planes", "scale_bits",
     "compensate", "refine", "epsilon",
@@ -178,6 +179,7 @@ def _tokens(
     """Return what a run layer after layer is calibrated on; raises BincompressError where options contradict it."""
     from bincompress.calibrate import choose_samples
     from bincompress.errors import BincompressError
+    from bincompress.model.config import parse
     from bincompress.text import read_text
 
     if text is None:
@@ -194,7 +196,15 @@ def _tokens(
         )
     if dry_run:
         return None
-    return choose_samples(checkpoint, read_text(text), samples or 64, context or 512)
+    chosen = choose_samples(checkpoint, read_text(text), samples or 64, context or 512)
+    cols = parse(checkpoint.config).inner
+    if chosen.size < _FEW_TOKENS * cols:
+        click.echo(
+            f"note: {chosen.size:,} tokens are few for inputs of {cols:,} columns, and layers fit them more than the "
+            f"model; --samples {-(-_FEW_TOKENS * cols // chosen.shape[1])} would do",
+            err=True,
+        )
+    return chosen
 
 
 def _statistics(url: str | None) -> Statistics | None:
