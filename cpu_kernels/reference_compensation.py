@@ -29,30 +29,35 @@ def round_block(weights: Floats, factor: Floats, levels: Floats, classes: Codes,
     return codes, errors
 
 
-def flip_block(
-    gradient: Floats, hessian: Floats, levels: Floats, classes: Codes, planes: int, passes: int, codes: Codes
-) -> tuple[Codes, Floats, float]:
-    """Return the codes after `compensation.flip_block`, what was added to the weights, and how much less they cost."""
-    codes, gradient, change = codes.copy(), gradient.copy(), np.zeros_like(gradient)
-    gained = 0.0
-    for row in range(len(gradient)):
-        for _ in range(passes):
-            moved = False
-            for col in range(gradient.shape[1]):
-                now = levels[row, codes[row, col]]
-                target = now + gradient[row, col] * (np.float32(1.0) / hessian[col, col])
-                code = _nearest(levels[row], int(classes[col]), planes, target)
-                if abs(target - levels[row, code]) >= abs(target - now) * np.float32(1.0 - 1e-6):
-                    continue
-                step = levels[row, code] - now
-                codes[row, col] = code
-                change[row, col] += step
-                gained += float(step) * (2.0 * float(gradient[row, col]) - float(step) * float(hessian[col, col]))
-                gradient[row] -= step * hessian[col]
-                moved = True
-            if not moved:
-                break
-    return codes, change, gained
+def move_weights(
+    pulled: Floats, hessian: Floats, levels: Floats, classes: Codes, planes: int, block: int, step: int, passes: int,
+    codes: Codes,
+) -> tuple[Codes, float]:  # fmt: skip
+    """Return the codes after `compensation.move_weights` and how much less they cost."""
+    codes, gained = codes.copy(), 0.0
+    units = np.arange(codes.shape[1]) // block
+    for row, first in itertools.product(range(len(codes)), range(0, codes.shape[1], block)):
+        level = levels[row, first // block]
+        for begin in range(first, min(first + block, codes.shape[1]), step):
+            part = np.arange(begin, min(first + block, codes.shape[1], begin + step))
+            values = levels[row, units, codes[row]]
+            gradient = (pulled[row] - values @ hessian)[part]
+            for _ in range(passes):
+                moved = False
+                for place, col in enumerate(part):
+                    now = level[codes[row, col]]
+                    target = now + gradient[place] * (np.float32(1.0) / hessian[col, col])
+                    code = _nearest(level, int(classes[col]), planes, target)
+                    if abs(target - level[code]) >= abs(target - now) * np.float32(1.0 - 1e-6):
+                        continue
+                    change = level[code] - now
+                    codes[row, col] = code
+                    gained += float(change) * (2.0 * float(gradient[place]) - float(change) * float(hessian[col, col]))
+                    gradient -= change * hessian[col, part]
+                    moved = True
+                if not moved:
+                    break
+    return codes, gained
 
 
 def look_up(codes: Codes, levels: Floats) -> Floats:
@@ -60,19 +65,27 @@ def look_up(codes: Codes, levels: Floats) -> Floats:
     return np.take_along_axis(np.broadcast_to(levels, (len(codes), levels.shape[1])), codes.astype(np.intp), axis=1)
 
 
-def add_normal(products: Floats, signs: Floats, block: int, first: int) -> NDArray[np.float64]:
-    """Return what `compensation.add_normal` writes from the block's own columns on, (rows, coefs, units * coefs)."""
-    starts = np.arange(0, products.shape[2], block)
-    pairs = np.einsum("krc,orc->rkoc", products.astype(np.float64), signs[:, :, first:].astype(np.float64))
-    sums = np.add.reduceat(pairs, starts, axis=3)
-    return np.moveaxis(sums, 3, 2).reshape(products.shape[1], len(products), -1)
+def spread(codes: Codes, features: Floats) -> Floats:
+    """Return what `compensation.spread` writes for all columns, (rows, coefs, cols)."""
+    return np.ascontiguousarray(features[codes].transpose(0, 2, 1))
 
 
-def dot_blocks(signs: Floats, pulled: Floats, block: int) -> NDArray[np.float64]:
-    """Return what `compensation.dot_blocks` writes, (rows, blocks * coefs)."""
-    starts = np.arange(0, signs.shape[2], block)
-    sums = np.add.reduceat(signs.astype(np.float64) * pulled, starts, axis=2)
-    return np.transpose(sums, (1, 2, 0)).reshape(len(pulled), -1)
+def products(codes: Codes, features: Floats, hessian: Floats, block: int) -> Floats:
+    """Return what the features of each block's codes come to times H, (blocks, rows, coefs, cols)."""
+    starts = range(0, codes.shape[1], block)
+    return np.stack([spread(codes[:, i : i + block], features) @ hessian[i : i + block] for i in starts])
+
+
+def normal_equations(
+    pulled: Floats, hessian: Floats, codes: Codes, features: Floats, block: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return what `compensation.normal_equations` writes, (rows, m, m) and (rows, m), m coefficients of all blocks."""
+    units = np.arange(codes.shape[1]) // block
+    owns = units == np.arange(units[-1] + 1)[:, None]
+    # Each coefficient's own feature in its block, nothing elsewhere.
+    apart = np.einsum("uc,rkc->rukc", owns, spread(codes, features).astype(np.float64))
+    apart = apart.reshape(len(codes), -1, codes.shape[1])
+    return apart @ hessian @ apart.transpose(0, 2, 1), np.einsum("rmc,rc->rm", apart, pulled)
 
 
 def split_two(weights: Floats, importance: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bincompress.errors import TensorError
 from bincompress.methods.forms import Form, Rounding, levels_of, values_of
-from cpu_kernels.compensation import add_normal, dot_blocks, flip_block, look_up, round_block
+from cpu_kernels.compensation import move_weights, normal_equations, round_block, solve_each, spread
 
 Floats = NDArray[np.float32]
 # From the weights (rows, cols of a block) as compensated so far and the importance of each column: coefficients
@@ -25,11 +25,12 @@ Start = Callable[[Floats, NDArray[np.float64]], tuple[NDArray[np.float64], NDArr
 _DAMPING = 0.01  # of the mean of H's diagonal, as GPTQ has it
 _MOST_DAMPING = 1e3
 _STEP = 128  # columns whose errors wait for one matrix product; also a stretch that stays in the first-level cache
-_STRETCH = 512  # columns whose gradient one matrix product brings up to date: BLAS is a quarter slower with fewer
-_PASSES = 3  # over the columns of such a stretch before the others hear of its moves
-_CHUNK_BYTES = 256 << 20
+_STRETCH = 512  # columns that one matrix product frees of the errors before them: BLAS is a quarter slower with fewer
+_PASSES = 3  # over the columns of a step before the others hear of its moves
+_CHUNK_BYTES = 256 << 20  # fewer rows at once would make slower matrix products
 _MOST_ROWS = 4096  # of a chunk; fixed by the shape alone, so that the same matrix gives the same bytes everywhere
 _RIDGE = 1e-6  # of the normal equations' mean diagonal
+_MANY = 256  # unknowns of a system from which on LAPACK is as fast; with 48 it takes 2.5 times as long
 _ENOUGH = 1e-4  # a round that lowers the cost by a smaller share is the last
 
 
@@ -76,20 +77,31 @@ def curvature(hessian: Floats, name: str = "") -> Curvature:
     mean = mean or 1.0  # inputs that are all zero: every rounding costs the same
     damping = _DAMPING
     while damping < _MOST_DAMPING:
-        damped = exact.copy()
+        # Reversed, the lower factor of H becomes the upper one of its inverse.
+        damped = np.ascontiguousarray(exact[::-1, ::-1])
         damped[np.diag_indices_from(damped)] += damping * mean
         try:
-            # Reversed, the lower factor of H becomes the upper one of its inverse.
             # The factorisation needs float64; its inverse, well conditioned by then, is kept in float32 anyway.
-            lower = np.linalg.cholesky(damped[::-1, ::-1]).astype(np.float32)
-            factor = _inverse(lower)[::-1, ::-1]
+            factor = _inverse(_cholesky(damped))[::-1, ::-1]
         except np.linalg.LinAlgError:
             damping *= 10
             continue
         if np.isfinite(factor).all():
-            return Curvature(exact.astype(np.float32), np.ascontiguousarray(np.triu(factor), np.float32), damping)
+            return Curvature(exact.astype(np.float32), np.ascontiguousarray(factor), damping)
         damping *= 10
     raise TensorError(f"{name}: its Hessian cannot be factorised even with {damping:g} times its mean added")
+
+
+def _cholesky(matrix: NDArray[np.float64]) -> Floats:
+    """Return the lower factor of a matrix, found in float64 by matrix products: in two thirds of LAPACK's time."""
+    lower = np.zeros_like(matrix)
+    for first in range(0, len(matrix), _STEP):
+        last = first + _STEP
+        panel = matrix[first:, first:last] - lower[first:, :first] @ lower[first:last, :first].T
+        corner = np.linalg.cholesky(panel[:_STEP])
+        lower[first:last, first:last] = corner
+        lower[last:, first:last] = panel[_STEP:] @ np.linalg.inv(corner).T
+    return lower.astype(np.float32)
 
 
 def _inverse(lower: Floats) -> Floats:
@@ -118,9 +130,13 @@ def compensate(
     codes = np.empty((rows, cols), np.uint8)
     coef = np.empty((rows, blocks, form.coefs), np.float32)
     column_bits = np.zeros(cols, np.uint8)
-    working = weights.copy()
+    working = weights.copy()  # and, in columns that are rounded, their errors
+    stretch = block * max(1, _STRETCH // block)
     for unit, first in enumerate(range(0, cols, block)):
         last = min(cols, first + block)
+        if first % stretch == 0:
+            after = min(cols, first + stretch)
+            working[:, first:after] -= working[:, :first] @ inputs.factor[:first, first:after]
         found, column_bits[first:last] = start(working[:, first:last], inputs.importance[first:last])
         coef[:, unit] = rounding(found)
         levels = levels_of(form, coef[:, unit])
@@ -130,25 +146,26 @@ def compensate(
             chosen, errors = np.empty(columns.shape, np.uint8), np.empty(columns.shape, np.float32)
             factor = np.ascontiguousarray(inputs.factor[part, part])
             round_block(columns, factor, levels, column_bits[part], form.planes, chosen, errors)
-            codes[:, part] = chosen
-            working[:, part.stop :] -= errors @ inputs.factor[part, part.stop :]
+            codes[:, part], working[:, part] = chosen, errors
+            working[:, part.stop : after] -= errors @ inputs.factor[part, part.stop : after]
     del working
-    before = after = size = 0.0
+    before = cost = size = 0.0
     rounds = 0
-    step = _chunk_rows(form.coefs, blocks, cols)
+    step = min(rows, _chunk_rows(form.coefs, blocks, cols) if refine else _MOST_ROWS)
+    room = np.empty(step * blocks * form.coefs * cols if refine else 0, np.float32)
     for row in range(0, rows, step):
         chunk = slice(row, row + step)
-        state = _State(weights[chunk], inputs.hessian, form, block, codes[chunk], coef[chunk], column_bits)
+        state = _State(weights[chunk], inputs.hessian, form, block, codes[chunk], coef[chunk], column_bits, room)
         done = _refine(state, rounding, refine)
-        before, after, size = before + done.before, after + done.after, size + state.size
+        before, cost, size = before + done.before, cost + done.after, size + state.size
         rounds = max(rounds, done.rounds)
         codes[chunk], coef[chunk] = state.codes, state.coef
     share = 1.0 / size if size > 0 else 0.0
-    return Rounded(codes, coef, column_bits, before * share, after * share, size, rounds)
+    return Rounded(codes, coef, column_bits, before * share, cost * share, size, rounds)
 
 
 def _chunk_rows(coefs: int, blocks: int, cols: int) -> int:
-    return int(np.clip(_CHUNK_BYTES // max(4 * coefs * cols, 8 * (blocks * coefs) ** 2), 16, _MOST_ROWS))
+    return int(np.clip(_CHUNK_BYTES // (4 * blocks * coefs * (cols + 2 * blocks * coefs)), 16, _MOST_ROWS))
 
 
 class _State:
@@ -156,11 +173,37 @@ class _State:
 
     def __init__(
         self, weights: Floats, hessian: Floats, form: Form, block: int, codes: NDArray[np.uint8], coef: Floats,
-        column_bits: NDArray[np.uint8],
+        column_bits: NDArray[np.uint8], room: Floats,
     ) -> None:  # fmt: skip
         self.weights, self.hessian, self.form, self.block = weights, hessian, form, block
         self.codes, self.coef, self.column_bits = codes.copy(), coef.copy(), column_bits
+        self.room = room
         self.pulled = weights @ hessian
+
+    @cached_property
+    def products(self) -> Floats:
+        """What the features of each block's codes come to times H, (blocks, rows, coefs, cols).
+
+        Found once and kept up to date: a round changes a few codes in a hundred, and both the scales' equations and,
+        after a refit, the gradient follow from these without another product with all of H.
+        """
+        coefs, rows, cols = self.form.coefs, *self.codes.shape
+        shape = len(self.starts()), rows, coefs, cols
+        found = self.room[: np.prod(shape)].reshape(shape)
+        for product, first in zip(found, self.starts(), strict=True):
+            last = min(cols, first + self.block)
+            signs = np.empty((rows, coefs, last - first), np.float32)
+            spread(self.codes, self.form.features, first, last, signs)
+            np.matmul(signs.reshape(rows * coefs, -1), self.hessian[first:last], out=product.reshape(-1, cols))
+        return found
+
+    @cached_property
+    def equations(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Least squares for all m scales of each row: the matrices (rows, m, m) and right sides (rows, m)."""
+        rows, coefs = len(self.weights), len(self.starts()) * self.form.coefs
+        normal, wanted = np.empty((rows, coefs, coefs)), np.empty((rows, coefs))
+        normal_equations(self.products, self.pulled, self.codes, self.form.features, self.block, normal, wanted)
+        return normal, wanted
 
     @cached_property
     def sizes(self) -> NDArray[np.float64]:
@@ -199,7 +242,7 @@ def _refine(state: _State, rounding: Rounding, rounds: int) -> _Refined:
         before, after = _refit(state, rounding)
         if done == 1:
             first = before
-        cost = after - _flip(state)
+        cost = after - _flip(state, done < rounds)
         if before - cost <= _ENOUGH * before:
             return _Refined(first, cost, done)
     return _Refined(first, cost, rounds)
@@ -212,7 +255,7 @@ def _refit(state: _State, rounding: Rounding) -> tuple[float, float]:
     """
     coefs, rows = state.form.coefs, len(state.weights)
     blocks = len(state.starts())
-    normal, wanted = _normal_equations(state)
+    normal, wanted = state.equations
 
     def costs(coef: NDArray[Any]) -> NDArray[np.float64]:
         flat = coef.reshape(rows, -1).astype(np.float64)
@@ -223,66 +266,40 @@ def _refit(state: _State, rounding: Rounding) -> tuple[float, float]:
     before = costs(state.coef)
     diagonal = np.einsum("rii->ri", normal)
     diagonal += _RIDGE * diagonal.mean(axis=1, keepdims=True) + np.finfo(np.float64).tiny
-    solved = np.linalg.solve(normal, wanted[:, :, None])[:, :, 0].reshape(rows, blocks, coefs)
-    codes, coef, signed = state.codes, rounding(solved.astype(np.float64)), None
-    if rounding.bits == 8:
-        codes, coef = _turned(state, solved < 0), rounding(np.abs(solved).astype(np.float64))
-        signed = np.where(solved < 0, -coef, coef)
-    after = costs(coef if signed is None else signed)
+    solved = _solve(normal, wanted).reshape(rows, blocks, coefs)
+    turned = (solved < 0) & (rounding.bits == 8)  # these are stored without signs, which go into the planes
+    coef = rounding(np.where(turned, -solved, solved))
+    after = costs(np.where(turned, -coef, coef))
     better = after < before
-    state.codes[better], state.coef[better] = codes[better], coef[better]
+    state.coef[better] = coef[better]
+    _turn(state, turned & better[:, None, None])
     return float(before.sum()), float(np.where(better, after, before).sum())
 
 
-def _normal_equations(state: _State) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the matrices (rows, m, m) and right sides (rows, m) of all m scales of each row."""
-    coefs, rows, cols = state.form.coefs, *state.weights.shape
-    blocks = len(state.starts())
-    signs = np.empty((coefs, rows, cols), np.float32)
-    for own, feature in zip(signs, np.ascontiguousarray(state.form.features.T), strict=True):
-        look_up(state.codes, feature[None], 0, cols, own)
-    normal = np.zeros((rows, blocks * coefs, blocks * coefs))
-    wanted = np.empty((rows, blocks * coefs))
-    scratch = np.empty(coefs * rows * cols, np.float32)  # new memory for every product would cost as much as it
+def _solve(matrices: NDArray[np.float64], vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    solutions = np.empty_like(vectors)
+    if vectors.shape[1] > _MANY:
+        solutions[:] = np.linalg.solve(matrices, vectors[:, :, None])[:, :, 0]
+    else:
+        solve_each(matrices, vectors, solutions)
+    return solutions
+
+
+def _turn(state: _State, turned: NDArray[np.bool_]) -> None:
+    """Turn planes, turned (rows, blocks, planes), and their products with them."""
     for unit, first in enumerate(state.starts()):
-        block = slice(first, min(cols, first + state.block))
-        products = scratch[: coefs * rows * (cols - first)].reshape(coefs, rows, cols - first)
-        np.matmul(signs[:, :, block], state.hessian[block, first:], out=products)
-        add_normal(products, signs, state.block, first, normal)
-        here = slice(unit * coefs, (unit + 1) * coefs)
-        normal[:, here, here] *= 0.5  # both halves of it are there already
-    dot_blocks(signs, state.pulled, state.block, wanted)
-    return normal + normal.transpose(0, 2, 1), wanted
+        if turned[:, unit].any():
+            masks = (turned[:, unit] << np.arange(turned.shape[2], dtype=np.uint8)).sum(axis=1, dtype=np.uint8)
+            state.codes[:, first : first + state.block] ^= masks[:, None]
+            state.products[unit][turned[:, unit]] *= -1
 
 
-def _turned(state: _State, negative: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Return codes with the planes turned whose scales came out negative, negative (rows, blocks, planes)."""
-    codes = state.codes.copy()
-    masks = (negative.astype(np.uint8) << np.arange(state.form.planes, dtype=np.uint8)).sum(axis=2, dtype=np.uint8)
-    for unit, first in enumerate(state.starts()):
-        codes[:, first : first + state.block] ^= masks[:, unit, None]
-    return codes
-
-
-def _flip(state: _State) -> float:
+def _flip(state: _State, more: bool) -> float:
     """Go over the columns once, moving weights to better levels; returns how much less they cost."""
-    gained = 0.0
-    values, cols = state.values, state.weights.shape[1]
-    for begin in range(0, cols, _STRETCH):
-        # Only this stretch's gradient, with all moves so far in it: one matrix product for a whole pass.
-        stretch = slice(begin, min(cols, begin + _STRETCH))
-        gradient = state.pulled[:, stretch] - values @ state.hessian[stretch].T
-        for first in range(begin, stretch.stop, min(_STEP, state.block)):
-            part = slice(first, min(stretch.stop, first + min(_STEP, state.block)))
-            here = slice(first - begin, part.stop - begin)
-            codes, pulls = np.ascontiguousarray(state.codes[:, part]), np.ascontiguousarray(gradient[:, here])
-            change = np.empty(pulls.shape, np.float32)
-            levels = levels_of(state.form, state.coef[:, first // state.block])
-            hessian = np.ascontiguousarray(state.hessian[part, part])
-            gained += flip_block(
-                pulls, hessian, levels, state.column_bits[part], state.form.planes, _PASSES, codes, change
-            )
-            state.codes[:, part] = codes
-            values[:, part] += change
-            gradient[:, here.stop :] -= change @ state.hessian[part, part.stop : stretch.stop]
+    levels = np.stack([levels_of(state.form, coef) for coef in state.coef.transpose(1, 0, 2)], axis=1)
+    gained: float = move_weights(
+        state.products, state.pulled, state.hessian, state.coef, levels, state.form.features, state.column_bits,
+        state.form.planes, state.block, min(_STEP, state.block), _PASSES, more, state.codes,
+        *state.equations,
+    )  # fmt: skip
     return gained
