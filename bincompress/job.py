@@ -27,7 +27,7 @@ from bincompress.records import Binarized, Inputs, Job, JobReport, Shared, Weigh
 from bincompress.store import Store, is_local, open_store
 from cpu_kernels.counting import greatest_magnitude
 
-BYTES_VERSION = 1  # raised when a change of the program changes the bytes of a tensor
+BYTES_VERSION = 2  # raised when a change of the program changes the bytes of a tensor
 _FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _SAMPLE = 1 << 14  # weights in a tensor's histogram
 _BINS = 100
