@@ -19,13 +19,15 @@ from bincompress.checkpoint import Checkpoint
 from bincompress.errors import BincompressError, TensorError
 from bincompress.hub import source_record
 from bincompress.model.config import ModelConfig, parse
+from bincompress.model.decoder import read_layer
 from bincompress.model.linear import Floats
 from bincompress.model.load import CheckpointSource
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.statistics import Statistics, begin_statistics
-from bincompress.watching import WatchedLayer
+from bincompress.walk import INPUTS, Walk
 
 T = TypeVar("T")
+Part = TypeVar("Part")
 Progress = Callable[[int, int], None]  # pieces done, pieces in all
 _PART_TOKENS = 4096  # whose products are summed in float32, by BLAS; the sums of parts are added in float64
 
@@ -176,29 +178,34 @@ def run_in_threads(threads: int) -> LayerRunner:
 
     def run(work: Calibration, layer: int, stream: Floats) -> Iterator[tuple[Floats, dict[str, Sum]]]:
         runner = PartRunner(work, layer)
-        yield from over_parts(work, threads, lambda part: runner(stream[part]))
+        yield from over_parts(work.parts, threads, lambda part: runner(stream[part]))
 
     return run
 
 
-def over_parts(work: Calibration, threads: int, run: Callable[[slice], T]) -> Iterator[T]:
-    """Run the parts, so many at once, and yield what each gives, in their order."""
+def over_parts(parts: Sequence[Part], threads: int, run: Callable[[Part], T]) -> Iterator[T]:
+    """Run parts of the samples, so many at once, and yield what each gives, in their order."""
     # Each part is one thread's work, BLAS included: its sums have the same bits however many run at once.
     with threadpoolctl.threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(run, work.parts)
+        yield from pool.map(run, parts)
 
 
 class PartRunner:
     """One decoder layer, ready to run parts of the stream; threads share its weights."""
 
     def __init__(self, work: Calibration, layer: int) -> None:
-        self._layer = WatchedLayer(work.config, CheckpointSource(work.checkpoint, work.config), layer)
-        self._keys = list(work.config.inputs_of_layer(layer))
+        self._work, self._layer = work, layer
+        self._weights = read_layer(work.config, CheckpointSource(work.checkpoint, work.config), layer)
 
     def __call__(self, stream: Floats) -> tuple[Floats, dict[str, Sum]]:
         """Return the stream (samples, context, hidden) after the layer, and the sums over its tokens."""
-        seen = self._layer(stream, inputs=self._keys)
-        return seen.after, {key: _sum(seen.inputs.pop(key)) for key in self._keys}
+        walk = Walk(self._work.config, self._layer, stream)
+        sums = {}
+        for number, key in enumerate(self._work.config.inputs_of_layer(self._layer)):
+            walk.go_on(number, self._weights)
+            sums[key] = _sum(walk.x)
+        walk.go_on(INPUTS, self._weights)
+        return walk.stream, sums
 
 
 def _sum(x: Floats) -> Sum:

@@ -17,15 +17,21 @@ from bincompress.checkpoint import Checkpoint
 from bincompress.compress import Runner
 from bincompress.dequantize import dequantize
 from bincompress.errors import TensorError
+from bincompress.model.decoder import read_layer
 from bincompress.model.linear import DenseLinear, Embedding, Floats
 from bincompress.model.load import CheckpointSource
 from bincompress.model.packed import PackedEmbedding
+from bincompress.model.steps import Layer
 from bincompress.records import Job, JobReport
 from bincompress.statistics import Statistics, begin_statistics
 from bincompress.store import Store, open_store
-from bincompress.watching import WatchedLayer
+from bincompress.walk import INPUTS, Walk
 
 Tell = Callable[[str], None]
+Streams = tuple[
+    Floats, Floats
+]  # residual streams (samples, context, hidden): of the unquantized model, and of the store
+_WRITERS = (1, 3)  # inputs whose matrix adds to the residual stream
 
 
 def in_sequence(
@@ -49,17 +55,6 @@ def in_sequence(
         yield from _Sequence(work, open_store(store), runner, threads, tell).run(jobs)
 
     return run
-
-
-@dataclass(frozen=True)
-class _Stream:
-    """The residual stream before a layer, (samples, context, hidden)."""
-
-    exact: Floats  # of the unquantized model
-    packed: Floats  # of the store
-
-    def __getitem__(self, part: slice) -> "_Stream":
-        return _Stream(self.exact[part], self.packed[part])
 
 
 @dataclass(frozen=True)
@@ -92,25 +87,25 @@ class _Sequence:
             by_input.setdefault(keys.get(_reader(job), ""), []).append(job)
         lost = yield from self._do(by_input.get("", []))
         failed = config.declaration.names.embedding if config.declaration.names.embedding in lost else ""
-        first, stream = self._resumed(found)
+        first, streams = self._resumed(found)
         for layer in range(config.layers):
+            both = _Both(self.work, self.store, layer, streams) if layer >= first else None
             for number, (key, tensors) in enumerate(config.inputs_of_layer(layer).items()):
                 ready = by_input.get(key, [])
                 if failed:
                     yield from (_not_begun(job, failed) for job in ready)
                     continue
-                if any(_calibrated(job) for job in ready):
-                    if layer >= first:
-                        self.tell(f"layer {layer + 1} of {config.layers}, input {number + 1} of 4")
-                        arrays = self._collect(layer, key, stream)
-                        found.write(key, tensors, self.work.samples.size, arrays)
-                    ready = [self._with_statistics(job, found) if _calibrated(job) else job for job in ready]
-                self.tell("")
+                if both is not None:
+                    self.tell(f"layer {layer + 1} of {config.layers}, input {number + 1} of {INPUTS}")
+                    arrays = self._collect(both, number, key)
+                    found.write(key, tensors, self.work.samples.size, arrays)
+                    self.tell("")
+                ready = [self._with_statistics(job, found) if _calibrated(job) else job for job in ready]
                 lost += yield from self._do(ready)
                 failed = lost[-1] if set(lost) & {job.name for job in ready} else ""
-            if layer >= first and not failed:
-                stream = self._after(layer, stream)
-                found.write_work(_work_name(layer + 1), np.concatenate([stream.exact, stream.packed]))
+            if both is not None and not failed:
+                streams = both.finish(self.threads)
+                found.write_work(_work_name(layer + 1), np.concatenate(streams))
                 found.remove_work(_work_name(layer))
         if not lost:
             found.remove()
@@ -134,30 +129,22 @@ class _Sequence:
     def _with_statistics(self, job: Job, found: Statistics) -> Job:
         return replace(job, statistics=found.url, inputs_hash=found.hash_of(_reader(job)))
 
-    def _resumed(self, found: Statistics) -> tuple[int, _Stream]:
-        """Return the first layer that is not done, and the stream before it."""
+    def _resumed(self, found: Statistics) -> tuple[int, Streams]:
+        """Return the first layer that is not done, and the streams before it."""
         for layer in range(self.work.config.layers, 0, -1):
             both = found.read_work(_work_name(layer))
             if both is not None:
-                return layer, _Stream(*np.split(both, 2))
+                exact, packed = np.split(both, 2)
+                return layer, (exact, packed)
         exact = self.work.embed()
         table = _SoFar(self.store, self.work).embedding(self.work.config.declaration.names.embedding)
-        return 0, _Stream(exact, table.rows_of(self.work.samples.reshape(-1)).reshape(exact.shape))
+        return 0, (exact, table.rows_of(self.work.samples.reshape(-1)).reshape(exact.shape))
 
-    def _layers(self, layer: int) -> tuple[WatchedLayer, WatchedLayer]:
-        """Return a layer of the unquantized model, and as the store has it so far."""
-        config = self.work.config
-        exact = CheckpointSource(self.work.checkpoint, config)
-        return WatchedLayer(config, exact, layer), WatchedLayer(config, _SoFar(self.store, self.work), layer)
-
-    def _collect(self, layer: int, key: str, stream: _Stream) -> dict[str, Floats]:
+    def _collect(self, both: "_Both", number: int, key: str) -> dict[str, Floats]:
         """Return what the store is to know of an input: means over the tokens."""
-        keys = list(self.work.config.inputs_of_layer(layer))
-        watched = self._layers(layer)
         sums: dict[str, NDArray[np.float64]] = {}
         absmax = np.zeros(0, np.float32)
-        run = functools.partial(_part, *watched, keys, key)
-        for part in over_parts(self.work, self.threads, lambda samples: run(stream[samples])):
+        for part in both.go_on(number, self.threads):
             for name, values in part.arrays.items():
                 sums[name] = sums[name] + values if name in sums else values.astype(np.float64)
             absmax = np.maximum(absmax, part.absmax) if absmax.size else part.absmax
@@ -167,17 +154,50 @@ class _Sequence:
             raise TensorError(f"{key}: its inputs are not finite on this text; is the checkpoint damaged?")
         return arrays
 
-    def _after(self, layer: int, stream: _Stream) -> _Stream:
-        exact, packed = self._layers(layer)
-        after = _Stream(np.empty_like(stream.exact), np.empty_like(stream.packed))
 
-        def run(samples: slice) -> None:
-            after.exact[samples] = exact(stream.exact[samples]).after
-            after.packed[samples] = packed(stream.packed[samples]).after
+class _Both:
+    """Both models on their way through one layer, part by part."""
 
-        for _ in over_parts(self.work, self.threads, run):
-            pass
-        return after
+    def __init__(self, work: Calibration, store: Store, layer: int, streams: Streams) -> None:
+        self._config, self._layer = work.config, layer
+        self._exact = read_layer(work.config, CheckpointSource(work.checkpoint, work.config), layer)
+        self._so_far = _SoFar(store, work)
+        self._walks = [tuple(Walk(work.config, layer, stream[part]) for stream in streams) for part in work.parts]
+
+    def go_on(self, number: int, threads: int) -> Iterator[_Sum]:
+        """Go to the next input, and yield the parts' sums in their order."""
+        yield from over_parts(self._walks, threads, functools.partial(_sum, number, *self._weights()))
+
+    def finish(self, threads: int) -> Streams:
+        """Go to the end of the layer and return the streams there."""
+        weights = self._weights()
+
+        def run(pair: tuple[Walk, ...]) -> list[Floats]:
+            for walk, own in zip(pair, weights, strict=True):
+                walk.go_on(INPUTS, own)
+            return [walk.stream for walk in pair]
+
+        exact, packed = zip(*over_parts(self._walks, threads, run), strict=True)
+        return np.concatenate(exact), np.concatenate(packed)
+
+    def _weights(self) -> tuple[Layer, Layer]:
+        """Return the layer of the unquantized model, and as the store has it by now."""
+        return self._exact, read_layer(self._config, self._so_far, self._layer)
+
+
+def _sum(number: int, exact: Layer, packed: Layer, pair: tuple[Walk, Walk]) -> _Sum:
+    """Take a part to an input in both models and return its sums."""
+    was, now = pair
+    was.go_on(number, exact)
+    now.go_on(number, packed)
+    x, drift = now.x, was.x - now.x
+    arrays = {"hessian": x.T @ x}
+    if number in _WRITERS:
+        lack = (exact.out if number == 1 else exact.down)(drift) + (was.stream - now.stream).reshape(len(x), -1)
+        arrays["lack"] = lack.T @ x
+    else:
+        arrays["drift"] = drift.T @ x
+    return _Sum(arrays, np.maximum(x.max(axis=0), -x.min(axis=0)))
 
 
 def statistics_url(store: str) -> str:
@@ -201,25 +221,6 @@ def _reader(job: Job) -> str:
 def _not_begun(job: Job, failed: str) -> JobReport:
     error = f"{job.name}: not begun, as it is calibrated on what {failed} gives, which failed"
     return JobReport(job.name, "failed", 0.0, 0, error=error, store=job.store)
-
-
-def _part(exact: WatchedLayer, packed: WatchedLayer, keys: list[str], key: str, stream: _Stream) -> _Sum:
-    """Run a part of both streams up to one input and return its sums."""
-    number = keys.index(key)
-    own = [keys[1]] if number == 3 else []  # what attention has added before the second half of the layer
-    was = exact(stream.exact, inputs=[key], outputs=own, last=key)
-    now = packed(stream.packed, inputs=[key], outputs=own, last=key)
-    x = now.inputs[key]
-    arrays = {"hessian": x.T @ x}
-    drift = was.inputs[key] - x
-    if number in (1, 3):
-        lack = exact.multiply(key, drift) + (stream.exact - stream.packed).reshape(len(x), -1)
-        for name in own:
-            lack += was.outputs[name] - now.outputs[name]
-        arrays["lack"] = lack.T @ x
-    else:
-        arrays["drift"] = drift.T @ x
-    return _Sum(arrays, np.maximum(x.max(axis=0), -x.min(axis=0)))
 
 
 class _SoFar:

@@ -1,7 +1,6 @@
 """The decoder: tokens in, final states and logits out, over any form of matrices."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,36 +9,14 @@ from bincompress.model.cache import CacheType, KvCache
 from bincompress.model.config import ModelConfig
 from bincompress.model.errors import PromptError
 from bincompress.model.linear import Embedding, Linear, WeightSource
+from bincompress.model.steps import Buffers, Layer, Steps
 from bincompress.model.threads import over_ranges
-from cpu_kernels.attention import ATTEND, NO_WINDOW, scratch_size, work_items
-from cpu_kernels.norms import PLACE, add_norm, gate
 from cpu_kernels.products import Workers
 
 Floats = NDArray[np.float32]
 
 PREFILL_BLOCK = 512  # tokens that go through the layers together
 _NONE = np.zeros(0, np.float32)
-# Handing work to another thread costs some 30 microseconds, so small work stays on the calling thread.
-_ROWS_PER_THREAD = 8
-_STEPS_PER_THREAD = 1 << 20  # multiply-adds of one layer's scores
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Weights of one layer; biases that the model lacks are zeros, norms of queries and keys it lacks are empty."""
-
-    input_norm: Floats  # (hidden,)
-    post_norm: Floats  # (hidden,)
-    qkv: Linear  # queries, keys, values: ((heads + 2 kv_heads) * head_dim, hidden)
-    qkv_bias: Floats
-    q_norm: Floats  # (head_dim,)
-    k_norm: Floats  # (head_dim,)
-    out: Linear  # (hidden, heads * head_dim)
-    out_bias: Floats
-    gate_up: Linear  # (2 * inner, hidden)
-    gate_up_bias: Floats
-    down: Linear  # (hidden, inner)
-    down_bias: Floats
 
 
 class Decoder:
@@ -59,7 +36,7 @@ class Decoder:
         self.embedding: Embedding = source.embedding(names.embedding)
         self.head: Linear = source.linear([names.embedding if config.tied else names.head])
         self._no_bias = np.zeros(config.hidden, np.float32)
-        self._scratch = [np.empty(scratch_size(config.head_dim), np.float32) for _ in range(self.workers.threads)]
+        self._steps = Steps(config, self.workers)
         self._buffers = Buffers.for_tokens(config, 1)
 
     def new_cache(self, capacity: int | None = None, kind: CacheType = "float32") -> KvCache:
@@ -113,86 +90,23 @@ class Decoder:
             )
         return tokens
 
-    def _advance(self, vectors: Floats, cache: KvCache) -> "Buffers":
+    def _advance(self, vectors: Floats, cache: KvCache) -> Buffers:
         """Run one block of vectors (n, hidden); the next one overwrites the buffers."""
         n = len(vectors)
         if len(self._buffers.stream) < n:
             self._buffers = Buffers.for_tokens(self.config, n)
-        work = self._buffers.first(n)
+        work, steps = self._buffers.first(n), self._steps
         work.stream.fill(0.0)
         delta, bias = vectors, self._no_bias
         for number, layer in enumerate(self.layers):
-            self._add_norm(work, delta, bias, layer.input_norm)
-            self._attend(work, layer, number, cache)
-            self._add_norm(work, layer.out(work.mixed), layer.out_bias, layer.post_norm)
-            self._gate(work, layer.gate_up(work.normed), layer.gate_up_bias)
+            steps.add_norm(work, delta, bias, layer.input_norm)
+            steps.attend(work, layer, number, cache)
+            steps.add_norm(work, layer.out(work.mixed), layer.out_bias, layer.post_norm)
+            steps.gate(work, layer.gate_up(work.normed), layer.gate_up_bias)
             delta, bias = layer.down(work.inner), layer.down_bias
-        self._add_norm(work, delta, bias, self.norm)
+        steps.add_norm(work, delta, bias, self.norm)
         cache.length += n
         return work
-
-    def _add_norm(self, work: "Buffers", delta: Floats, bias: Floats, weight: Floats) -> None:
-        epsilon = self.config.norm_epsilon
-        over_ranges(
-            self.workers,
-            lambda start, stop, _: add_norm(work.stream, delta, bias, weight, epsilon, start, stop, work.normed),
-            len(delta),
-            _ROWS_PER_THREAD,
-        )
-
-    def _gate(self, work: "Buffers", gate_up: Floats, bias: Floats) -> None:
-        over_ranges(
-            self.workers,
-            lambda start, stop, _: gate(gate_up, bias, start, stop, work.inner),
-            len(gate_up),
-            _ROWS_PER_THREAD,
-        )
-
-    def _attend(self, work: "Buffers", layer: Layer, number: int, cache: KvCache) -> None:
-        config, first, n = self.config, cache.length, len(work.normed)
-        keys, values = cache.keys[number], cache.values[number]
-        place, attend = PLACE[keys.dtype], ATTEND[keys.dtype]
-        window = config.windows[number] or NO_WINDOW
-        qkv = layer.qkv(work.normed)
-        over_ranges(
-            self.workers,
-            lambda start, stop, _: place(
-                qkv, layer.qkv_bias, layer.q_norm, layer.k_norm, config.norm_epsilon, cache.cosines, cache.sines,
-                first, config.heads, start, stop, keys, values,
-            ),
-            n,
-            _ROWS_PER_THREAD,
-        )  # fmt: skip
-        items = work_items(n, config.heads, config.kv_heads)
-        steps = n * min(first + n, window) * config.heads * config.head_dim
-        over_ranges(
-            self.workers,
-            lambda start, stop, worker: attend(
-                qkv, config.heads, keys, values, first, window, start, stop, self._scratch[worker], work.mixed
-            ),
-            items,
-            1 if steps > _STEPS_PER_THREAD else items,
-        )
-
-
-@dataclass(frozen=True)
-class Buffers:
-    """What a block of n tokens is worked on in."""
-
-    stream: Floats  # (n, hidden): the residual stream
-    normed: Floats  # (n, hidden)
-    mixed: Floats  # (n, heads * head_dim): what attention gives
-    inner: Floats  # (n, inner)
-
-    @classmethod
-    def for_tokens(cls, config: ModelConfig, n: int) -> "Buffers":
-        """Allocate them."""
-        widths = (config.hidden, config.hidden, config.heads * config.head_dim, config.inner)
-        return cls(*(np.empty((n, width), np.float32) for width in widths))
-
-    def first(self, n: int) -> "Buffers":
-        """Return views of the first n rows."""
-        return Buffers(self.stream[:n], self.normed[:n], self.mixed[:n], self.inner[:n])
 
 
 def _layers(config: ModelConfig, source: WeightSource, workers: Workers) -> list[Layer]:
@@ -201,13 +115,14 @@ def _layers(config: ModelConfig, source: WeightSource, workers: Workers) -> list
 
     def read(start: int, stop: int, _: int) -> None:
         for number in range(start, stop):
-            found[number] = _layer(config, source, number)
+            found[number] = read_layer(config, source, number)
 
     over_ranges(workers, read, config.layers)
     return [found[number] for number in range(config.layers)]
 
 
-def _layer(config: ModelConfig, source: WeightSource, number: int) -> Layer:
+def read_layer(config: ModelConfig, source: WeightSource, number: int) -> Layer:
+    """Read one layer's weights."""
     names = config.declaration.names
 
     def linear(*parts: str) -> Linear:
