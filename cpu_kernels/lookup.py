@@ -3,8 +3,9 @@
 For each group of four columns a table holds, for the 16 patterns of weight bits, the sum of |x| over the columns
 whose bit agrees with the sign of x. That sum A is not negative, and the product of the +-1 weights with x is
 2 A - sum |x|. With 6 bits A fits 7 bits, so two sums add up within a byte; with 8 bits A has 9 bits and is split
-into its low 4 and high 5 bits, of which eight groups add up within a byte. Bytes are then widened to 16 bits: the
-vector is added as 16-bit lanes and its upper bytes beside it, and the lower bytes follow by subtraction.
+into its low 4 and high 5 bits, of which 16 and eight groups add up within a byte. Twice or four times as many do where
+the activations themselves say that nothing overflows, as they nearly always do (see ROOMS). Bytes are then widened to
+16 bits: the vector is added as 16-bit lanes and its upper bytes beside it, and the lower bytes follow by subtraction.
 """
 
 from typing import Any
@@ -21,11 +22,19 @@ GROUP = 4  # columns per table
 # waits at each page's end, and 1.25 x as fast as asking for what lies a fixed distance ahead.
 WAYS = 4
 LINE = 64  # bytes
+# Packed vectors (of two groups, 8 columns) whose sums may be added within a byte, from what is always right to what is
+# where sum |x| over the columns of so many vectors is at most CAPACITY. With 8 bits this is said of the high parts.
+ROOMS = {6: (1, 2, 4), 8: (4, 8)}
+CAPACITY = {6: 255, 8: 16 * 255}
+LOW_ROOM = 8  # of the low parts with 8 bits: 16 groups of at most 15
 
 
 @intrinsic(prefer_literal=True)
 def fill_table(typing: Any, bits: Any, q: Any, start: Any, tables: Any, place: Any) -> Any:
-    """Write the table (16 bytes, or low and high parts of 16 each) of the four int8 items of flat q at `start`."""
+    """Write the table (16 bytes, or low and high parts of 16 each) of the four int8 items of flat q at `start`.
+
+    Return the sum of their absolute values.
+    """
     if not isinstance(bits, types.IntegerLiteral):
         return None
 
@@ -35,10 +44,11 @@ def fill_table(typing: Any, bits: Any, q: Any, start: Any, tables: Any, place: A
         item = v.I8 if bits.literal_value == 6 else v.I16
         zero = ir.Constant(item, 0)
         total = v.constant(item, 16, 0)
-        below = zero
+        whole = below = zero
         for k in range(GROUP):
             x = builder.load(v.at(builder, source, arguments[2], k), align=1)
             x = x if item == v.I8 else builder.sext(x, item)
+            whole = builder.add(whole, x)
             chosen = ir.Constant(ir.VectorType(item, 16), [-(c >> k & 1) for c in range(16)])
             total = builder.add(total, builder.and_(v.splat(builder, x, 16), chosen))
             below = builder.add(below, builder.select(builder.icmp_signed("<", x, zero), x, zero))
@@ -51,9 +61,9 @@ def fill_table(typing: Any, bits: Any, q: Any, start: Any, tables: Any, place: A
             high = builder.trunc(builder.lshr(total, v.constant(item, 16, 4)), byte)
             v.store(builder, low, v.at(builder, target, arguments[4]), 16)
             v.store(builder, high, v.at(builder, target, arguments[4], 16), 16)
-        return context.get_dummy_value()
+        return builder.zext(builder.sub(builder.sub(whole, below), below), v.I64)
 
-    return types.void(bits, q, types.intp, tables, types.intp), generate
+    return types.intp(bits, q, types.intp, tables, types.intp), generate
 
 
 class _Sums:
@@ -80,18 +90,20 @@ class _Sums:
 
 
 def emit_sums(
-    builder: Any, instruction_set: int, bits: int, vectors: int, packed: Any, tables: list[Any], ahead: list[Any]
-) -> list[tuple[Any, Any]]:
+    builder: Any, instruction_set: int, bits: int, vectors: int, room: int, packed: Any, tables: list[Any],
+    ahead: list[Any],
+) -> list[tuple[Any, Any]]:  # fmt: skip
     """Return for each token the sums A of a unit's even and odd bytes (rows of the first and second half tile).
 
-    As many cache lines as the unit has are asked for meanwhile at the pointers `ahead`, from each in turn.
+    `room` is one of ROOMS that all tokens' activations allow. As many cache lines as the unit has are asked for
+    meanwhile at the pointers `ahead`, from each in turn.
     """
     # Two planes beside each other, so that each table is loaded once for both, were tried for one token: no gain
     # with AVX2 and 30% slower with AVX-512.
     rows = v.tile_rows(instruction_set)
     fifteen = v.constant(v.I8, rows, 15)
     parts = 1 if bits == 6 else 2
-    per_flush = 1 if bits == 6 else 4  # packed vectors of two groups that add up within a byte
+    per_flush = [room] if bits == 6 else [LOW_ROOM, room]
     sums = [[_Sums(builder, rows) for _ in range(parts)] for _ in tables]
     small: list[list[Any]] = [[None] * parts for _ in tables]
     for g in range(vectors):
@@ -111,8 +123,8 @@ def emit_sums(
                     entry = v.load(builder, v.at(builder, table, ir.Constant(v.I64, step)), v.I8, 16, 16)
                     found = v.shuffle(builder, instruction_set, entry, nibble)
                     small[t][k] = found if small[t][k] is None else builder.add(small[t][k], found)
-            if (g + 1) % per_flush == 0:
-                for k in range(parts):
+            for k in range(parts):
+                if (g + 1) % per_flush[k] == 0:
                     sums[t][k].add(small[t][k])
                     small[t][k] = None
     for token in sums:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numba import types
 from numpy.typing import NDArray
 
 from cpu_kernels import handover, vector
@@ -30,7 +31,7 @@ from cpu_kernels.activations import (
     quantizing,
 )
 from cpu_kernels.addresses import address
-from cpu_kernels.compiler import Kernel
+from cpu_kernels.compiler import Kernel, kernel, out, view
 from cpu_kernels.sweep import FIELDS, sweep, table_bytes
 from cpu_kernels.workers import Workers
 
@@ -123,7 +124,7 @@ def product_kernels(bits: int = 8) -> list[Kernel]:
     name, code = _choose(None)
     pack = layout.packer(int(name == "lookup"), vector.tile_rows(code))
     sweeps = [sweep(code, bits, 2, half) for half in (1, 0)]
-    native = [handover.serve, handover.lead, handover.dismiss]  # how threads share a product
+    native = [_aim, handover.serve, handover.lead, handover.dismiss]  # how threads share a product
     return [quantize_tokens, *sweeps, *native, layout.raise_exponents, layout.write_scales, pack]
 
 
@@ -368,6 +369,7 @@ class TokenProduct:
             own = {**quantizing(activations, per), **scratch.operands, "accumulators": sums.ctypes.data}
             jobs.append(_job({**matrix.operands, **own, "quantize": address(quantize_tokens)}))
         self._jobs = np.stack(jobs)
+        self._address = self._jobs.ctypes.data
 
     def __call__(self, x: NDArray[np.float32], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Return the product (1, rows) with x (1, cols), C-contiguous; `out` may be given."""
@@ -377,13 +379,20 @@ class TokenProduct:
         result = np.empty((1, matrix.rows), np.float32) if out is None else out
         if result.shape != (1, matrix.rows):
             raise ValueError(f"out: {result.shape}; expected {(1, matrix.rows)}")
-        self._jobs[:, _X] = x.ctypes.data
-        self._jobs[:, _RESULT] = result.ctypes.data
-        self._workers.run_kernel(self._run, self._jobs, matrix.tiles)
+        _aim(self._jobs, x, result)
+        self._workers.run_kernel(self._run, self._address, self._jobs.strides[0], matrix.tiles)
         return result
 
 
 _X, _RESULT = FIELDS.index("x"), FIELDS.index("result")
+
+
+@kernel(types.void(out(types.int64, 2), view(types.float32, 2), out(types.float32, 2)))
+def _aim(jobs: Any, x: Any, result: Any) -> None:
+    """Write the addresses of x and of the result into jobs (n, fields): Python takes 2 microseconds for each."""
+    for k in range(jobs.shape[0]):
+        jobs[k, _X] = x.ctypes.data
+        jobs[k, _RESULT] = result.ctypes.data
 
 
 def _table_bytes(matrix: PackedMatrix, bits: int) -> int:
@@ -410,9 +419,10 @@ class _Scratch:
         self.constants = np.empty(places, np.int32)
         self.factors = np.empty(places, np.float32)
         self.offsets = np.empty(places, np.float32)
+        self.rooms = np.empty(places, np.int32)
 
     @functools.cached_property
     def operands(self) -> dict[str, int]:
         """What a job says about it."""
-        arrays = ("tables", "constants", "factors", "offsets")
+        arrays = ("tables", "constants", "factors", "offsets", "rooms")
         return {"token_block": self.tokens, **{name: getattr(self, name).ctypes.data for name in arrays}}

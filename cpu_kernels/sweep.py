@@ -26,7 +26,7 @@ from cpu_kernels.addresses import (
     int64_items,
     uint8_items,
 )
-from cpu_kernels.compiler import Kernel, inline_whole, kernel
+from cpu_kernels.compiler import Kernel, inline, inline_whole, kernel
 
 TOGETHER = 4  # tokens that share one pass over the packed bits of a unit
 
@@ -53,6 +53,7 @@ def _unit(
     table: Any,
     constants: Any,
     factors: Any,
+    rooms: Any,
     first: Any,
     weight: Any,
     acc: Any,
@@ -74,12 +75,15 @@ def _unit(
         base = v.data(context, builder, kinds[5], arguments[5])
         packed_at, scales_at = v.at(builder, base, arguments[6]), v.at(builder, base, arguments[7])
         tables_at = v.at(builder, v.data(context, builder, kinds[8], arguments[8]), arguments[9])
-        constants_at = v.at(builder, v.data(context, builder, kinds[10], arguments[10]), arguments[12])
-        factors_at = v.at(builder, v.data(context, builder, kinds[11], arguments[11]), arguments[12])
-        acc_at = v.at(builder, v.data(context, builder, kinds[14], arguments[14]), arguments[15])
         steps = [ir.Constant(v.I64, t) for t in range(together)]
-        constant = [builder.load(v.at(builder, constants_at, step)) for step in steps]
-        factor = [builder.fmul(builder.load(v.at(builder, factors_at, step)), arguments[13]) for step in steps]
+
+        def of_tokens(k: int) -> list[Any]:
+            first = v.at(builder, v.data(context, builder, kinds[k], arguments[k]), arguments[13])
+            return [builder.load(v.at(builder, first, step)) for step in steps]
+
+        constant = of_tokens(10)
+        factor = [builder.fmul(factor, arguments[14]) for factor in of_tokens(11)]
+        acc_at = v.at(builder, v.data(context, builder, kinds[15], arguments[15]), arguments[16])
         if chosen == v.PORTABLE:
             popcount.emit_unit(
                 builder, width, count, bool(is_half), packed_at, tables_at, constant[0], factor[0], scales_at, acc_at
@@ -87,20 +91,52 @@ def _unit(
         else:
             size = table_bytes(chosen, width) * count
             token_tables = [v.at(builder, tables_at, ir.Constant(v.I64, t * size)) for t in range(together)]
-            asked = [v.at(builder, base, arguments[16])]
+            asked = [v.at(builder, base, arguments[17])]
             for _ in range(1, lookup.WAYS):
-                asked.append(v.at(builder, asked[-1], arguments[17]))
+                asked.append(v.at(builder, asked[-1], arguments[18]))
             ahead = asked if together == 1 else []
-            sums = lookup.emit_sums(builder, chosen, width, 8 * count, packed_at, token_tables, ahead)
+            sums = _sums(builder, chosen, width, 8 * count, of_tokens(12), packed_at, token_tables, ahead)
             lookup.emit_apply(builder, v.tile_rows(chosen), bool(is_half), sums, constant, factor, scales_at, acc_at)
         return context.get_dummy_value()
 
     index = types.intp
     signature = types.void(
-        *literals, stream, index, index, tables, index, constants, factors, index, types.float32, acc, index, index,
-        index,
+        *literals, stream, index, index, tables, index, constants, factors, rooms, index, types.float32, acc, index,
+        index, index,
     )  # fmt: skip
     return signature, generate
+
+
+def _sums(
+    builder: Any, instruction_set: int, bits: int, vectors: int, rooms: list[Any], packed: Any, tables: list[Any],
+    ahead: list[Any],
+) -> list[list[Any]]:  # fmt: skip
+    """Return lookup.emit_sums with the most room that all tokens have; its code is there once for each."""
+    least = rooms[0]
+    for room in rooms[1:]:
+        least = builder.select(builder.icmp_signed("<", room, least), room, least)
+    after = builder.append_basic_block("summed")
+    found = []
+    for room in reversed(lookup.ROOMS[bits]):
+        following = None
+        if room > lookup.ROOMS[bits][0]:
+            enough, following = builder.append_basic_block("room"), builder.append_basic_block("less")
+            builder.cbranch(builder.icmp_signed(">=", least, ir.Constant(v.I32, room)), enough, following)
+            builder.position_at_end(enough)
+        sums = lookup.emit_sums(builder, instruction_set, bits, vectors, room, packed, tables, ahead)
+        found.append((sums, builder.block))
+        builder.branch(after)
+        if following:
+            builder.position_at_end(following)
+    builder.position_at_end(after)
+    chosen = []
+    for t in range(len(tables)):
+        halves = [builder.phi(total.type) for total in found[0][0][t]]
+        for sums, block in found:
+            for phi, total in zip(halves, sums[t], strict=True):
+                phi.add_incoming(total, block)
+        chosen.append(halves)
+    return chosen
 
 
 @intrinsic(prefer_literal=True)
@@ -154,7 +190,8 @@ FIELDS = (
     "quantize",  # address of the kernel that makes q and the others from x first; 0 where they are given
     *QUANTIZING,
     "tables",  # prepared tables or bit slices of one token block, 64-byte aligned
-    "constants", "factors", "offsets",  # int32, float32, float32 (units * tokens of a block,): prepared as well
+    # int32, float32, float32, int32 (units * tokens of a block,): prepared as well
+    "constants", "factors", "offsets", "rooms",
     "accumulators",  # float32 (tokens of a block * rows of a tile,), 64-byte aligned
     "token_block",
     "prepared",  # 1 where they are
@@ -163,7 +200,7 @@ FIELDS = (
 (
     _STREAM, _ROWS, _UNITS, _UNITS_PER_BLOCK, _SCALE_SETS, _HAS_OFFSET, _PLANES, _WEIGHTS, _MULTIPLIERS, _QUANTIZE,
     _QUANTIZING, _, _, _, _TOKENS, _SEGMENTS, _Q, _SCALE, _SUMS, _ABSOLUTE, _TABLES, _CONSTANTS, _FACTORS, _OFFSETS,
-    _ACCUMULATORS, _TOKEN_BLOCK, _PREPARED, _RESULT,
+    _ROOMS, _ACCUMULATORS, _TOKEN_BLOCK, _PREPARED, _RESULT,
 ) = range(len(FIELDS))  # fmt: skip
 _WORDS = len(FIELDS)
 
@@ -171,18 +208,26 @@ _WORDS = len(FIELDS)
 @inline_whole
 def _prepare(
     instruction_set: Any, bits: Any, words: Any, per_word: Any, units: Any, start: Any, count: Any, q: Any,
-    token_scale: Any, sums: Any, absolute: Any, tables: Any, constants: Any, factors: Any, offsets: Any,
+    token_scale: Any, sums: Any, absolute: Any, tables: Any, constants: Any, factors: Any, offsets: Any, rooms: Any,
+    capacity: Any,
 ) -> None:  # fmt: skip
-    """Make the tables (or bit slices), constants, factors and sums of x of tokens start .. start + count - 1."""
+    """Make the tables (or bit slices), constants, factors and sums of x of tokens start .. start + count - 1.
+
+    And their rooms (see lookup.ROOMS).
+    """
     flat = q.reshape(q.size)
     for t in range(count):
         for u in range(units):
             place = u * count + t
             total = 0
             size = 0
+            of_two = 0  # the largest sum |x| of two packed vectors' columns, and so on
+            of_four = 0
+            of_eight = 0
             for w in range(u * words, (u + 1) * words):
                 total += sums[start + t, w]
                 size += absolute[start + t, w]
+                of_eight = max(of_eight, absolute[start + t, w])
             constants[place] = total if instruction_set == v.PORTABLE else size
             factor = token_scale[start + t, u * words // 2]
             factors[place] = factor
@@ -193,8 +238,19 @@ def _prepare(
                 if instruction_set == v.PORTABLE:
                     popcount.slice_word(bits, flat, at, tables, to)
                 else:
-                    for g in range(16):
-                        lookup.fill_table(bits, flat, at + 4 * g, tables, to + g * (per_word // 16))
+                    for g in range(0, 16, 8):
+                        first_half = 0
+                        second_half = 0
+                        for k in range(g, g + 4):
+                            first_half += lookup.fill_table(bits, flat, at + 4 * k, tables, to + k * (per_word // 16))
+                        for k in range(g + 4, g + 8):
+                            second_half += lookup.fill_table(bits, flat, at + 4 * k, tables, to + k * (per_word // 16))
+                        of_two = max(of_two, first_half, second_half)
+                        of_four = max(of_four, first_half + second_half)
+            if bits == 6:
+                rooms[place] = 4 if of_four <= capacity else 2 if of_two <= capacity else 1
+            else:
+                rooms[place] = 8 if of_eight <= capacity else 4
 
 
 @inline_whole
@@ -212,14 +268,14 @@ def _add_offsets(
 @inline_whole
 def _add_unit(
     instruction_set: Any, bits: Any, words: Any, half: Any, together: Any, tile: Any, size: Any, stream: Any,
-    position: Any, scale: Any, tables: Any, constants: Any, factors: Any, first: Any, t: Any, count: Any,
-    weight: Any, acc: Any, ahead: Any, apart: Any,
+    position: Any, scale: Any, tables: Any, constants: Any, factors: Any, rooms: Any, first: Any, t: Any,
+    count: Any, weight: Any, acc: Any, ahead: Any, apart: Any,
 ) -> Any:  # fmt: skip
     """Add the products of one unit of one plane with tokens t, t + 1, ..., `together` at a time; return the next."""
     while t + together <= count:
         _unit(
             instruction_set, bits, words, half, together, stream, position, scale, tables, (first + t) * size,
-            constants, factors, first + t, weight, acc, t * tile, ahead, apart,
+            constants, factors, rooms, first + t, weight, acc, t * tile, ahead, apart,
         )  # fmt: skip
         t += together
     return t
@@ -239,6 +295,38 @@ def sweep(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
     per_word = table_bytes(instruction_set, bits)
     size = words * per_word
     step_bytes = lookup.WAYS * lookup.LINE
+    capacity = lookup.CAPACITY[bits]
+
+    # One token has a function of its own, with as few numbers as fit the registers: beside the loops over tokens they
+    # were kept in memory, 75 instructions for each unit of 180.
+    @inline
+    def add_tile(
+        stream: Any, position: Any, units: Any, units_per_block: Any, planes: Any, scale_step: Any, scale_sets: Any,
+        has_offset: Any, header: Any, header_steps: Any, tables: Any, constants: Any, factors: Any, offsets: Any,
+        rooms: Any, weights: Any, accumulators: Any, ahead: Any, apart: Any,
+    ) -> None:  # fmt: skip
+        unit = 0
+        while unit < units:
+            scales = position
+            position += header
+            for _ in range(header_steps):
+                _ask(stream, ahead, apart)
+                ahead += lookup.LINE
+            end = min(unit + units_per_block, units)
+            if has_offset:
+                place = scales + scale_sets * scale_bytes
+                _add_offsets(tile, half, stream, place, unit, end, 1, offsets, accumulators)
+            for u in range(unit, end):
+                scale = scales
+                for p in range(planes):
+                    _unit(
+                        instruction_set, bits, words, half, 1, stream, position, scale, tables, u * size, constants,
+                        factors, rooms, u, weights[p], accumulators, 0, ahead, apart,
+                    )  # fmt: skip
+                    scale += scale_step
+                    position += unit_bytes
+                    ahead += unit_bytes // lookup.WAYS
+            unit = end
 
     # Addresses, not arrays: a call of 24 arguments took 4 microseconds, and a waiting thread can be handed a number.
     @kernel(types.void(types.int64, types.int64, types.int64))
@@ -258,6 +346,7 @@ def sweep(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
         constants = int32_items(job[_CONSTANTS], units * token_block)
         factors = float32_items(job[_FACTORS], units * token_block)
         offsets = float32_items(job[_OFFSETS], units * token_block)
+        rooms = int32_items(job[_ROOMS], units * token_block)
         accumulators = float32_items(job[_ACCUMULATORS], token_block * tile)
         result = float32_rows(job[_RESULT], tokens, rows)
         header = (scale_sets + has_offset) * scale_bytes
@@ -278,7 +367,7 @@ def sweep(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
             if not job[_PREPARED]:
                 _prepare(
                     instruction_set, bits, words, per_word, units, start, count, q, token_scale, sums, absolute,
-                    tables, constants, factors, offsets,
+                    tables, constants, factors, offsets, rooms, capacity,
                 )  # fmt: skip
             for number in range(first, last):
                 position = number * tile_bytes
@@ -286,12 +375,16 @@ def sweep(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
                 ahead = min(number + 1, last - 1) * tile_bytes
                 accumulators[:] = 0
                 unit = 0
+                if asking:
+                    add_tile(
+                        stream, position, units, units_per_block, planes, 0 if scale_sets < planes else scale_bytes,
+                        scale_sets, has_offset, header, header_steps, tables, constants, factors, offsets, rooms,
+                        weights, accumulators, ahead, apart,
+                    )  # fmt: skip
+                    unit = units
                 while unit < units:
                     scales = position
                     position += header
-                    for _ in range(header_steps):
-                        _ask(stream, ahead, apart)
-                        ahead += lookup.LINE
                     end = min(unit + units_per_block, units)
                     if has_offset:
                         place = scales + scale_sets * scale_bytes
@@ -301,14 +394,14 @@ def sweep(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
                             scale = scales if scale_sets < planes else scales + p * scale_bytes
                             t = _add_unit(
                                 instruction_set, bits, words, half, together, tile, size, stream, position, scale,
-                                tables, constants, factors, u * count, 0, count, weights[p], accumulators, ahead,
-                                apart,
+                                tables, constants, factors, rooms, u * count, 0, count, weights[p], accumulators,
+                                ahead, apart,
                             )  # fmt: skip
                             if together > 1:
                                 _add_unit(
                                     instruction_set, bits, words, half, 1, tile, size, stream, position, scale, tables,
-                                    constants, factors, u * count, t, count, weights[p], accumulators, ahead,
-                                    apart,
+                                    constants, factors, rooms, u * count, t, count, weights[p], accumulators,
+                                    ahead, apart,
                                 )  # fmt: skip
                             position += unit_bytes
                             ahead += unit_bytes // lookup.WAYS

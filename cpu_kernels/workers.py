@@ -74,20 +74,20 @@ class Workers:
             if failed is not None:
                 raise failed
 
-    def run_kernel(self, kernel: Kernel, blocks: NDArray[np.int64], items: int) -> None:
-        """Share items 0 .. items - 1 of a kernel's work among the threads, of which thread k is given blocks[k].
+    def run_kernel(self, kernel: Kernel, blocks: int, step: int, items: int) -> None:
+        """Share items 0 .. items - 1 of a kernel's work among the threads, of which thread k is given block k.
 
-        blocks int64 (threads, words); the kernel takes (address of its block, first item, item after the last), and
-        must not raise.
+        `blocks` is the address of the first of them and `step` the bytes to the next; the kernel takes (address of
+        its block, first item, item after the last), and must not raise.
         """
         with self._lock:
             if self.threads == 1:
-                kernel(blocks.ctypes.data, 0, items)
+                kernel(blocks, 0, items)
                 return
             function = address(kernel)
             if self._asleep:
                 self._wake()
-            asleep = handover.lead(self._turns, self._posted, function, blocks.ctypes.data, blocks.strides[0], items)
+            asleep = handover.lead(self._turns, self._posted, function, blocks, step, items)
             self._asleep = asleep > 0
 
     def _wake(self) -> None:

@@ -141,6 +141,26 @@ def test_extreme_activations_do_not_overflow(kernel: str, bits: int) -> None:
     )
 
 
+@pytest.mark.parametrize("beyond", [0, 1])
+@pytest.mark.parametrize(("bits", "width"), [(6, 16), (6, 32), (8, 64)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_sums_that_just_fit_a_byte_and_that_do_not(kernel: str, bits: int, width: int, beyond: int) -> None:
+    case = make(4, 65, 256, 2, 128, False, ones=True)
+    case.planes[:, :32] = ~np.uint64(0)
+    most = {6: 31, 8: 127}[bits]
+    full, rest = divmod(lookup.CAPACITY[bits] + beyond, most)
+    x = np.zeros((5, 256), np.float32)  # four tokens together and one alone
+    for t, start in enumerate((0, 256 - width, width, 0, 128)):
+        x[t, start : start + full + 1] = [most] * full + [rest]
+    activations = quantize(x, bits)
+    assert (activations.scale == 1).all()
+    matrix = prepack(case.planes, case.scale, 128, 256, kernel=kernel)
+    np.testing.assert_array_equal(multiply(matrix, activations), case.expected(activations))
+    for t in range(5):
+        alone = quantize(x[t], bits)
+        np.testing.assert_array_equal(multiply(matrix, alone), case.expected(alone))
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_plane_weights_share_one_scale(kernel: str) -> None:
     weights = (8.0, 4.0, 2.0, 1.0)
@@ -359,7 +379,7 @@ def test_the_neon_form_compiles_to_table_instructions() -> None:
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [byte, byte, byte]), "sums")
     builder = ir.IRBuilder(function.append_basic_block())
     packed, table, to = function.args
-    even, odd = lookup.emit_sums(builder, vector.NEON, 8, 16, packed, [table], [])[0]
+    even, odd = lookup.emit_sums(builder, vector.NEON, 8, 16, 4, packed, [table], [])[0]
     vector.store(builder, vector.join(builder, even, odd), to, 2)
     builder.ret_void()
     text = str(module).replace('target triple = "unknown-unknown-unknown"', "")
