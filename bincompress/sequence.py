@@ -28,9 +28,8 @@ from bincompress.store import Store, open_store
 from bincompress.walk import INPUTS, Walk
 
 Tell = Callable[[str], None]
-Streams = tuple[
-    Floats, Floats
-]  # residual streams (samples, context, hidden): of the unquantized model, and of the store
+# Residual streams (samples, context, hidden): of the unquantized model, and of what the store has so far.
+Streams = tuple[Floats, Floats]
 _WRITERS = (1, 3)  # inputs whose matrix adds to the residual stream
 
 
@@ -89,7 +88,8 @@ class _Sequence:
         failed = config.declaration.names.embedding if config.declaration.names.embedding in lost else ""
         first, streams = self._resumed(found)
         for layer in range(config.layers):
-            both = _Both(self.work, self.store, layer, streams) if layer >= first else None
+            ahead = layer >= first and not failed
+            both = _Both(self.work, self.store, layer, streams) if ahead else None
             for number, (key, tensors) in enumerate(config.inputs_of_layer(layer).items()):
                 ready = by_input.get(key, [])
                 if failed:

@@ -291,7 +291,7 @@ def _show_plan(plan: Plan, rate: int | None, verbose: bool, as_json: bool) -> No
     click.echo(f"memory: at most about {plan.peak_memory / 1e6:,.0f} MB a worker")
     click.echo(cost.line())
     if plan.sequence is not None:
-        click.echo("not counted: --sequential runs the text through the layers of both models, some three times each")
+        click.echo("not counted: --sequential runs the text through the unquantized model and the binarized one")
 
 
 def _weights(tensor: Any) -> int:
