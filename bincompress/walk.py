@@ -15,6 +15,7 @@ from bincompress.model.steps import Buffers, Layer, Steps
 from cpu_kernels.products import Workers
 
 INPUTS = 4  # of a layer, in their order: qkv, out, gate_up, down
+_NONE = np.empty((0, 0), np.float32)
 
 
 class Walk:
@@ -27,46 +28,43 @@ class Walk:
         self._config = replace(config, layers=1, windows=(config.windows[layer],))
         self._steps = Steps(self._config, Workers(1))
         self.stream = stream.copy()
-        self.x = np.empty((0, 0), np.float32)
+        self.x = _NONE
 
     def go_on(self, number: int, weights: Layer) -> None:
         """Go from one input to the next; number: of the one to arrive at, or INPUTS for the end of the layer."""
-        tokens, hidden = self.stream[..., 0].size, self.stream.shape[2]
-        stream = self.stream.reshape(tokens, hidden)
+        stream = self.stream.reshape(-1, self.stream.shape[2])
         if number == 0:
-            nothing = np.zeros(hidden, np.float32)
-            self.x = self._normed(stream, np.zeros((tokens, hidden), np.float32), nothing, weights.input_norm)
+            self.x = self._normed(stream, weights.input_norm)
         elif number == 1:
-            self.x = self._mixed(weights)
+            # Once more: a transformation of the matrices that read it may have been folded into the norm meanwhile.
+            self.x = self._mixed(self._normed(stream, weights.input_norm), weights)
         elif number == 2:
-            self.x = self._normed(stream, weights.out(self.x), weights.out_bias, weights.post_norm)
+            stream += weights.out(self.x) + weights.out_bias
+            self.x = self._normed(stream, weights.post_norm)
         elif number == 3:
-            inner = np.empty((tokens, weights.down.cols), np.float32)
-            self._steps.gate(_work(inner=inner), weights.gate_up(self.x), weights.gate_up_bias)
-            self.x = inner
+            gate_up = weights.gate_up(self._normed(stream, weights.post_norm))
+            self.x = np.empty((len(stream), weights.down.cols), np.float32)
+            self._steps.gate(_work(inner=self.x), gate_up, weights.gate_up_bias)
         else:
             stream += weights.down(self.x) + weights.down_bias
-            self.x = np.empty((0, 0), np.float32)
+            self.x = _NONE
 
-    def _normed(self, stream: Floats, delta: Floats, bias: Floats, weight: Floats) -> Floats:
-        normed = np.empty_like(stream)
-        self._steps.add_norm(_work(stream=stream, normed=normed), delta, bias, weight)
+    def _normed(self, stream: Floats, weight: Floats) -> Floats:
+        normed, nothing = np.empty_like(stream), np.zeros_like(stream)
+        self._steps.add_norm(_work(stream=stream, normed=normed), nothing, nothing[0], weight)
         return normed
 
-    def _mixed(self, weights: Layer) -> Floats:
+    def _mixed(self, x: Floats, weights: Layer) -> Floats:
         samples, context, _ = self.stream.shape
-        mixed = np.empty((len(self.x), weights.out.cols), np.float32)
+        mixed = np.empty((len(x), weights.out.cols), np.float32)
         cache = KvCache(self._config, context)
         for sample in range(samples):
             cache.rewind()
             for start in range(0, context, PREFILL_BLOCK):
                 block = slice(sample * context + start, sample * context + min(context, start + PREFILL_BLOCK))
-                self._steps.attend(_work(normed=self.x[block], mixed=mixed[block]), weights, 0, cache)
+                self._steps.attend(_work(normed=x[block], mixed=mixed[block]), weights, 0, cache)
                 cache.length += block.stop - block.start
         return mixed
-
-
-_NONE = np.empty((0, 0), np.float32)
 
 
 def _work(stream: Floats = _NONE, normed: Floats = _NONE, mixed: Floats = _NONE, inner: Floats = _NONE) -> Buffers:

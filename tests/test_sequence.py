@@ -28,6 +28,7 @@ from bincompress.records import Inputs, Job, JobReport
 from bincompress.runner import Processes, run_local
 from bincompress.sequence import in_sequence
 from bincompress.statistics import Statistics
+from bincompress.store import open_store
 from tests.conftest import Run, tiny_config, tiny_tensors, write_model
 from tests.test_calibrate import SAMPLES, Watched
 from tests.test_run import problems
@@ -65,9 +66,16 @@ def seen(decoder: Any, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
     return tuple(np.concatenate(kept).astype(np.float64) for kept in (gate_up.seen, down.seen, streams))
 
 
+@pytest.mark.parametrize("options", [ONE_PLANE, {"method": "dbellquant", "planes": 1}])
 def test_statistics_are_those_of_the_layers_as_packed(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
+    tensors, random = tiny_tensors(), np.random.default_rng(0)
+    for name in tensors:  # uneven columns, so that a transformation has something to do
+        if name.startswith("model.layers.") and tensors[name].shape[-1] == 64 and tensors[name].ndim == 2:
+            uneven = np.exp(random.standard_normal(64)).astype(np.float32)
+            tensors[name] = (tensors[name].astype(np.float32) * uneven).astype(tensors[name].dtype)
+    tiny_model = write_model(tmp_path / "model", tensors, tiny_config())
     monkeypatch.setattr("bincompress.calibrate._PART_TOKENS", 64)  # three parts
     written: dict[str, dict[str, np.ndarray]] = {}
     monkeypatch.setattr(Statistics, "remove", lambda self: None)
@@ -78,13 +86,18 @@ def test_statistics_are_those_of_the_layers_as_packed(
         write(self, key, tensors, tokens, arrays)
 
     monkeypatch.setattr(Statistics, "write", noted)
-    assert run(tiny_model, tmp_path / "store").complete
+    assert run(tiny_model, tmp_path / "store", plan=planned(tiny_model, **options)).complete
     assert len(written) == 8
     assert {key.split(".")[-2] for key, arrays in written.items() if "lack" in arrays} == {"o_proj", "down_proj"}
     middle, x, stream = seen(load_decoder(str(tmp_path / "store"), 1, ActivationSettings(16)).decoder, SAMPLES)
     exact_middle, exact_x, exact_stream = seen(load_checkpoint(tiny_model), SAMPLES)
     down = load_checkpoint(tiny_model).layers[-1].down
     lack = exact_stream + down((exact_x - x).astype(np.float32)) - stream
+    if options["method"] == "dbellquant":  # of the input as it is before anything is folded into the norm
+        store, norm = open_store(str(tmp_path / "store")), "model.layers.1.post_attention_layernorm.weight"
+        folded = load_checkpoint(tiny_model).layers[1].post_norm / store.read_plain(norm)[0].float32().reshape(-1)
+        assert np.std(np.log(folded)) > 0.01
+        middle = middle * folded
     for key, name, expected in (
         ("gate_proj", "hessian", middle.T @ middle),
         ("gate_proj", "drift", (exact_middle - middle).T @ middle),
