@@ -98,9 +98,10 @@ def choose_samples(checkpoint: Checkpoint, text: str, samples: int, context: int
         )
     tokens = np.array(load_tokenizer(checkpoint.assets()).encode(text), np.int64)
     if len(tokens) < samples * context:
+        fewer = f"--samples {len(tokens) // context}" if len(tokens) >= context else "a smaller --context"
         raise BincompressError(
             f"the text has {len(tokens):,} tokens; {samples} samples of {context} need {samples * context:,}: give a "
-            f"longer text, or --samples {len(tokens) // context}"
+            f"longer text, or {fewer}"
         )
     starts = np.linspace(0, len(tokens) - context, samples).astype(np.int64)
     return np.stack([tokens[start : start + context] for start in starts])

@@ -188,6 +188,8 @@ def binarize(weight: Weight, job: Job) -> Binarized:
     """Run the job's method; single weights to keep take no part in it and are listed with their exact values."""
     method = METHODS[job.settings.method]
     inputs = _inputs(job)
+    if inputs is None and job.settings.calibrated:  # some methods could do without, and give other planes
+        raise TensorError(f"{job.name}: the statistics of its inputs are gone; calibrate again")
     if not job.kept:
         return method(weight, job.settings, inputs)
     rows, cols = (np.array(part) for part in zip(*job.kept, strict=True))

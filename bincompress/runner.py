@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import signal
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +23,10 @@ class Processes:
         if self._executor is None:
             # A forked child would inherit Zarr's and Numba's threads half alive.
             context = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(self.count, mp_context=context)
+            # Ctrl-C is this process's to act on: a worker that dies of it may hold the lock of the queue of jobs.
+            self._executor = ProcessPoolExecutor(
+                self.count, mp_context=context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+            )
         return self._executor.submit(work, job)
 
     def end(self) -> None:

@@ -16,20 +16,21 @@ from bincompress.calibrate import Calibration, begin_calibration, over_parts
 from bincompress.checkpoint import Checkpoint
 from bincompress.compress import Runner
 from bincompress.dequantize import dequantize
-from bincompress.errors import TensorError
+from bincompress.errors import StoreError, TensorError
 from bincompress.model.decoder import read_layer
 from bincompress.model.linear import DenseLinear, Embedding, Floats
 from bincompress.model.load import CheckpointSource
 from bincompress.model.packed import PackedEmbedding
 from bincompress.model.steps import Layer
 from bincompress.records import Job, JobReport
-from bincompress.statistics import Statistics, begin_statistics
+from bincompress.statistics import Statistics, begin_statistics, statistics_at
 from bincompress.store import Store, open_store
 from bincompress.walk import INPUTS, Walk
 
 Tell = Callable[[str], None]
 # Residual streams (samples, context, hidden): of the unquantized model, and of what the store has so far.
 Streams = tuple[Floats, Floats]
+_KIND = "sequence"  # of the statistics of an unfinished run
 _WRITERS = (1, 3)  # inputs whose matrix adds to the residual stream
 
 
@@ -74,12 +75,12 @@ class _Sequence:
 
     def run(self, jobs: Sequence[Job]) -> Generator[JobReport, None, None]:
         """Do the jobs of no layer, then layer by layer; after a failure, nothing that depends on what has failed."""
-        if self.store.attributes["status"] == "complete":
-            yield from self._do([self._as_written(job) for job in jobs])
+        reports = self._if_unchanged(jobs)
+        if reports:
+            yield from reports
             return
         config = self.work.config
-        begun = any(self.store.node_attributes(job.name) for job in jobs)
-        found = begin_statistics(statistics_url(self.store.url), self.work.record(), overwrite=not begun)
+        found = self._begin(jobs)
         keys: dict[str, str] = found.attributes["inputs"]
         by_input: dict[str, list[Job]] = {}
         for job in jobs:
@@ -121,17 +122,41 @@ class _Sequence:
                         failed.append(report.name)
         return failed
 
-    def _as_written(self, job: Job) -> Job:
-        """Return the job with the statistics that the complete tensor was made with, though they are gone."""
-        fingerprint = self.store.node_attributes(job.name).get("fingerprint", {})
-        return replace(job, inputs_hash=fingerprint.get("inputs", ""))
+    def _if_unchanged(self, jobs: Sequence[Job]) -> list[JobReport]:
+        """Return the reports of all jobs if all are done already; their statistics are gone then, and not needed."""
+        nodes = {job.name: self.store.node_attributes(job.name) for job in jobs}
+        if any(node.get("status") != "complete" for node in nodes.values()):
+            return []
+        again = [replace(job, inputs_hash=nodes[job.name]["fingerprint"].get("inputs", "")) for job in jobs]
+        with contextlib.closing(self.runner(again)) as running:
+            reports = list(running)
+        if any(report.status != "unchanged" for report in reports):
+            return []
+        left = statistics_at(statistics_url(self.store.url))
+        if left is not None and left.attributes.get("kind") == _KIND:
+            left.remove()
+        return reports
+
+    def _begin(self, jobs: Sequence[Job]) -> Statistics:
+        """Return the statistics of an interrupted run, or new ones; raises StoreError where others lie there."""
+        url = statistics_url(self.store.url)
+        left = statistics_at(url)
+        if left is not None and left.attributes.get("kind") != _KIND:
+            raise StoreError(
+                f"{url}: a run layer after layer keeps its statistics there, and holds others already; move them away"
+            )
+        begun = any(self.store.node_attributes(job.name) for job in jobs)
+        return begin_statistics(url, {"kind": _KIND, **self.work.record()}, overwrite=left is not None and not begun)
 
     def _with_statistics(self, job: Job, found: Statistics) -> Job:
         return replace(job, statistics=found.url, inputs_hash=found.hash_of(_reader(job)))
 
     def _resumed(self, found: Statistics) -> tuple[int, Streams]:
         """Return the first layer that is not done, and the streams before it."""
-        for layer in range(self.work.config.layers, 0, -1):
+        config, known = self.work.config, 0
+        while known < config.layers and all(found.has(key) for key in config.inputs_of_layer(known)):
+            known += 1
+        for layer in range(known, 0, -1):
             both = found.read_work(_work_name(layer))
             if both is not None:
                 exact, packed = np.split(both, 2)
@@ -159,9 +184,9 @@ class _Both:
     """Both models on their way through one layer, part by part."""
 
     def __init__(self, work: Calibration, store: Store, layer: int, streams: Streams) -> None:
-        self._config, self._layer = work.config, layer
+        self._layer = layer
         self._exact = read_layer(work.config, CheckpointSource(work.checkpoint, work.config), layer)
-        self._so_far = _SoFar(store, work)
+        self._work, self._url = work, store.url
         self._walks = [tuple(Walk(work.config, layer, stream[part]) for stream in streams) for part in work.parts]
 
     def go_on(self, number: int, threads: int) -> Iterator[_Sum]:
@@ -182,13 +207,17 @@ class _Both:
 
     def _weights(self) -> tuple[Layer, Layer]:
         """Return the layer of the unquantized model, and as the store has it by now."""
-        return self._exact, read_layer(self._config, self._so_far, self._layer)
+        # Opened anew: a store remembers attributes, and tensors are redone within a run.
+        so_far = _SoFar(open_store(self._url), self._work)
+        return self._exact, read_layer(self._work.config, so_far, self._layer)
 
 
 def _sum(number: int, exact: Layer, packed: Layer, pair: tuple[Walk, Walk]) -> _Sum:
     """Take a part to an input in both models and return its sums."""
     was, now = pair
     was.go_on(number, exact)
+    if number not in _WRITERS:  # before anything is folded into the norm, as an interrupted run may have done already
+        packed = replace(packed, input_norm=exact.input_norm, post_norm=exact.post_norm)
     now.go_on(number, packed)
     x, drift = now.x, was.x - now.x
     arrays = {"hessian": x.T @ x}

@@ -12,6 +12,7 @@
 
 import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from zarr.core.sync import sync
 
 from bincompress.errors import DamagedError, StoreError
 from bincompress.records import Inputs
-from bincompress.store import array_hash
+from bincompress.store import array_hash, is_local
 from bincompress.zarr_access import zarr_store
 
 FORMAT = "bincompress-statistics"
@@ -112,14 +113,15 @@ class Statistics:
         """Write an array that only an interrupted run needs."""
         write_array(self.root.require_group("work"), name, values)
         # Last: chunks that a killed process did not come to write would be read as zeros.
-        self.root[f"work/{name}"].attrs["status"] = "complete"
+        self.root[f"work/{name}"].attrs["hash"] = array_hash(values)
 
     def read_work(self, name: str, rows: slice = slice(None)) -> NDArray[Any] | None:
         """Return rows of an array of `write_work`, None where it is not there whole."""
         with contextlib.suppress(KeyError, OSError, ValueError, RuntimeError):
             found = self.root[f"work/{name}"]
-            if found.attrs.get("status") == "complete":
-                return np.asarray(found[rows])  # type: ignore[index]
+            values = np.asarray(found[rows]) if "hash" in found.attrs else None  # type: ignore[index]
+            if values is not None and (rows != slice(None) or array_hash(values) == found.attrs["hash"]):
+                return values
         return None
 
     def remove_work(self, name: str = "") -> None:
@@ -127,8 +129,13 @@ class Statistics:
         sync(self.root.store.delete_dir(f"{self.root.path}/work/{name}".strip("/")))
 
     def remove(self) -> None:
-        """Remove everything."""
-        sync(self.root.store.delete_dir(self.root.path))
+        """Remove the store, and nothing else that may lie in its folder."""
+        for part in ("work", "trials", "inputs"):
+            sync(self.root.store.delete_dir(f"{self.root.path}/{part}".strip("/")))
+        sync(self.root.store.delete(f"{self.root.path}/zarr.json".strip("/")))
+        if is_local(self.url):
+            with contextlib.suppress(OSError):
+                Path(self.url).rmdir()
 
     def finish(self) -> None:
         """Mark the store complete."""
@@ -148,7 +155,7 @@ def write_array(group: zarr.Group, name: str, values: NDArray[Any]) -> None:
 
 def open_statistics(url: str) -> Statistics:
     """Open complete statistics for reading; raises StoreError where there are none, or unfinished ones."""
-    found = _opened(url)
+    found = statistics_at(url)
     if found is None:
         raise StoreError(f"{url}: no statistics there; `bincompress calibrate SOURCE {url} --text FILE` makes them")
     if not found.complete:
@@ -158,7 +165,7 @@ def open_statistics(url: str) -> Statistics:
 
 def open_unfinished(url: str) -> Statistics:
     """Open statistics that a run is still collecting; raises StoreError where there are none."""
-    found = _opened(url)
+    found = statistics_at(url)
     if found is None:
         raise StoreError(f"{url}: no statistics there; does every node reach this place?")
     return found
@@ -167,7 +174,7 @@ def open_unfinished(url: str) -> Statistics:
 def begin_statistics(url: str, record: Mapping[str, Any], overwrite: bool) -> Statistics:
     """Create a statistics store, or open one that an equal run began; raises StoreError where another one did."""
     wanted = {"format": FORMAT, "version": VERSION, **record}
-    found = None if overwrite else _opened(url)
+    found = None if overwrite else statistics_at(url)
     if found is not None:
         for key, value in wanted.items():
             if found.attributes.get(key) != value:
@@ -176,18 +183,24 @@ def begin_statistics(url: str, record: Mapping[str, Any], overwrite: bool) -> St
                     "use another place, the same settings, or --overwrite"
                 )
         return found
+    before = statistics_at(url)
+    if before is not None:  # only statistics are replaced, never what else may lie there
+        before.remove()
+    if is_local(url) and Path(url).is_dir() and any(Path(url).iterdir()):
+        raise StoreError(f"{url}: holds something else, and no statistics; use another place")
     try:
-        if overwrite and _opened(url) is None:
-            overwrite = False  # only statistics are replaced, never what else may lie there
-        root = zarr.create_group(zarr_store(url), zarr_format=3, overwrite=overwrite, attributes={"format": FORMAT})
+        attributes = {**wanted, "status": "incomplete"}
+        root = zarr.create_group(zarr_store(url), zarr_format=3, attributes=attributes)
+        root.create_group("inputs")
     except (OSError, ValueError) as error:
         raise StoreError(f"{url}: cannot be written: {error}") from None
-    root.create_group("inputs")
-    root.attrs.put({**wanted, "status": "incomplete"})
     return Statistics(url, root)
 
 
-def _opened(url: str) -> Statistics | None:
+def statistics_at(url: str) -> Statistics | None:
+    """Open what lies there, None where nothing does; raises StoreError where it is no statistics."""
+    if is_local(url) and not Path(url).exists():
+        return None  # zarr would make the folder
     try:
         root = zarr.open_group(zarr_store(url), mode="r+", zarr_format=3)
     except FileNotFoundError:

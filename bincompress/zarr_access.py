@@ -5,6 +5,7 @@ zarr takes 0.3 s to import, so a store imports this module when it first needs o
 
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ _ZSTD_LEVEL = 9
 
 def zarr_store(url: str) -> Any:
     """Return zarr's view of a path or fsspec URL."""
-    return zarr.storage.FsspecStore.from_url(url) if "://" in url else DirectStore(url)
+    # zarr takes its root's name out of the paths of files wherever it stands in them, and "s/" stands in "assets/".
+    return zarr.storage.FsspecStore.from_url(url) if "://" in url else DirectStore(Path(url).resolve())
 
 
 def open_root(url: str) -> zarr.Group:

@@ -318,6 +318,8 @@ def test_samples_are_spread_over_the_text() -> None:
         BincompressError, match=r"the text has [\d,]+ tokens; 500 samples of 64 need 32,000: .*--samples"
     ):
         choose_samples(demo, text, 500, 64)
+    with pytest.raises(BincompressError, match="give a longer text, or a smaller --context"):
+        choose_samples(demo, "short", 1, 64)
     for samples, context in ((0, 64), (1, 1), (1, 10**6)):
         with pytest.raises(BincompressError, match="expected at least 1 sample of 2 to"):
             choose_samples(demo, text, samples, context)

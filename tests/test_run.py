@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from bincompress.inspection import inspect
 from bincompress.plan import Plan, make_plan
 from bincompress.recipe import load_recipe
 from bincompress.records import Job, JobReport
-from bincompress.runner import run_local
+from bincompress.runner import Processes, run_local
 from bincompress.store import open_store
 from bincompress.verify import verify
 from tests.conftest import tiny_config, tiny_tensors, write_model
@@ -62,6 +63,22 @@ def test_bytes_do_not_depend_on_workers_or_chance(tiny_model: Path, tmp_path: Pa
     plan = plan_of(tiny_model, **options)
     compress(plan, str(tmp_path / "two"), runner=lambda jobs: run_local(list(reversed(jobs)), workers=2))
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_a_store_may_have_any_name(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("s", "g"):  # which stand in "assets/" and "log/" too
+        assert run(tiny_model, name).complete
+        assert problems(name) == {}
+
+
+def test_an_interrupt_is_not_for_workers() -> None:
+    with Processes(1) as processes:
+        assert processes.submit(ignores_interrupts, None).result()  # type: ignore[arg-type]
+
+
+def ignores_interrupts(_: object) -> bool:
+    return signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 KILLED = """

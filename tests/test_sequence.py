@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from bincompress.calibrate import choose_samples, run_in_threads, text_record
 from bincompress.checkpoint import open_checkpoint
 from bincompress.compress import Outcome, compress
 from bincompress.engine import load_decoder
-from bincompress.errors import TensorError
+from bincompress.errors import StoreError, TensorError
 from bincompress.evaluate import evaluate
 from bincompress.methods.aim import aimed
 from bincompress.methods.compensation import curvature
@@ -35,6 +36,7 @@ from tests.test_run import problems
 
 Tree = Callable[[Path], dict[str, bytes]]
 ONE_PLANE = {"method": "xnor", "compensate": True, "scale_bits": 8, "block": 64, "refine": 2}
+BELLS = {"method": "dbellquant", "planes": 1}
 DEMO = Path(__file__).parents[1] / "bincompress" / "demo_model"
 TEXT = Path(__file__).parents[2] / "shared" / "data"
 
@@ -61,12 +63,12 @@ def seen(decoder: Any, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
     cache, streams = decoder.new_cache(samples.shape[1]), []
     for sample in samples:
         cache.rewind()
-        after = decoder.stream(decoder.embedding.rows_of(sample), cache)
+        after = decoder._advance(decoder.embedding.rows_of(sample), cache).stream
         streams.append(after - down.matrix(down.seen[-1]))
     return tuple(np.concatenate(kept).astype(np.float64) for kept in (gate_up.seen, down.seen, streams))
 
 
-@pytest.mark.parametrize("options", [ONE_PLANE, {"method": "dbellquant", "planes": 1}])
+@pytest.mark.parametrize("options", [ONE_PLANE, BELLS])
 def test_statistics_are_those_of_the_layers_as_packed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
@@ -129,7 +131,7 @@ def test_the_aim_is_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
     assert aimed(weights, known, Inputs("x", hessian, absmax)) is weights
 
 
-@pytest.mark.parametrize("options", [ONE_PLANE, {"method": "dbellquant", "planes": 1}, {"compensate": True}])
+@pytest.mark.parametrize("options", [ONE_PLANE, BELLS, {"compensate": True}])
 def test_bytes_do_not_depend_on_threads_and_workers(
     tiny_model: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
@@ -148,44 +150,90 @@ class StoppedError(Exception):
     pass
 
 
-@pytest.mark.parametrize("jobs", [3, 13, 16])
-def test_an_interrupted_run_goes_on(tiny_model: Path, tmp_path: Path, tree: Tree, jobs: int) -> None:
-    count = itertools.count(1)
+@pytest.mark.parametrize(
+    ("jobs", "options"), [(3, ONE_PLANE), (13, ONE_PLANE), (16, ONE_PLANE), (11, BELLS), (12, BELLS)]
+)
+def test_an_interrupted_run_goes_on(
+    tiny_model: Path, tmp_path: Path, tree: Tree, jobs: int, options: dict[str, Any]
+) -> None:
+    plan, count = planned(tiny_model, **options), itertools.count(1)
 
     def stop(report: JobReport) -> None:
         if next(count) == jobs:
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        run(tiny_model, tmp_path / "store", on_report=stop)
+        run(tiny_model, tmp_path / "store", plan=plan, on_report=stop)
     done: list[str] = []
-    outcome = run(tiny_model, tmp_path / "store", on_report=lambda report: done.append(report.status))
+    outcome = run(tiny_model, tmp_path / "store", plan=plan, on_report=lambda report: done.append(report.status))
     assert (len(done), outcome.unchanged, outcome.complete) == (21, jobs, True)
-    run(tiny_model, tmp_path / "undisturbed")
+    run(tiny_model, tmp_path / "undisturbed", plan=plan)
     assert tree(tmp_path / "store") == tree(tmp_path / "undisturbed")
     assert not (tmp_path / "store.sequence").exists()
 
 
-def test_a_stream_that_was_not_written_whole_is_not_gone_on_with(
-    tiny_model: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def dies(self: Statistics, name: str) -> None:
+def dies_at(monkeypatch: pytest.MonkeyPatch, method: str, after: Callable[[Statistics], None]) -> None:
+    def dies(self: Statistics, *arguments: object) -> None:
+        after(self)
         raise StoppedError
 
-    # Killed between the stream's last chunk and the mark that it is whole: its chunks may be missing.
+    monkeypatch.setattr(Statistics, method, dies)
+
+
+@pytest.mark.parametrize("damage", ["lost", "not whole", "changed"])
+def test_a_damaged_stream_is_not_gone_on_with(
+    tiny_model: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Statistics, "remove_work", dies)
+        dies_at(patch, "remove_work", lambda found: None)
         with pytest.raises(StoppedError):
             run(tiny_model, tmp_path / "store")
     node = tmp_path / "store.sequence" / "work" / "stream-1"
-    metadata = json.loads((node / "zarr.json").read_text())
-    metadata["attributes"] = {}
-    (node / "zarr.json").write_text(json.dumps(metadata))
-    for chunk in [path for path in (node / "c").rglob("*") if path.is_file()]:
-        chunk.unlink()
+    chunks = [path for path in (node / "c").rglob("*") if path.is_file()]
+    if damage == "changed":
+        chunks[0].write_bytes(chunks[0].read_bytes()[:-9])
+    else:  # killed before the mark that it is whole: chunks may be missing, which zarr reads as zeros
+        chunks[0].unlink()
+    if damage == "not whole":
+        metadata = json.loads((node / "zarr.json").read_text())
+        (node / "zarr.json").write_text(json.dumps({**metadata, "attributes": {}}))
     assert run(tiny_model, tmp_path / "store").complete
     run(tiny_model, tmp_path / "undisturbed")
     assert tree(tmp_path / "store") == tree(tmp_path / "undisturbed")
+
+
+def test_a_kill_while_statistics_are_removed(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        dies_at(patch, "remove", lambda found: shutil.rmtree(Path(found.url) / "inputs"))
+        with pytest.raises(StoppedError):
+            run(tiny_model, tmp_path / "store")
+    outcome = run(tiny_model, tmp_path / "store")
+    assert (outcome.unchanged, outcome.complete) == (21, True)
+    assert not (tmp_path / "store.sequence").exists()
+
+
+def test_what_changes_in_a_complete_store_is_calibrated_again(tiny_model: Path, tmp_path: Path, tree: Tree) -> None:
+    run(tiny_model, tmp_path / "store")
+    before = tree(tmp_path / "store")
+    shutil.rmtree(tmp_path / "store" / "tensors" / "model.layers.0.mlp.up_proj.weight")
+    outcome = run(tiny_model, tmp_path / "store")
+    assert (outcome.done, outcome.unchanged, outcome.complete) == (1, 20, True)
+    assert tree(tmp_path / "store") == before
+
+
+def test_what_is_not_its_own_is_left_alone(tiny_model: Path, tmp_path: Path, tree: Tree) -> None:
+    place = tmp_path / "store.sequence"
+    place.mkdir()
+    (place / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match="holds something else, and no statistics"):
+        run(tiny_model, tmp_path / "store")
+    assert (place / "notes.txt").read_text() == "mine"
+    shutil.rmtree(place)
+    collect(open_checkpoint(tiny_model), SAMPLES, str(place), runner=run_in_threads(1))
+    before = tree(place)
+    with pytest.raises(StoreError, match="holds others already; move them away"):
+        run(tiny_model, tmp_path / "store")
+    assert tree(place) == before
 
 
 def test_what_hangs_on_a_failed_tensor_is_not_begun(tmp_path: Path) -> None:

@@ -194,9 +194,10 @@ def _tokens(
             "--target-bits spreads the bits before --sequential has collected anything: give it --stats STATS too, as "
             "`bincompress calibrate` writes them"
         )
+    whole = read_text(text)
     if dry_run:
         return None
-    chosen = choose_samples(checkpoint, read_text(text), samples or 64, context or 512)
+    chosen = choose_samples(checkpoint, whole, samples or 64, context or 512)
     cols = parse(checkpoint.config).inner
     if chosen.size < _FEW_TOKENS * cols:
         click.echo(

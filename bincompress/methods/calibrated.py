@@ -73,5 +73,5 @@ def _as_planes(
 
 
 def _rounded(value: float) -> float:
-    """Return five significant digits: sums of float32 matrix products hold no more."""
-    return float(f"{value:.5g}")
+    """Return five significant digits: sums of float32 matrix products hold no more, and may end just below zero."""
+    return float(f"{max(value, 0.0):.5g}")

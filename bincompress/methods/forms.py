@@ -40,11 +40,6 @@ class Form:
         """How many coefficients a row-block stores."""
         return int(self.features.shape[1])
 
-    @property
-    def additive(self) -> bool:
-        """Whether every term is one plane: the sign of its coefficient can go into the plane."""
-        return self.mix is None and self.terms == tuple(1 << plane for plane in range(self.planes))
-
 
 def sum_of_planes(planes: int) -> Form:
     """Return the form of so many planes, each with a scale of its own."""

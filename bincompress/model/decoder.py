@@ -59,14 +59,6 @@ class Decoder:
             result[start:stop] = self._advance(self.embedding.rows_of(tokens[start:stop]), cache).normed
         return result
 
-    def stream(self, vectors: Floats, cache: KvCache) -> Floats:
-        """Run vectors (n, hidden) in place of tokens' and return the residual stream after the last layer."""
-        result = np.empty_like(vectors)
-        for start in range(0, len(vectors), PREFILL_BLOCK):
-            stop = start + PREFILL_BLOCK
-            result[start:stop] = self._advance(vectors[start:stop], cache).stream
-        return result
-
     def logits(self, ids: Sequence[int] | NDArray[np.int64], cache: KvCache) -> Floats:
         """Run these tokens after those in the cache and return the logits after each, (n, vocab)."""
         return self.head(self.states(ids, cache))

@@ -47,10 +47,6 @@ class Tokenizer:
         """Return the text of these tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
-    def token_text(self, token: int | None) -> str:
-        """Return a token as it is written in templates, "" if there is none."""
-        return "" if token is None else str(self._tokenizer.id_to_token(token) or "")
-
     def _ids(self, configs: Sequence[Mapping[str, Any]], kind: str) -> list[int]:
         for config in configs:
             value = config.get(f"{kind}_token_id")
