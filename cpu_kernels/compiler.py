@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FunctionType
 from typing import Any, cast
 
 import llvmlite
@@ -46,17 +47,32 @@ def inline_whole(function: Callable[..., Any]) -> Callable[..., Any]:
     return cast(Callable[..., Any], numba.njit(nogil=True, error_model="numpy", inline="always")(function))
 
 
-def kernel(signature: Any, reassociate: bool = False) -> "Callable[[Callable[..., Any]], Kernel]":
+def kernel(
+    signature: Any, reassociate: bool = False, **helpers: Callable[..., Any]
+) -> "Callable[[Callable[..., Any]], Kernel]":
     """Mark a kernel: compiled for `signature` alone, on first use, without the GIL held while it runs.
 
     Arguments of other types raise TypeError instead of compiling a second version. `reassociate` lets float sums be
-    taken in any order, so that they vectorise; their last bits then depend on the CPU.
+    taken in any order, so that they vectorise; their last bits then depend on the CPU. helpers: functions made for this
+    kernel, under the names of the globals that it calls them by. Closed over they would be a part of the cache's key,
+    another one in every process.
     """
 
     def mark(function: Callable[..., Any]) -> Kernel:
-        return cast(Kernel, functools.wraps(function)(Kernel(function, signature, reassociate)))
+        whole = _with_globals(function, helpers) if helpers else function
+        return cast(Kernel, functools.wraps(function)(Kernel(whole, signature, reassociate)))
 
     return mark
+
+
+def _with_globals(function: Callable[..., Any], more: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """Return the function with globals of its own."""
+    plain = cast(FunctionType, function)
+    copy = FunctionType(
+        plain.__code__, {**plain.__globals__, **more}, plain.__name__, plain.__defaults__, plain.__closure__
+    )
+    copy.__qualname__, copy.__module__, copy.__doc__ = plain.__qualname__, plain.__module__, plain.__doc__
+    return copy
 
 
 class Kernel:
@@ -83,8 +99,9 @@ class Kernel:
     def _name(self) -> str:
         """Return a name that no other kernel has: of one function's, signature and closed-over numbers differ."""
         cells = [cell.cell_contents for cell in self.function.__closure__ or ()]
-        numbers = [value for value in cells if isinstance(value, bool | int | float | str)]
-        digest = hashlib.sha256(repr((self.function.__module__, str(self.signature), numbers)).encode())
+        if not all(isinstance(value, bool | int | float | str) for value in cells):
+            raise TypeError(f"{self.function.__name__}: a kernel closes over numbers alone; give functions as helpers")
+        digest = hashlib.sha256(repr((self.function.__module__, str(self.signature), cells)).encode())
         return f"{self.function.__name__}-{digest.hexdigest()[:12]}"
 
 

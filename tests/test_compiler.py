@@ -28,11 +28,11 @@ print(*told)
 """
 
 
-def compiled(cache: Path, processes: int) -> list[str]:
+def compiled(cache: Path, processes: int, probe: str = PROBE) -> list[str]:
     """Return the names of the kernels that so many processes, started at once, compiled between them."""
     environment = {**os.environ, "BINCOMPRESS_CACHE": str(cache)}
     running = [
-        subprocess.Popen([sys.executable, "-c", PROBE], env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", probe], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(processes)
     ]
     names = " ".join(process.communicate()[0] for process in running).split()
@@ -60,6 +60,35 @@ def test_another_type_is_refused_instead_of_compiled() -> None:
     assert kernel(np.array([7])) == 7
     with pytest.raises(TypeError, match="No matching definition"):
         kernel(np.array([7.0]))
+
+
+PRODUCT = """
+import numpy as np
+from cpu_kernels.compiler import announce
+from cpu_kernels.products import product_kernels
+told = []
+with announce(told.append):
+    for kernel in product_kernels():
+        kernel.compile()
+print(*told)
+"""
+
+
+def test_the_kernels_of_products_are_loaded_by_the_next_process(tmp_path: Path) -> None:
+    assert "multiply" in compiled(tmp_path, 1, PRODUCT)
+    assert compiled(tmp_path, 1, PRODUCT) == []
+
+
+def test_a_kernel_closes_over_numbers_alone() -> None:
+    helper = compiler.inline(lambda x: x + 1)
+    mark = compiler.kernel(compiler.numba.int64(compiler.numba.int64))
+    with pytest.raises(TypeError, match="closes over numbers alone"):
+        mark(lambda x: helper(x)).compile()
+    assert compiler.kernel(compiler.numba.int64(compiler.numba.int64), helper=helper)(_calls_helper)(1) == 2
+
+
+def _calls_helper(x: int) -> int:
+    return helper(x)  # type: ignore[name-defined]  # noqa: F821
 
 
 def test_another_kernel_is_compiled_while_one_is_being_compiled(tmp_path: Path) -> None:
