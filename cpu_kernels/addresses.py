@@ -73,3 +73,19 @@ def _rows_of(item: Any) -> Any:
 uint8_items, int32_items = _array_of(types.uint8), _array_of(types.int32)
 int64_items, float32_items = _array_of(types.int64), _array_of(types.float32)
 int8_rows, int32_rows, float32_rows = _rows_of(types.int8), _rows_of(types.int32), _rows_of(types.float32)
+
+
+@intrinsic(prefer_literal=True)
+def local_float32(typing: Any, size: Any) -> Any:
+    """Return a float32 array (size,) on the caller's stack, for a literal size; its items are not set."""
+    if not isinstance(size, types.IntegerLiteral):
+        return None
+    kind = types.Array(types.float32, 1, "C")
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        count = ir.Constant(v.I64, size.literal_value)
+        place = cgutils.alloca_once(builder, ir.ArrayType(v.F32, size.literal_value))
+        place.align = 64
+        return _build(kind)(context, builder, signature, [builder.ptrtoint(place, v.I64), count])
+
+    return kind(size), generate

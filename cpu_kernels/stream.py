@@ -1,7 +1,9 @@
 """The packed stream that the product kernels read in order, built from row-major planes and float32 scales.
 
-A tile is 32 or 64 rows. Byte 2 i of a packed vector belongs to row i of its tile and byte 2 i + 1 to row
-(tile / 2) + i, so that sums of even and odd bytes come out in row order. For each tile and block of columns:
+A tile is 32 or 64 rows. Of 16 bytes of a packed vector, those with an even number belong to four rows of the tile's
+first quarter and four of its second, those with an odd number to as many of its third and fourth; the next 16 bytes
+belong to the following rows. Sums of even and odd bytes, widened four 16-bit lanes at a time, so come out in row order.
+For each tile and block of columns:
 
     scales   (scale sets, tile) float16 or float32, then the offsets (tile) where there are any
     bits     per unit of columns and plane: for lookup (8 or 16, tile) bytes, each holding 8 columns of one row;
@@ -133,10 +135,11 @@ def packer(lookup: int, tile: int) -> Kernel:
                         elif inside:
                             at = (p * rows + top) * words + chunk + w
                             for slot in range(0, tile, 8):
+                                top_row = slot // 8 % 2 * (tile // 4) + slot // 16 * 4
                                 _spread(
                                     0,
                                     source,
-                                    at + slot // 2 * words,
+                                    at + top_row * words,
                                     words,
                                     tile // 2 * words,
                                     stream,
@@ -145,7 +148,8 @@ def packer(lookup: int, tile: int) -> Kernel:
                                 )
                         else:
                             for slot in range(0, tile, 8):
-                                _spread(1, gathered, w * tile + slot // 2, 1, tile // 2, stream, place + slot, tile)
+                                at = w * tile + slot // 8 % 2 * (tile // 4) + slot // 16 * 4
+                                _spread(1, gathered, at, 1, tile // 2, stream, place + slot, tile)
 
     return pack
 

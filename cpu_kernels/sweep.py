@@ -24,6 +24,7 @@ from cpu_kernels.addresses import (
     int32_items,
     int32_rows,
     int64_items,
+    local_float32,
     uint8_items,
 )
 from cpu_kernels.compiler import Kernel, inline, inline_whole, kernel
@@ -81,10 +82,12 @@ def _unit(
             first = v.at(builder, v.data(context, builder, kinds[k], arguments[k]), arguments[13])
             return [builder.load(v.at(builder, first, step)) for step in steps]
 
-        constant = of_tokens(10)
-        factor = [builder.fmul(factor, arguments[14]) for factor in of_tokens(11)]
+        def constants_and_factors() -> tuple[list[Any], list[Any]]:
+            return of_tokens(10), [builder.fmul(factor, arguments[14]) for factor in of_tokens(11)]
+
         acc_at = v.at(builder, v.data(context, builder, kinds[15], arguments[15]), arguments[16])
         if chosen == v.PORTABLE:
+            constant, factor = constants_and_factors()
             popcount.emit_unit(
                 builder, width, count, bool(is_half), packed_at, tables_at, constant[0], factor[0], scales_at, acc_at
             )
@@ -95,7 +98,12 @@ def _unit(
             for _ in range(1, lookup.WAYS):
                 asked.append(v.at(builder, asked[-1], arguments[18]))
             ahead = asked if together == 1 else []
+            # Else tables are loaded before the loop over planes and kept on the stack, for want of registers: with
+            # AVX-512 and 8 bits a product took 1.1 x the time.
+            builder.fence("seq_cst", "singlethread")
             sums = _sums(builder, chosen, width, 8 * count, of_tokens(12), packed_at, token_tables, ahead)
+            # Loaded after the branches for room, where it takes no instruction to have them in every lane.
+            constant, factor = constants_and_factors()
             lookup.emit_apply(builder, v.tile_rows(chosen), bool(is_half), sums, constant, factor, scales_at, acc_at)
         return context.get_dummy_value()
 
@@ -194,7 +202,7 @@ FIELDS = (
     "quantize",  # address of the kernel that makes q and the others from x first; 0 where they are given
     *QUANTIZING,
     "tables",  # prepared tables or bit slices of one token block, 64-byte aligned
-    # int32, float32, float32, int32 (units * tokens of a block,): prepared as well
+    # int32, float32, float32, int32 (units * tokens of a block,): prepared as well (see _prepare)
     "constants", "factors", "offsets", "rooms",
     "accumulators",  # float32 (tokens of a block * rows of a tile,), 64-byte aligned
     "token_block",
@@ -217,7 +225,7 @@ def _prepare(
 ) -> None:  # fmt: skip
     """Make the tables (or bit slices), constants, factors and sums of x of tokens start .. start + count - 1.
 
-    And their rooms (see lookup.ROOMS).
+    And their rooms (see lookup.ROOMS). A unit's constant is sum x, or LIFT + sum |x| for lookup.emit_apply.
     """
     flat = q.reshape(q.size)
     for t in range(count):
@@ -232,7 +240,7 @@ def _prepare(
                 total += sums[start + t, w]
                 size += absolute[start + t, w]
                 of_eight = max(of_eight, absolute[start + t, w])
-            constants[place] = total if instruction_set == v.PORTABLE else size
+            constants[place] = total if instruction_set == v.PORTABLE else lookup.LIFT + size
             factor = token_scale[start + t, u * words // 2]
             factors[place] = factor
             offsets[place] = factor * np.float32(total)
@@ -242,15 +250,11 @@ def _prepare(
                 if instruction_set == v.PORTABLE:
                     popcount.slice_word(bits, flat, at, tables, to)
                 else:
-                    for g in range(0, 16, 8):
-                        first_half = 0
-                        second_half = 0
-                        for k in range(g, g + 4):
-                            first_half += lookup.fill_table(bits, flat, at + 4 * k, tables, to + k * (per_word // 16))
-                        for k in range(g + 4, g + 8):
-                            second_half += lookup.fill_table(bits, flat, at + 4 * k, tables, to + k * (per_word // 16))
-                        of_two = max(of_two, first_half, second_half)
-                        of_four = max(of_four, first_half + second_half)
+                    for g in range(0, 64, 32):
+                        two: int = lookup.fill_tables(bits, flat, at + g, tables, to + g * per_word // 64)
+                        more = lookup.fill_tables(bits, flat, at + g + 16, tables, to + (g + 16) * per_word // 64)
+                        of_two = max(of_two, two, more)
+                        of_four = max(of_four, two + more)
             if bits == 6:
                 rooms[place] = 4 if of_four <= capacity else 2 if of_two <= capacity else 1
             else:
@@ -285,7 +289,7 @@ def _add_unit(
     return t
 
 
-def _add_tile(*arguments: Any) -> None:
+def _add_tiles(*arguments: Any) -> None:
     """Stand for what each kernel has under this name."""
     raise NotImplementedError
 
@@ -307,38 +311,49 @@ def sweep(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
     capacity = lookup.CAPACITY[bits]
 
     # One token has a function of its own, with as few numbers as fit the registers: beside the loops over tokens they
-    # were kept in memory, 75 instructions for each unit of 180.
+    # were kept in memory, 75 instructions for each unit of 180. Called for each tile it took 45 ns more, as long as
+    # two units.
     @inline
-    def add_tile(
-        stream: Any, position: Any, units: Any, units_per_block: Any, planes: Any, scale_step: Any, scale_sets: Any,
-        has_offset: Any, header: Any, header_steps: Any, tables: Any, constants: Any, factors: Any, offsets: Any,
-        rooms: Any, weights: Any, accumulators: Any, ahead: Any, apart: Any,
+    def add_tiles(
+        first: Any, last: Any, stream: Any, tile_bytes: Any, units: Any, units_per_block: Any, planes: Any,
+        scale_step: Any, scale_sets: Any, has_offset: Any, header: Any, header_steps: Any, tables: Any, constants: Any,
+        factors: Any, offsets: Any, rooms: Any, weights: Any, apart: Any, multipliers: Any, result: Any,
     ) -> None:  # fmt: skip
-        unit = 0
-        while unit < units:
-            scales = position
-            position += header
-            for _ in range(header_steps):
-                _ask(stream, ahead, apart)
-                ahead += lookup.LINE
-            end = min(unit + units_per_block, units)
-            if has_offset:
-                place = scales + scale_sets * scale_bytes
-                _add_offsets(tile, half, stream, place, unit, end, 1, offsets, accumulators)
-            for u in range(unit, end):
-                scale = scales
-                for p in range(planes):
-                    _unit(
-                        instruction_set, bits, words, half, 1, stream, position, scale, tables, u * size, constants,
-                        factors, rooms, u, weights[p], accumulators, 0, ahead, apart,
-                    )  # fmt: skip
-                    scale += scale_step
-                    position += unit_bytes
-                    ahead += unit_bytes // lookup.WAYS
-            unit = end
+        accumulators: Any = local_float32(tile)
+        for number in range(first, last):
+            position = number * tile_bytes
+            # After the last tile its own lines, which cost nothing any more.
+            ahead = min(number + 1, last - 1) * tile_bytes
+            accumulators[:] = 0
+            unit = 0
+            while unit < units:
+                scales = position
+                position += header
+                for _ in range(header_steps):
+                    _ask(stream, ahead, apart)
+                    ahead += lookup.LINE
+                end = min(unit + units_per_block, units)
+                if has_offset:
+                    place = scales + scale_sets * scale_bytes
+                    _add_offsets(tile, half, stream, place, unit, end, 1, offsets, accumulators)
+                for u in range(unit, end):
+                    scale = scales
+                    for p in range(planes):
+                        _unit(
+                            instruction_set, bits, words, half, 1, stream, position, scale, tables, u * size, constants,
+                            factors, rooms, u, weights[p], accumulators, 0, ahead, apart,
+                        )  # fmt: skip
+                        scale += scale_step
+                        position += unit_bytes
+                        ahead += unit_bytes // lookup.WAYS
+                unit = end
+            # Unsigned places need no test for negative ones.
+            row = np.uint64(number * tile)
+            for r in range(np.uint64(min(tile, multipliers.size - number * tile))):
+                result[row + r] = accumulators[r] * multipliers[row + r]
 
     # Addresses, not arrays: a call of 24 arguments took 4 microseconds, and a waiting thread can be handed a number.
-    @kernel(types.void(types.int64, types.int64, types.int64), _add_tile=add_tile)
+    @kernel(types.void(types.int64, types.int64, types.int64), _add_tiles=add_tiles)
     def multiply(job_address: Any, first: Any, last: Any) -> None:
         job = int64_items(job_address, _WORDS)
         rows, units, units_per_block = job[_ROWS], job[_UNITS], job[_UNITS_PER_BLOCK]
@@ -378,19 +393,18 @@ def sweep(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
                     instruction_set, bits, words, per_word, units, start, count, q, token_scale, sums, absolute,
                     tables, constants, factors, offsets, rooms, capacity,
                 )  # fmt: skip
+            if asking:
+                _add_tiles(
+                    first, last, stream, tile_bytes, units, units_per_block, planes,
+                    0 if scale_sets < planes else scale_bytes, scale_sets, has_offset, header, header_steps, tables,
+                    constants, factors, offsets, rooms, weights, apart, multipliers, result[0],
+                )  # fmt: skip
+                return
             for number in range(first, last):
                 position = number * tile_bytes
-                # After the last tile its own lines, which cost nothing any more.
                 ahead = min(number + 1, last - 1) * tile_bytes
                 accumulators[:] = 0
                 unit = 0
-                if asking:
-                    _add_tile(
-                        stream, position, units, units_per_block, planes, 0 if scale_sets < planes else scale_bytes,
-                        scale_sets, has_offset, header, header_steps, tables, constants, factors, offsets, rooms,
-                        weights, accumulators, ahead, apart,
-                    )  # fmt: skip
-                    unit = units
                 while unit < units:
                     scales = position
                     position += header

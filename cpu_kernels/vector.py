@@ -122,6 +122,13 @@ def population(builder: Any, words: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [words])
 
 
+def total(builder: Any, values: Any) -> Any:
+    """Return the sum of all integer lanes."""
+    kind = ir.FunctionType(values.type.element, [values.type])
+    name = f"llvm.vector.reduce.add.v{values.type.count}i{values.type.element.width}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [values])
+
+
 def multiply_add(builder: Any, left: Any, right: Any, addend: Any) -> Any:
     """Return left * right + addend, fused where the CPU can."""
     kind = ir.FunctionType(left.type, [left.type] * 3)
@@ -129,11 +136,11 @@ def multiply_add(builder: Any, left: Any, right: Any, addend: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [left, right, addend])
 
 
-def prefetch(builder: Any, pointer: Any) -> None:
-    """Ask for the cache line at `pointer` in the second level (an address outside the array is harmless)."""
+def prefetch(builder: Any, pointer: Any, level: int = 2) -> None:
+    """Ask for the cache line at `pointer` in the first or second level (an address outside the array is harmless)."""
     kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [pointer, ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
+    builder.call(function, [pointer, ir.Constant(I32, 0), ir.Constant(I32, 4 - level), ir.Constant(I32, 1)])
 
 
 def shuffle(builder: Any, instruction_set: int, table: Any, index: Any) -> Any:

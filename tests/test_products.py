@@ -272,8 +272,9 @@ def test_layout_of_the_lookup_stream(kernel: str) -> None:
     assert (stream[: 4 * tile].view(np.float16) == 2.0**15).all()
     packed = stream[4 * tile :].reshape(2, 16, tile)
     of_rows = case.planes.view(np.uint8)  # (planes, tile, 16)
-    np.testing.assert_array_equal(packed[:, :, 0::2], of_rows[:, : tile // 2].transpose(0, 2, 1))
-    np.testing.assert_array_equal(packed[:, :, 1::2], of_rows[:, tile // 2 :].transpose(0, 2, 1))
+    # (planes, vectors, pieces of 16 bytes, quarter of an even or odd byte, four rows, even or odd)
+    quarters = packed.reshape(2, 16, tile // 16, 2, 4, 2).transpose(0, 5, 3, 2, 4, 1)
+    np.testing.assert_array_equal(quarters.reshape(of_rows.shape), of_rows)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
