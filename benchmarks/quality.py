@@ -25,6 +25,8 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "--target-bits 2.5": ((*TWO, "--scale-bits", "8", "--target-bits", "2.5"), (8,)),
     "billm": (("--method", "billm"), (16, 8, 6)),
     "dbellquant": (("--method", "dbellquant"), (16, 8, 6)),
+    "one plane, compensation alone": (("--method", "xnor", "--compensate"), (8,)),
+    "dbellquant, one plane, compensation alone": (("--method", "dbellquant", "--planes", "1"), (8,)),
     "one plane, block 64": (("--method", "xnor", *TWO, *ONE), (8,)),
     "dbellquant, one plane, block 64": (("--method", "dbellquant", "--planes", "1", "--refine", "4", *ONE), (8,)),
     "--target-bits 1.125": ((*TWO, "--scale-bits", "8", "--target-bits", "1.125"), (8,)),

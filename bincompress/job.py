@@ -27,7 +27,7 @@ from bincompress.records import Binarized, Inputs, Job, JobReport, Shared, Weigh
 from bincompress.store import Store, is_local, open_store
 from cpu_kernels.counting import greatest_magnitude
 
-BYTES_VERSION = 2  # raised when a change of the program changes the bytes of a tensor
+BYTES_VERSION = 3  # raised when a change of the program changes the bytes of a tensor
 _FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _SAMPLE = 1 << 14  # weights in a tensor's histogram
 _BINS = 100
@@ -100,7 +100,7 @@ def _opened(url: str, run_id: str) -> Store:
 def _write(store: Store, job: Job, weight: Weight, fingerprint: dict[str, Any]) -> dict[str, Any]:
     if job.settings.method == KEEP:
         if job.shared is not None:
-            weight = _divided(weight, job, job.shared)
+            weight = _divided(weight, job)
         hashes, stored = store.write_plain(job.name, weight, job.source.shape, job.archive)
         report = {
             "method": KEEP, "groups": 0, "nominal_bits": 8.0 * weight.bits.nbytes / max(1, weight.bits.size),
@@ -165,8 +165,11 @@ def _fingerprint(job: Job, content: str) -> dict[str, Any]:
 
 def _shared_record(shared: Shared) -> dict[str, Any]:
     """Return what the bytes of a norm and its readers hang on beside the tensor itself."""
-    hashes = [xxhash.xxh3_128_hexdigest(read_weight(member).flat.view(np.uint8).data) for member in shared.members]
-    return {"members": hashes, "settings": settings_record(shared.settings)}
+    return {"members": list(_contents(shared)), "settings": settings_record(shared.settings)}
+
+
+def _contents(shared: Shared) -> tuple[str, ...]:
+    return tuple(xxhash.xxh3_128_hexdigest(read_weight(member).flat.view(np.uint8).data) for member in shared.members)
 
 
 def check_finite(name: str, weight: Weight) -> None:
@@ -223,18 +226,32 @@ def _inputs(job: Job) -> Inputs | None:
 
     # One thread, whatever the machine has: BLAS sums in another order with more, and a job is one core's work.
     threadpoolctl.threadpool_limits(1, user_api="blas")
-    members = job.shared.members if job.shared is not None else ()
-    found = open_unfinished(job.statistics).read(members[0].name if members else job.name)
-    return replace(found, name=job.name, members=tuple(read_weight(member) for member in members))
+    if job.shared is None:
+        return open_unfinished(job.statistics).read(job.name)
+    scale = _shared_scale(job.shared, _contents(job.shared), job.statistics, job.inputs_hash)
+    found = open_unfinished(job.statistics).read(job.shared.members[0].name)
+    return replace(found, name=job.name, channel_scale=scale)
 
 
-def _divided(norm: Weight, job: Job, shared: Shared) -> Weight:
+@functools.lru_cache(maxsize=512)  # one of every norm: a process that does all its readers searches once
+def _shared_scale(shared: Shared, contents: tuple[str, ...], statistics: str, inputs_hash: str) -> NDArray[np.float32]:
+    """Return the scale of a norm's channels, found from all its readers; contents and inputs_hash tell them apart."""
+    from bincompress.statistics import open_unfinished
+
+    members = [read_weight(member) for member in shared.members]
+    for source, weight in zip(shared.members, members, strict=True):
+        check_finite(source.name, weight)
+    scale = channel_scale(members, open_unfinished(statistics).read(shared.members[0].name), shared.settings)
+    scale.flags.writeable = False
+    return scale
+
+
+def _divided(norm: Weight, job: Job) -> Weight:
     """Return a norm's weight divided by the scale that its readers' columns are multiplied by, float32."""
     inputs = _inputs(job)
     assert inputs is not None
-    for member, weight in zip(shared.members, inputs.members, strict=True):
-        check_finite(member.name, weight)
-    divided = norm.float32() / channel_scale(inputs.members, inputs, shared.settings)
+    assert inputs.channel_scale is not None
+    divided = norm.float32() / inputs.channel_scale
     return Weight(divided.view(np.uint32), "F32")
 
 

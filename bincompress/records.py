@@ -57,7 +57,8 @@ class Inputs:
     name: str
     hessian: NDArray[np.float32]  # (cols, cols): the mean of x x^T
     absmax: NDArray[np.float32]  # (cols,): the greatest |x|
-    members: tuple["Weight", ...] = ()  # all matrices that read them, where a method is to treat them as one
+    # (cols,): of a transformation that is folded into the norm before the layer; its columns are multiplied by it.
+    channel_scale: NDArray[np.float32] | None = None
     # Where the layers before are binarized already, with x* and r* for what the unquantized model has in that place:
     drift: NDArray[np.float32] | None = None  # (cols, cols): the mean of (x* - x) x^T
     # (rows, cols): of (r* - r) x^T, r the residual stream after the unquantized matrix has added to it; of one that

@@ -1,6 +1,7 @@
 """Are the statistics those of the model's inputs, the same however they are collected, and is every misuse refused?"""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from bincompress.engine import load_decoder
 from bincompress.errors import BincompressError, DamagedError, RecipeError, StoreError, TensorError
 from bincompress.export import export
 from bincompress.inspection import inspect
+from bincompress.methods.dbellquant import channel_scale
 from bincompress.model.config import parse
 from bincompress.model.load import load_checkpoint
 from bincompress.model.packed import ActivationSettings
@@ -224,7 +226,11 @@ def test_a_transformation_is_folded_into_the_norm(tmp_path: Path) -> None:
     tiny_model = write_model(tmp_path / "model", tensors, tiny_config())
     statistics = collect(tiny_model, tmp_path / "stats")
     plan = planned(tiny_model, statistics, method="dbellquant", planes=1)
-    compress(plan, str(tmp_path / "store"))
+    searched = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bincompress.job.channel_scale", lambda *given: searched.append(1) or channel_scale(*given))
+        compress(plan, str(tmp_path / "store"))
+    assert len(searched) == 4  # once for each norm, not for each of its readers
     store = open_store(str(tmp_path / "store"))
     name = "model.layers.0.input_layernorm.weight"
     before = load_checkpoint(tiny_model).layers[0].input_norm
@@ -232,6 +238,14 @@ def test_a_transformation_is_folded_into_the_norm(tmp_path: Path) -> None:
     scale = before / after
     assert np.std(np.log(scale)) > 0.01
     assert "q_proj" in store.complete_attributes(name)["report"]["transformation"]
+    # Other weights in the same place, with the same inputs from the same place, are searched anew.
+    tensors["model.layers.0.self_attn.k_proj.weight"] *= 2
+    for folder in ("model", "stats"):
+        shutil.rmtree(tmp_path / folder)
+    write_model(tiny_model, tensors, tiny_config())
+    changed = planned(tiny_model, collect(tiny_model, tmp_path / "stats"), method="dbellquant", planes=1)
+    compress(changed, str(tmp_path / "store2"))
+    assert np.any(open_store(str(tmp_path / "store2")).read_plain(name)[0].float32().reshape(-1) != after)
     # Where one reader of the norm is kept as it is, nothing may be folded.
     kept = make_plan(
         open_checkpoint(tiny_model), load_recipe(None, {"method": "dbellquant"}, ("*.0.self_attn.k_proj.weight",)),

@@ -314,7 +314,7 @@ def test_one_scale_for_all_members_and_never_worse_on_what_it_saw() -> None:
     assert scale.shape == (128,)
     assert np.all(scale > 0)
     assert not np.any(scale.view(np.uint32) & 0xFFFF)
-    together = replace(inputs, members=members)
+    together = replace(inputs, channel_scale=scale)
     with_it = sum(METHODS["dbellquant"](m, settings, together).notes["output_error"] for m in members)
     without = sum(METHODS["xnor"](m, Settings("xnor", compensate=True), inputs).notes["output_error"] for m in members)
     assert with_it < without

@@ -34,22 +34,26 @@ _PAYS = 4.0  # what a stored bit a weight lowers the error by: a factor of four
 def binarize(weight: Weight, settings: Settings, inputs: Inputs | None = None) -> Binarized:
     """Return the planes of the transformed weights, the transformation folded into the norm or stored as in_scale.
 
-    inputs.members: all matrices that read the norm, whose weight is divided by `channel_scale` elsewhere; empty where
-    no norm feeds the layer: then the transformation is kept only if it pays for the bits of in_scale.
+    inputs.channel_scale: what the columns are multiplied by and the norm's weight divided by, found by `channel_scale`
+    for all matrices that read the norm; None where no norm feeds the layer: then the transformation is kept only if it
+    pays for the bits of in_scale.
     """
     if inputs is None:
         raise TensorError("dbellquant needs statistics of the layer's inputs; give --stats")
-    if inputs.members:
-        scale = channel_scale(inputs.members, inputs, settings)
+    if inputs.channel_scale is not None:
+        scale = inputs.channel_scale
         found = _transformed(weight, settings, inputs, scale)
         notes = {"transformation": "folded into the norm", "bells": bells(weight, scale)}
         return replace(found, notes={**found.notes, **notes})
     plain = _transformed(weight, settings, inputs, np.ones(weight.shape[1], np.float32))
-    scale = channel_scale((weight,), inputs, settings)
-    found = _transformed(weight, settings, inputs, scale)
+    scale, lowered = _search((weight,), inputs, settings)
     worth = _PAYS ** (32.0 / weight.shape[0])  # 32 bits a column
+    unpaid = replace(plain, notes={**plain.notes, "transformation": "none: in_scale would not pay for its bits"})
+    if lowered * worth >= 1:  # refinement makes the difference smaller yet
+        return unpaid
+    found = _transformed(weight, settings, inputs, scale)
     if found.notes["output_error"] * worth >= plain.notes["output_error"]:
-        return replace(plain, notes={**plain.notes, "transformation": "none: in_scale would not pay for its bits"})
+        return unpaid
     in_scale = (1.0 / scale).astype(np.float32)
     notes = {"transformation": "in_scale", "bells": bells(weight, scale)}
     return replace(found, in_scale=in_scale, notes={**found.notes, **notes})
@@ -71,6 +75,11 @@ def channel_scale(members: Sequence[Weight], inputs: Inputs, settings: Settings)
     all that the search passes, no transformation at all included, the one is taken with which error compensation costs
     least, on rows spread evenly over the members.
     """
+    return _search(members, inputs, settings)[0]
+
+
+def _search(members: Sequence[Weight], inputs: Inputs, settings: Settings) -> tuple[NDArray[np.float32], float]:
+    """Return `channel_scale` and the share of the error without it that is left on the rows looked at."""
     known = curvature(inputs.hessian, inputs.name)
     step = _row_step(members[0], len(members))
     near = inputs if inputs.lack is None else replace(inputs, lack=inputs.lack[::step])  # one member, no norm's
@@ -78,7 +87,8 @@ def channel_scale(members: Sequence[Weight], inputs: Inputs, settings: Settings)
     weights = sample.astype(np.float64)
     starts = [formula(weights, inputs.absmax, epsilon) for epsilon in (settings.epsilon, *_EXPONENTS)]
     passed = [scale for start in starts for scale in list(descend(weights, start))[:: _STEPS // 2]]
-    best, values, least = _rounded(sample, known, np.ones(weights.shape[1]), settings)
+    best, values, plain = _rounded(sample, known, np.ones(weights.shape[1]), settings)
+    least = plain
     for scale in passed:
         _, found, error = _rounded(sample, known, scale, settings)
         if error < least:
@@ -88,7 +98,7 @@ def channel_scale(members: Sequence[Weight], inputs: Inputs, settings: Settings)
         if error >= least:
             break
         best, values, least = scale, found, error
-    return _as_bfloat16(best / np.exp(np.mean(np.log(best))))
+    return _as_bfloat16(best / np.exp(np.mean(np.log(best)))), least / plain if plain > 0 else 1.0
 
 
 def _sampled(weight: Weight, members: int) -> NDArray[np.float32]:
