@@ -6,6 +6,7 @@ layer's matrices are jobs as ever, but those that read one input wait for those 
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from bincompress.checkpoint import Checkpoint
 from bincompress.compress import Runner
 from bincompress.dequantize import dequantize
 from bincompress.errors import StoreError, TensorError
+from bincompress.model.config import ModelConfig
 from bincompress.model.decoder import read_layer
 from bincompress.model.linear import DenseLinear, Embedding, Floats
 from bincompress.model.load import CheckpointSource
@@ -55,6 +57,14 @@ def in_sequence(
         yield from _Sequence(work, open_store(store), runner, threads, tell).run(jobs)
 
     return run
+
+
+def memory(config: ModelConfig, tokens: int) -> int:
+    """Return about how many bytes collecting the statistics of so many tokens takes, beside what jobs take."""
+    # The streams before and after a layer, and those on their way through it; what the widest matrices read.
+    walked = 4 * tokens * (6 * config.hidden + 2 * config.inner)
+    weights = sum(math.prod(shape) for name, shape in config.tensors().items() if ".0." in name)
+    return walked + 2 * 4 * weights + 2 * 8 * config.inner**2
 
 
 @dataclass(frozen=True)

@@ -299,7 +299,15 @@ def test_the_command_line(run: Run, tmp_path: Path) -> None:
     assert run("report", store, "--out", tmp_path / "report.html")[0] == 0
     assert '"context": 64' in (tmp_path / "report.html").read_text()
     code, out, err = run("compress", DEMO, tmp_path / "dry", *options, "--dry-run")
-    assert (code, "core-hours" in out, "not counted" in out) == (0, True, True), err
+    assert (code, "core-hours" in out, "--sequential runs 256 tokens" in out) == (0, True, True), err
+    more, most = (
+        json.loads(
+            run("compress", DEMO, tmp_path / "dry", *options[:2], *given, "--compensate", "--dry-run", "--json")[1]
+        )
+        for given in (("--samples", 4), ())
+    )
+    added = most["collecting_memory_bytes"] - more["collecting_memory_bytes"]
+    assert added == (64 - 4) * 512 * 4 * (6 * 256 + 2 * 768)
     assert run("calibrate", DEMO, stats, "--text", text, "--samples", 4, "--context", 64)[0] == 0
     code, out, err = run(
         "compress", DEMO, tmp_path / "spread", *options, "--stats", stats, "--target-bits", 2, "--json"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bincompress.plan import Plan
     from bincompress.statistics import Statistics
 
+_SAMPLES, _CONTEXT = 64, 512  # of --sequential
 _FEW_TOKENS = 16  # for each column of the widest input
 _SETTINGS = (
     "method", "groups", "solver", "window", "lam", "lam_normalized", "block", "embeddings", "planes", "scale_bits",
@@ -165,7 +166,7 @@ def command(
     else:
         plan = make_plan(checkpoint, chosen, kept, archive, sequence={} if tokens is None else text_record(tokens))
     if dry_run:
-        _show_plan(plan, rate, verbose, as_json)
+        _show_plan(plan, rate, verbose, as_json, (samples or _SAMPLES) * (context or _CONTEXT))
         return
     wrapped = layer_after_layer(checkpoint, tokens, store) if tokens is not None else None
     outcomes = run_plans({store: plan}, placement, overwrite=overwrite, verbose=verbose, quiet=as_json, wrapped=wrapped)
@@ -197,7 +198,7 @@ def _tokens(
     whole = read_text(text)
     if dry_run:
         return None
-    chosen = choose_samples(checkpoint, whole, samples or 64, context or 512)
+    chosen = choose_samples(checkpoint, whole, samples or _SAMPLES, context or _CONTEXT)
     cols = parse(checkpoint.config).inner
     if chosen.size < _FEW_TOKENS * cols:
         click.echo(
@@ -240,12 +241,16 @@ def finish(store: str, outcome: Outcome, as_json: bool) -> None:
         sys.exit(1)
 
 
-def _show_plan(plan: Plan, rate: int | None, verbose: bool, as_json: bool) -> None:
+def _show_plan(plan: Plan, rate: int | None, verbose: bool, as_json: bool, tokens: int) -> None:
+    """Show what would be done; tokens: that --sequential would collect statistics of, if the plan has it."""
     from bincompress.estimate import estimate
+    from bincompress.model.config import parse
+    from bincompress.sequence import memory
 
     with kernels_announced():
         cost = estimate(plan.tensors, rate)
     weights = {t.source.name: max(1, _weights(t)) for t in plan.tensors}
+    collecting = None if plan.sequence is None else memory(parse(plan.checkpoint.config), tokens)
     if as_json:
         print_json(
             {
@@ -253,6 +258,7 @@ def _show_plan(plan: Plan, rate: int | None, verbose: bool, as_json: bool) -> No
                 "source_bytes": plan.source_bytes,
                 "expected_bytes": plan.expected_bytes,
                 "peak_memory_bytes": plan.peak_memory,
+                "collecting_memory_bytes": collecting,
                 "estimate": cost.record(),
                 "tensors": {
                     t.source.name: {
@@ -291,8 +297,11 @@ def _show_plan(plan: Plan, rate: int | None, verbose: bool, as_json: bool) -> No
     )
     click.echo(f"memory: at most about {plan.peak_memory / 1e6:,.0f} MB a worker")
     click.echo(cost.line())
-    if plan.sequence is not None:
-        click.echo("not counted: --sequential runs the text through the unquantized model and the binarized one")
+    if collecting is not None:
+        click.echo(
+            f"not counted: --sequential runs {tokens:,} tokens through the unquantized model and the binarized one, in "
+            f"about {collecting / 1e6:,.0f} MB beside the workers"
+        )
 
 
 def _weights(tensor: Any) -> int:
