@@ -7,7 +7,6 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numba.np.arrayobj import populate_array
 
 from cpu_kernels import vector as v
 from cpu_kernels.compiler import Kernel
@@ -37,6 +36,8 @@ def call(typing: Any, function: Any, block: Any, first: Any, last: Any) -> Any:
 # Numba's own function for arrays at an address, carray, takes 0.1 s to compile at each use.
 def _build(kind: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        from numba.np.arrayobj import populate_array  # here: a kernel that is loaded, not compiled, needs none of it
+
         made = context.make_array(kind)(context, builder)
         item = context.get_data_type(kind.dtype)
         size = ir.Constant(v.I64, context.get_abi_sizeof(item))
