@@ -22,14 +22,20 @@ import gc, sys
 sys.argv = ["bincompress", "generate", {store!r}, "The scheduler", "--max-tokens", "2"]
 from bincompress.cli import main
 main()
+frozen = gc.get_freeze_count()
+gc.unfreeze()
 from bincompress.model.ahead import first_token_kernels
 from cpu_kernels.compiler import Kernel
 used = [kernel for kernel in gc.get_objects() if isinstance(kernel, Kernel) and kernel._compiled]
 others = [kernel.__name__ for kernel in used if kernel not in first_token_kernels()]
 heavy = {{"zarr", "fsspec", "jinja2", "huggingface_hub", "safetensors", "tqdm"}}
+compiling = {{"numba.np.arrayobj", "numba.np.linalg", "numba.cpython.unicode", "numba.typed.typedlist"}}
 print()
+print("used:", len(used))
+print("frozen:", frozen > len(gc.get_objects()) / 2)
 print("others:", *others)
 print("imported:", *sorted(heavy & set(sys.modules)))
+print("to compile:", *sorted(compiling & set(sys.modules)))
 """
 
 
@@ -42,10 +48,26 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_generate_from_a_local_store_imports_no_zarr_and_uses_the_kernels_compiled_ahead(demo: Path) -> None:
+    found = generated(demo)
+    assert found["others"] == found["imported"] == ""
+    assert int(found["used"]) > 10
+
+
+def test_kernels_are_loaded_without_what_compiling_them_takes(demo: Path) -> None:
+    generated(demo)  # whatever is not in the cache yet is compiled here
+    assert generated(demo)["to compile"] == ""
+
+
+def test_no_garbage_is_looked_for_among_modules_when_the_process_ends(demo: Path) -> None:
+    assert generated(demo)["frozen"] == "True"
+
+
+def generated(store: Path) -> dict[str, str]:
+    """Return what a process that has run the model in a store tells about itself."""
     done = subprocess.run(
-        [sys.executable, "-c", GENERATE.format(store=str(demo))], capture_output=True, text=True, check=True
+        [sys.executable, "-c", GENERATE.format(store=str(store))], capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines()[-2:] == ["others:", "imported:"]
+    return {key: value.strip() for key, value in (line.split(":") for line in done.stdout.splitlines()[-5:])}
 
 
 def test_the_process_that_compiles_ahead_ends_with_the_block() -> None:

@@ -1,6 +1,7 @@
 """What the verbs share: progress bars, the kernel compiler's one-time message, JSON."""
 
 import contextlib
+import gc
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,9 +40,25 @@ def kernels_announced(bar: Any = None, ahead: Callable[[], None] = lambda: None)
 
 
 @contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Look for no garbage meanwhile, and never among what is there then: modules, which live as long as the process.
+
+    The looking is a tenth of the time that importing Numba takes.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@contextlib.contextmanager
 def decoding_announced() -> Iterator[None]:
     """`kernels_announced` for a verb that runs a model: a second process compiles a part of the decoder's kernels."""
-    from bincompress.model.ahead import compiling_ahead
+    with _nothing_collected():
+        import bincompress.engine  # noqa: F401 (for the verb, which imports it too)
+        from bincompress.model.ahead import compiling_ahead
 
     with compiling_ahead() as ahead, kernels_announced(ahead=ahead):
         yield

@@ -15,6 +15,7 @@ import numpy as np
 
 from cpu_kernels.attention import ATTEND
 from cpu_kernels.compiler import Kernel, cache_is_kept
+from cpu_kernels.dense import bfloat16_rows
 from cpu_kernels.norms import PLACE, add_norm, gate
 from cpu_kernels.products import product_kernels
 from cpu_kernels.unpacking import expand
@@ -26,7 +27,7 @@ def first_token_kernels() -> list[Kernel]:
     Those that load the weights come last: the first process compiles them before it runs a token.
     """
     cached = np.dtype(np.uint16)
-    return [expand, add_norm, PLACE[cached], ATTEND[cached], gate, *product_kernels()]
+    return [expand, add_norm, PLACE[cached], ATTEND[cached], gate, bfloat16_rows, *product_kernels()]
 
 
 @contextlib.contextmanager
