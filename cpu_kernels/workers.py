@@ -47,12 +47,14 @@ class Workers:
             if task is _wait_for_jobs:
                 handover.serve(turns, posted, number)
                 continue
+            failed: BaseException | None = None
             try:
                 task()
             except BaseException as error:
-                self._done.put(error)
-            else:
-                self._done.put(None)
+                failed = error
+            del task  # which would keep what it worked on, a whole model perhaps, until the next one comes
+            self._done.put(failed)
+            del failed
 
     def run(self, tasks: Sequence[Callable[[], object]]) -> None:
         """Run at most `threads` tasks, the first in the calling thread, and return when all have ended."""
