@@ -10,7 +10,7 @@ from bincompress.model.config import ModelConfig
 from bincompress.model.errors import PromptError
 from bincompress.model.linear import Embedding, Linear, WeightSource
 from bincompress.model.steps import Buffers, Layer, Steps
-from bincompress.model.threads import over_ranges
+from bincompress.model.threads import in_turn
 from cpu_kernels.products import Workers
 
 Floats = NDArray[np.float32]
@@ -31,10 +31,8 @@ class Decoder:
         names = config.declaration.names
         self.config = config
         self.workers = workers or Workers(1)
-        self.layers = _layers(config, source, self.workers)
+        self.layers, self.embedding, self.head = _read(config, source, self.workers)
         self.norm = source.vector([names.norm])
-        self.embedding: Embedding = source.embedding(names.embedding)
-        self.head: Linear = source.linear([names.embedding if config.tied else names.head])
         self._no_bias = np.zeros(config.hidden, np.float32)
         self._steps = Steps(config, self.workers)
         self._buffers = Buffers.for_tokens(config, 1)
@@ -101,16 +99,21 @@ class Decoder:
         return work
 
 
-def _layers(config: ModelConfig, source: WeightSource, workers: Workers) -> list[Layer]:
-    """Read every layer, several threads one each at a time."""
-    found: dict[int, Layer] = {}
+def _read(config: ModelConfig, source: WeightSource, workers: Workers) -> tuple[list[Layer], Embedding, Linear]:
+    """Read every layer, the embedding and the head, several threads a part each at a time."""
+    names = config.declaration.names
+    layers: dict[int, Layer] = {}
+    ends: list[tuple[Embedding, Linear]] = []
 
-    def read(start: int, stop: int, _: int) -> None:
-        for number in range(start, stop):
-            found[number] = read_layer(config, source, number)
+    def read(part: int) -> None:
+        if part:
+            layers[part - 1] = read_layer(config, source, part - 1)
+        else:  # begun first, as it is the largest part; the embedding before a head that shares its memory
+            embedding = source.embedding(names.embedding)
+            ends.append((embedding, source.linear([names.embedding if config.tied else names.head])))
 
-    over_ranges(workers, read, config.layers)
-    return [found[number] for number in range(config.layers)]
+    in_turn(workers, read, 1 + config.layers)
+    return [layers[number] for number in range(config.layers)], *ends[0]
 
 
 def read_layer(config: ModelConfig, source: WeightSource, number: int) -> Layer:

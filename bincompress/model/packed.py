@@ -39,9 +39,8 @@ class Listed:
 
     def add(self, x: Floats, result: Floats, first_row: int) -> None:
         """Add their share to result (n, rows), whose column `first_row` is the matrix's first row."""
-        if self.rows.size:
-            places: Any = (slice(None), self.rows + first_row)
-            np.add.at(result, places, x[:, self.cols] * self.difference)
+        places: Any = (slice(None), self.rows + first_row)
+        np.add.at(result, places, x[:, self.cols] * self.difference)
 
 
 class PackedLinear:
@@ -54,7 +53,7 @@ class PackedLinear:
         self.rows, self.cols = matrix.rows, matrix.cols
         self.nbytes = matrix.nbytes
         self.path = f"{matrix.kernel} {matrix.instruction_set}"
-        self._listed = [(row, part) for row, part in listed if part.rows.size]
+        self._listed = tuple(listed)
         self._settings = settings
         self._workers = workers
         self._of_token: TokenProduct | None = None  # made when the first token is written: its kernel is loaded then

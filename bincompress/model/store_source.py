@@ -112,7 +112,8 @@ class StoreSource:
         listed, row = [], 0
         for _, packed, _ in entries:
             if packed is not None:
-                listed.append((row, _differences(packed)))
+                if packed.listed_index.size:
+                    listed.append((row, _differences(packed)))
                 row += packed.shape[0]
         linear = PackedLinear(matrix, listed, self._settings, self._workers)
         in_scale = entries[0][1].in_scale if entries[0][1] is not None else None

@@ -16,3 +16,17 @@ def over_ranges(workers: Workers, task: Task, items: int, at_least: int = 1) -> 
         return
     bounds = [items * part // parts for part in range(parts + 1)]
     workers.run([partial(task, bounds[part], bounds[part + 1], part) for part in range(parts)])
+
+
+def in_turn(workers: Workers, task: Callable[[int], object], items: int) -> None:
+    """Call task(0) .. task(items - 1), each thread the next one when it is free.
+
+    For tasks that differ in length: a thread that another program holds up leaves more of them to the others.
+    """
+    left = iter(range(items))  # its steps are whole for threads, as those of a list's iterator
+
+    def work() -> None:
+        for number in left:
+            task(number)
+
+    workers.run([work] * min(workers.threads, items))
