@@ -2,6 +2,7 @@
 
     pip install llama-cpp-python gguf      # built from source, so that it uses this CPU
     python -m benchmarks.decoding [--threads 1 2] [--repeats 5] [--json]
+    python -m benchmarks.decoding --loading --layers 56      # loading a store of 1 GB alone; without llama.cpp
 
 The model has Llama-3.2-1B's shapes with a vocabulary of 32,768, random weights, two planes per weight with blocks of
 128 columns, and embeddings and output head in 4 bits; llama.cpp's has TQ2_0 matrices and Q4_0 embeddings and head.
@@ -73,10 +74,11 @@ def write_gguf(source: Path, target: Path) -> None:
     import gguf
 
     checkpoint = open_checkpoint(source)
+    layers = checkpoint.config["num_hidden_layers"]
     writer = gguf.GGUFWriter(str(target), "llama")
     writer.add_context_length(2048)
     writer.add_embedding_length(MODEL["hidden_size"])
-    writer.add_block_count(MODEL["num_hidden_layers"])
+    writer.add_block_count(layers)
     writer.add_feed_forward_length(MODEL["intermediate_size"])
     writer.add_head_count(MODEL["num_attention_heads"])
     writer.add_head_count_kv(MODEL["num_key_value_heads"])
@@ -231,11 +233,14 @@ def memory_and_loading(store: str) -> dict[str, float]:
         done = subprocess.run([sys.executable, "-c", text, store], capture_output=True, text=True, check=True)
         return [float(word) for word in done.stdout.split()]
 
-    total, reading, loading = min((run(code) for _ in range(3)), key=lambda found: found[2] / found[1])
+    runs = sorted((run(code) for _ in range(5)), key=lambda found: found[2] / found[1])
+    total, reading, loading = runs[0]
+    _, reading_between, loading_between = runs[len(runs) // 2]
     packed, cache, resident = run(memory)
     return {
         "store_bytes": total, "reading_seconds": reading, "loading_seconds": loading,
         "loading_over_reading": loading / reading,
+        "loading_over_reading_median": loading_between / reading_between,
         "packed_bytes": packed, "cache_bytes": cache, "resident_bytes": resident,
         "resident_over_packed_and_cache_mb": (resident - packed - cache) / 1e6,
     }  # fmt: skip
@@ -246,6 +251,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=MODEL["num_hidden_layers"], help="of the model, if it is made")
+    parser.add_argument("--loading", action="store_true", help="only the memory and the time that loading takes")
     parser.add_argument("--folder", type=Path, help="keep the models here, and use those that are there")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -253,16 +260,17 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         source, store, gguf = folder / "model", folder / "store", folder / "tq2_0.gguf"
         if not source.exists():
-            write_checkpoint(source, MODEL, tied=False)
+            write_checkpoint(source, {**MODEL, "num_hidden_layers": options.layers}, tied=False)
         plan = make_plan(open_checkpoint(source), load_recipe(None, {"embeddings": "4bit"}))
         compress(plan, str(store))
-        if not gguf.exists():
+        if not (gguf.exists() or options.loading):
             write_gguf(source, folder / "f16.gguf")
             quantize_gguf(folder / "f16.gguf", gguf)
             (folder / "f16.gguf").unlink()
+        threads = [] if options.loading else options.threads
         found = {
             "machine": {**machine(), "threads": options.threads},
-            "runs": [compare(str(store), gguf, threads, options.repeats) for threads in options.threads],
+            "runs": [compare(str(store), gguf, count, options.repeats) for count in threads],
             "memory_and_loading": memory_and_loading(str(store)),
         }
     print(json.dumps(found, indent=1) if options.json else _text(found))
