@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import itertools
 import os
 import tempfile
 import threading
@@ -25,6 +26,7 @@ import llvmlite.binding
 import numba
 import numpy as np
 from numba.core import event
+from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.runtime._nrt_python import c_helpers
 
@@ -117,9 +119,26 @@ def _dispatcher(wanted: Kernel, folder: Path | None) -> Callable[..., Any]:
     dispatcher: Any = decorate(wanted.function)
     if folder is not None:
         dispatcher._cache = _kernel_cache(wanted.function, folder)
-    dispatcher.compile(wanted.signature)
+    with _numbered_after(wanted._name()):
+        dispatcher.compile(wanted.signature)
     dispatcher.disable_compile()
     return cast(Callable[..., Any], dispatcher)
+
+
+@contextlib.contextmanager
+def _numbered_after(name: str) -> Iterator[None]:
+    """Let Numba number the functions that it compiles from a number on that the kernel's name gives.
+
+    Native code names a function after its Python name, the types of its arguments and this number, which Numba counts
+    from 1 in every process. Of two with one name, helpers that close over different numbers say, a process that loads
+    what two others compiled would keep the first alone, and the second kernel would call the first one's.
+    """
+    before = FunctionIdentity._unique_ids
+    FunctionIdentity._unique_ids = itertools.count(int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) << 16)
+    try:
+        yield
+    finally:
+        FunctionIdentity._unique_ids = before
 
 
 def _kernel_cache(function: Callable[..., Any], folder: Path) -> "_KernelCache":

@@ -117,3 +117,44 @@ def test_another_kernel_is_compiled_while_one_is_being_compiled(tmp_path: Path) 
 def test_kernels_that_differ_in_closed_over_numbers_or_signature_differ_in_name() -> None:
     names = {kernel._name() for kernel in (packer(1, 32), packer(1, 64), packer(0, 32), *ATTEND.values())}
     assert len(names) == 5
+
+
+# Helpers that close over different numbers and are not inlined: each has a function of its own in the native code.
+APART = """
+import sys
+from numba import types
+from numba.extending import intrinsic
+from cpu_kernels.compiler import announce, inline, kernel
+
+@intrinsic
+def stay_apart(typing):
+    def generate(context, builder, signature, arguments):
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+    return types.void(), generate
+
+def adder(number):
+    @inline
+    def add(x):
+        stay_apart()
+        return x + number
+
+    @kernel(types.int64(types.int64), _add=add)
+    def run(x):
+        return _add(x) + number - number
+    return run
+
+def told(numbers):
+    compiled = []
+    with announce(compiled.append):
+        sums = [adder(number)(0) for number in numbers]
+    print("run" in compiled, *sums)
+"""
+
+
+def test_kernels_that_several_processes_compiled_do_not_call_each_others_helpers(tmp_path: Path) -> None:
+    (tmp_path / "adders.py").write_text(APART)
+    begin = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import adders; "
+    for number in (1, 2):
+        assert compiled(tmp_path / "cache", 1, f"{begin}adders.told([{number}])") == [str(number), "True"]
+    assert compiled(tmp_path / "cache", 1, f"{begin}adders.told([1, 2])") == ["1", "2", "False"]
