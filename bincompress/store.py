@@ -350,6 +350,17 @@ def _scaled(stored: NDArray[Any], exponent: int) -> NDArray[np.float32]:
     return result
 
 
+def let_go(values: NDArray[Any]) -> None:
+    """Let go of the memory of a mapped array, which checking its hash has filled; what is used is read again."""
+    owner: Any = values
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    mapped = owner.obj if isinstance(owner, memoryview) else None
+    # Never of an array in memory, whose contents would be lost; and not every system can.
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 def array_hash(values: NDArray[Any]) -> str:
     """Return the xxh3-128 hash of an array's bytes, row-major, little-endian."""
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)

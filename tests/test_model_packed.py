@@ -22,7 +22,7 @@ from bincompress.model.packed import ActivationSettings, PackedEmbedding, Stacke
 from bincompress.plan import make_plan
 from bincompress.recipe import Override, Recipe, load_recipe
 from bincompress.records import Settings
-from bincompress.store import Packed, open_store
+from bincompress.store import Packed, let_go, open_store
 from cpu_kernels import reference
 from tests.conftest import EVERY_METHOD, tiny_config, tiny_tensors, write_model
 
@@ -97,6 +97,35 @@ def test_forms_may_differ_within_one_layer(tiny_model: Path, tmp_path: Path) -> 
     assert loaded.paths[prefix + "v_proj.weight"] == "kept bfloat16"
     assert loaded.paths[prefix + "q_proj.weight"].startswith(("lookup", "popcount"))
     assert close(logits(loaded.decoder), dequantized_logits(store, tmp_path / "float")) < 0.03
+
+
+def resident(file: str) -> list[int]:
+    """Return how many kilobytes of each map of a file are in this process's memory."""
+    found, ours = [], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            ours = line.endswith(file)
+        elif ours and line.startswith("Rss:"):
+            found.append(int(line.split()[1]))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the kernel does not tell what is in memory")
+def test_of_a_packed_embedding_only_what_is_used_stays_in_memory(tiny_model: Path, tmp_path: Path) -> None:
+    store = stored(tiny_model, tmp_path / "store", Recipe(embeddings="4bit"))
+    planes = f"{store}/tensors/model.embed_tokens.weight/planes/c/0/0/0"
+    packed = open_store(store).read_packed("model.embed_tokens.weight", check_hashes=True)
+    assert any(resident(planes))
+    before = packed.planes.copy()
+    let_go(packed.planes)
+    assert resident(planes) == [0]
+    np.testing.assert_array_equal(packed.planes, before)
+    let_go(before)  # not mapped: stays
+    np.testing.assert_array_equal(packed.planes, before)
+    del packed
+    loaded = load_decoder(store, 1, ActivationSettings(8))
+    assert resident(planes) == [0]
+    assert loaded.decoder.embedding is not None
 
 
 def test_listed_weights_count_in_products_and_embeddings(tiny_model: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from bincompress.model.packed import (
     ScaledLinear,
     StackedLinear,
 )
-from bincompress.store import Packed, Store
+from bincompress.store import Packed, Store, let_go
 from cpu_kernels.products import Workers, prepack_rows
 
 Entry = tuple[str, Packed | None, Lowered | None]  # a tensor's name, how it is stored, and its planes
@@ -76,7 +76,9 @@ class StoreSource:
         """Return the table of token vectors; a packed one stays mapped where the store is a local folder."""
         if name not in self._tables:
             if self._kinds[name] == "packed":
-                self._tables[name] = PackedEmbedding(self._store.read_packed(name, check_hashes=True))
+                packed = self._store.read_packed(name, check_hashes=True)
+                let_go(packed.planes)
+                self._tables[name] = PackedEmbedding(packed)
             else:
                 self._tables[name] = self._kept(name)
         return self._tables[name]
