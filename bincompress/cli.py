@@ -1,5 +1,6 @@
 """The command line: one subcommand a verb, each one library call. Heavy imports happen inside the verbs."""
 
+import atexit
 import gc
 import importlib
 import sys
@@ -62,6 +63,8 @@ def group(ctx: click.Context, debug: bool) -> None:
 
 def main() -> Any:
     """Run the command line; errors of the user's are one line and exit code 2."""
+    # The interpreter would look for garbage among all that is left, 0.3 s with Numba, before the process ends.
+    atexit.register(gc.freeze)
     try:
         return group(standalone_mode=False)
     except click.exceptions.Abort:  # what click makes of Ctrl-C
@@ -84,6 +87,3 @@ def main() -> Any:
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(141)
-    finally:
-        # The interpreter would look for garbage among all that is left, 0.3 s with Numba, before the process ends.
-        gc.freeze()

@@ -233,7 +233,7 @@ def _inputs(job: Job) -> Inputs | None:
     return replace(found, name=job.name, channel_scale=scale)
 
 
-@functools.lru_cache(maxsize=512)  # one of every norm: a process that does all its readers searches once
+@functools.lru_cache(maxsize=512)  # one of every norm: for those of its readers that this process has
 def _shared_scale(shared: Shared, contents: tuple[str, ...], statistics: str, inputs_hash: str) -> NDArray[np.float32]:
     """Return the scale of a norm's channels, found from all its readers; contents and inputs_hash tell them apart."""
     from bincompress.statistics import open_unfinished

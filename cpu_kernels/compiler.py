@@ -118,7 +118,7 @@ def _dispatcher(wanted: Kernel, folder: Path | None) -> Callable[..., Any]:
     )
     dispatcher: Any = decorate(wanted.function)
     if folder is not None:
-        dispatcher._cache = _kernel_cache(wanted.function, folder)
+        dispatcher._cache = _kernel_cache(wanted.function, folder)  # asked by compile(), which also writes to it
     with _numbered_after(wanted._name()):
         dispatcher.compile(wanted.signature)
     dispatcher.disable_compile()
@@ -185,9 +185,18 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]
     _impl_class = _NativeCode
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """Return the compiled function for a signature, or None where the cache has none."""
+        """Return the compiled function for a signature, or None where the cache has none that can be read."""
         _offer_runtime()
-        return self._load_overload(sig, target_context)
+        try:
+            return self._load_overload(sig, target_context)
+        except Exception:  # as many kinds as there are ways to damage a pickle, by a power cut say
+            self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep a compiled function; where the disk is full, this process alone has it."""
+        with contextlib.suppress(OSError):
+            super().save_overload(sig, data)
 
 
 @functools.cache

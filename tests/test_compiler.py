@@ -53,6 +53,26 @@ def test_a_cache_that_cannot_be_written_compiles_in_memory(tmp_path: Path) -> No
     assert "count_magnitudes" in compiled(tmp_path / "file", 1)
 
 
+@pytest.mark.parametrize("content", [b"", b"not a pickle", None])
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+def test_a_damaged_cache_is_compiled_anew(tmp_path: Path, content: bytes | None, kind: str) -> None:
+    alone = compiled(tmp_path, 1)
+    (damaged,) = tmp_path.glob(f"*/count_magnitudes-*/*/*.{kind}")
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2] if content is None else content)
+    assert "count_magnitudes" in alone
+    assert compiled(tmp_path, 1) == ["count_magnitudes"]
+    assert compiled(tmp_path, 1) == []
+
+
+def test_a_full_disk_does_not_stop_what_is_compiled(tmp_path: Path) -> None:
+    # A limit on the size of files stands for the disk.
+    full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    full += "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+    assert "count_magnitudes" in compiled(tmp_path, 1, full + PROBE)
+    assert "count_magnitudes" in compiled(tmp_path, 1)
+    assert compiled(tmp_path, 1) == []
+
+
 def test_another_type_is_refused_instead_of_compiled() -> None:
     with pytest.raises(KeyError):
         greatest_magnitude(np.zeros(3, np.float64))

@@ -300,10 +300,12 @@ def test_the_command_line(run: Run, tmp_path: Path) -> None:
     assert '"context": 64' in (tmp_path / "report.html").read_text()
     code, out, err = run("compress", DEMO, tmp_path / "dry", *options, "--dry-run")
     assert (code, "core-hours" in out, "--sequential runs 256 tokens" in out) == (0, True, True), err
+    dry = ("--compensate", "--dry-run", "--json")
+    assert "give a longer text" in run("compress", DEMO, tmp_path / "dry", *options[:2], *dry)[2]
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / "shapes" / "config.json").write_bytes((DEMO / "config.json").read_bytes())  # no tokenizer to ask
     more, most = (
-        json.loads(
-            run("compress", DEMO, tmp_path / "dry", *options[:2], *given, "--compensate", "--dry-run", "--json")[1]
-        )
+        json.loads(run("compress", tmp_path / "shapes", tmp_path / "dry", *options[:2], *given, *dry)[1])
         for given in (("--samples", 4), ())
     )
     added = most["collecting_memory_bytes"] - more["collecting_memory_bytes"]

@@ -45,6 +45,19 @@ def test_an_error_of_an_item_is_passed_on() -> None:
         in_turn(workers, task, 5)
 
 
+def test_after_an_error_no_other_item_is_begun() -> None:
+    done: list[int] = []
+
+    def task(item: int) -> None:
+        if item == 0:
+            raise ValueError("item 0")
+        done.append(item)
+
+    with Workers(2) as workers, pytest.raises(ValueError, match="item 0"):
+        in_turn(workers, task, 1_000_000)
+    assert len(done) < 999_999
+
+
 def test_waiting_threads_keep_nothing_of_what_they_did() -> None:
     class Task:
         def __call__(self) -> None:

@@ -92,9 +92,11 @@ class _Block(click.ParamType[int | str]):
     help="In place of --stats: calibrate on this text layer after layer, each as those before it have become.",
 )
 @click.option(
-    "--samples", type=click.IntRange(min=1), help="sequential: windows, spread evenly over the text.  [default: 64]"
+    "--samples",
+    type=click.IntRange(min=1),
+    help=f"sequential: windows, spread evenly over the text.  [default: {_SAMPLES}]",
 )
-@click.option("--context", type=click.IntRange(min=2), help="sequential: tokens of a window.  [default: 512]")
+@click.option("--context", type=click.IntRange(min=2), help=f"sequential: tokens of a window.  [default: {_CONTEXT}]")
 @click.option(
     "--compensate",
     is_flag=True,
@@ -166,7 +168,8 @@ def command(
     else:
         plan = make_plan(checkpoint, chosen, kept, archive, sequence={} if tokens is None else text_record(tokens))
     if dry_run:
-        _show_plan(plan, rate, verbose, as_json, (samples or _SAMPLES) * (context or _CONTEXT))
+        collected = tokens.size if tokens is not None else (samples or _SAMPLES) * (context or _CONTEXT)
+        _show_plan(plan, rate, verbose, as_json, collected)
         return
     wrapped = layer_after_layer(checkpoint, tokens, store) if tokens is not None else None
     outcomes = run_plans({store: plan}, placement, overwrite=overwrite, verbose=verbose, quiet=as_json, wrapped=wrapped)
@@ -177,7 +180,10 @@ def _tokens(
     checkpoint: Checkpoint, text: Path | None, samples: int | None, context: int | None, stats: str | None,
     target_bits: float | None, dry_run: bool,
 ) -> NDArray[np.int64] | None:  # fmt: skip
-    """Return what a run layer after layer is calibrated on; raises BincompressError where options contradict it."""
+    """Return what a run layer after layer is calibrated on; raises BincompressError where options contradict it.
+
+    None without --sequential, and in a dry run of a model whose tokenizer is not there.
+    """
     from bincompress.calibrate import choose_samples
     from bincompress.errors import BincompressError
     from bincompress.model.config import parse
@@ -196,7 +202,7 @@ def _tokens(
             "`bincompress calibrate` writes them"
         )
     whole = read_text(text)
-    if dry_run:
+    if dry_run and "tokenizer.json" not in checkpoint.assets():
         return None
     chosen = choose_samples(checkpoint, whole, samples or _SAMPLES, context or _CONTEXT)
     cols = parse(checkpoint.config).inner

@@ -45,12 +45,14 @@ def _nothing_collected() -> Iterator[None]:
 
     The looking is a tenth of the time that importing Numba takes.
     """
+    collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if collecting:
+            gc.enable()
 
 
 @contextlib.contextmanager

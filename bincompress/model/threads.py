@@ -1,5 +1,7 @@
 """Ranges of work over an exact number of threads; kernels release the GIL meanwhile."""
 
+import collections
+import threading
 from collections.abc import Callable
 from functools import partial
 
@@ -19,14 +21,24 @@ def over_ranges(workers: Workers, task: Task, items: int, at_least: int = 1) -> 
 
 
 def in_turn(workers: Workers, task: Callable[[int], object], items: int) -> None:
-    """Call task(0) .. task(items - 1), each thread the next one when it is free.
+    """Call task(0) .. task(items - 1), each thread the next one when it is free; after an error none is begun.
 
     For tasks that differ in length: a thread that another program holds up leaves more of them to the others.
     """
-    left = iter(range(items))  # its steps are whole for threads, as those of a list's iterator
+    left = iter(range(items))
+    taking = threading.Lock()
 
     def work() -> None:
-        for number in left:
-            task(number)
+        while True:
+            with taking:
+                number = next(left, None)
+            if number is None:
+                return
+            try:
+                task(number)
+            except BaseException:
+                with taking:
+                    collections.deque(left, 0)  # the others find nothing more to do
+                raise
 
     workers.run([work] * min(workers.threads, items))
