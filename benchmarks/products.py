@@ -30,9 +30,11 @@ from numba import types
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cpu_kernels import products
+from cpu_kernels.activations import quantize
 from cpu_kernels.compiler import kernel, view
-from cpu_kernels.products import PackedMatrix, TokenProduct, Workers, multiply, prepack, quantize
+from cpu_kernels.prepacking import PackedMatrix, kernels, prepack
+from cpu_kernels.products import TokenProduct, multiply
+from cpu_kernels.workers import Workers
 
 ROWS, COLS, BLOCK = 8192, 3072, 128
 AVX2_CPU = {
@@ -240,7 +242,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=280, help="packed bytes that are read in turn")
     parser.add_argument("--records", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    known = products.kernels()
+    known = kernels()
     restricted = "NUMBA_CPU_NAME" in os.environ
     target = os.environ.get("NUMBA_CPU_NAME", "this CPU")
     names = options.kernels or [known[0], *(["popcount"] if known[0] != "popcount" else [])]

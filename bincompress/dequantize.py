@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from bincompress.store import Packed
+from bincompress.packed_tensor import Packed
 from cpu_kernels.unpacking import expand
 
 

@@ -24,7 +24,8 @@ from bincompress.model.sampling import Sampling
 from bincompress.model.store_source import StoreSource
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.store import Store, open_store
-from cpu_kernels.products import Workers, kernels
+from cpu_kernels.prepacking import kernels
+from cpu_kernels.workers import Workers
 
 _BASE_BYTES = 200 << 20  # Python, NumPy, Numba, compiled kernels, work buffers
 _USUAL_CONTEXT = 2048  # tokens whose cache is counted before loading; longer texts take more

@@ -17,6 +17,12 @@ def to_float8(coef: NDArray[np.float64]) -> NDArray[np.uint8]:
     return np.where(nearer, upper, upper - 1).astype(np.uint8)
 
 
+def as_float16(stored: NDArray[np.uint8]) -> NDArray[np.float16]:
+    """Return the numbers that codes stand for, before any exponent; float16 has them all."""
+    values: NDArray[np.float16] = _FLOAT8.astype(np.float16)[stored]
+    return values
+
+
 def from_float8(stored: NDArray[np.uint8], exponent: int) -> NDArray[np.float32]:
     """Return the coefficients that `to_float8` stored."""
     values: NDArray[np.float32] = np.ldexp(_FLOAT8, exponent).astype(np.float32)[stored]

@@ -10,7 +10,6 @@ import mmap
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +19,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from bincompress.errors import DamagedError, StoreError
-from bincompress.float8 import from_float8
+from bincompress.packed_tensor import Packed, assemble
 from bincompress.records import Binarized, Weight
-from cpu_kernels.unpacking import widen
 
 if TYPE_CHECKING:
     import zarr
@@ -32,33 +30,9 @@ if TYPE_CHECKING:
 FORMAT = "bincompress"
 VERSION = 1
 _CHECKSUM_BYTES = 4  # of crc32c, behind the data
-_SCALED_BY_KERNEL = 1 << 16  # coefficients: NumPy takes 4 ns each, but a small model should not wait for a compiler
-_EXPONENTS = 500  # well within float64's
+_ALWAYS = ("planes", "coef")  # arrays of every packed tensor
+_ARRAYS = (*_ALWAYS, "column_planes", "in_scale", "listed_index", "listed_value")
 _PLAIN_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A packed tensor as the store has it, its coefficients ready for the formula."""
-
-    planes: NDArray[np.uint64]  # (planes, rows, words)
-    coef: NDArray[np.float32]  # (terms, rows or 1, blocks or 1)
-    terms: tuple[int, ...]
-    block: int
-    shape: tuple[int, int]
-    listed_index: NDArray[np.uint64]  # flat places of weights kept as they are
-    listed_value: NDArray[np.float32]
-    attributes: dict[str, Any]
-    column_planes: NDArray[np.uint64] = field(default_factory=lambda: np.empty((0, 0), np.uint64))  # (planes, words)
-    in_scale: NDArray[np.float32] | None = None  # (cols,): what the formula's columns are to be multiplied by
-
-    def all_planes(self, rows: slice | NDArray[np.intp] = slice(None)) -> NDArray[np.uint64]:
-        """Return the planes of some rows, column planes behind them as if every row had its own."""
-        planes = self.planes[:, rows]
-        if not len(self.column_planes):
-            return np.ascontiguousarray(planes)
-        shared = np.broadcast_to(self.column_planes[:, None], (len(self.column_planes), *planes.shape[1:]))
-        return np.concatenate([planes, shared])
 
 
 def is_local(url: str) -> bool:
@@ -76,7 +50,7 @@ class Store:
     def __init__(self, url: str, attributes: dict[str, Any]) -> None:
         self.url = url
         self.attributes = attributes  # the root's: format, version, source, config, recipe, tensors, status, failures
-        self._complete: dict[str, dict[str, Any]] = {}  # attributes of complete tensors, which do not change
+        self._complete: dict[str, dict[str, Any]] = {}  # Zarr metadata of complete tensors, which does not change
 
     @cached_property
     def _access(self) -> "ZarrAccess":
@@ -100,7 +74,7 @@ class Store:
         # Read straight: opening a node through zarr takes a millisecond, and loading a model opens hundreds.
         if is_local(self.url):
             try:
-                with open(f"{self.url}/{path}/zarr.json", "rb") as file:
+                with open(f"{self.url}/{path}/zarr.json", "rb", buffering=0) as file:
                     content = file.read()
             except (FileNotFoundError, NotADirectoryError):
                 return {}
@@ -177,15 +151,20 @@ class Store:
 
     def complete_attributes(self, name: str) -> dict[str, Any]:
         """Return a complete tensor's attributes; raises StoreError where it is not complete."""
+        attributes: dict[str, Any] = self._complete_node(name)["attributes"]
+        return attributes
+
+    def _complete_node(self, name: str) -> dict[str, Any]:
         if name in self._complete:
             return self._complete[name]
-        attributes = self.node_attributes(name)
-        if attributes.get("status") != "complete":
+        node = self._node(self._path(name))
+        attributes = node.get("attributes")
+        if not isinstance(attributes, dict) or attributes.get("status") != "complete":
             raise StoreError(
                 f"{self.url}: {name} is not complete; run the same `bincompress compress` again to finish it"
             )
-        self._complete[name] = attributes
-        return attributes
+        self._complete[name] = node
+        return node
 
     def read_packed(self, name: str, check_hashes: bool = False) -> Packed:
         """Map or read a packed tensor and check that its arrays fit together; raises DamagedError naming it.
@@ -194,63 +173,31 @@ class Store:
         """
         attributes = self.complete_attributes(name)
         path = self._path(name)
-        try:
-            rows, cols = (int(size) for size in attributes["shape"])
-            block, terms = int(attributes["block"]), tuple(int(term) for term in attributes["terms"])
-            planes, stored = self._read(name, f"{path}/planes"), self._read(name, f"{path}/coef")
-            mix, exponent = attributes["mix"], int(attributes["coef_exponent"])
-            others = {
-                key: self._read(name, f"{path}/{key}")
-                for key in ("column_planes", "in_scale", "listed_index", "listed_value")
-                if key in attributes["hashes"]
-            }
-        except (KeyError, TypeError, ValueError) as error:
-            raise DamagedError(f"{self.url}: {name}: attributes are not those of a packed tensor ({error!r})") from None
+        hashes = _hashes(attributes)
+        arrays = {key: self._read(name, f"{path}/{key}") for key in _ARRAYS if key in _ALWAYS or key in hashes}
         if check_hashes:
-            for key, values in {"planes": planes, "coef": stored, **others}.items():
-                if array_hash(values) != attributes["hashes"].get(key):
-                    raise DamagedError(f"{self.url}: {name}: {key}: its bytes are not those that were written")
-        units = -(-cols // block) if block > 0 else 0
-        if planes.ndim != 3 or planes.shape[1:] != (rows, -(-cols // 64)) or planes.dtype != np.uint64:
-            raise DamagedError(
-                f"{self.url}: {name}: planes {planes.shape} {planes.dtype} do not fit shape {rows} x {cols}"
-            )
-        column_planes = others.get("column_planes", np.empty((0, planes.shape[2]), np.uint64))
-        if column_planes.ndim != 2 or column_planes.shape[1] != planes.shape[2] or column_planes.dtype != np.uint64:
-            raise DamagedError(f"{self.url}: {name}: column_planes {column_planes.shape} do not fit {cols} columns")
-        in_scale = others.get("in_scale")
-        if in_scale is not None and (in_scale.shape != (cols,) or in_scale.dtype != np.float32):
-            raise DamagedError(f"{self.url}: {name}: in_scale {in_scale.shape} does not fit {cols} columns")
-        count = planes.shape[0] + column_planes.shape[0]
-        coded = stored.dtype == np.uint8
-        if (
-            stored.ndim != 3
-            or stored.shape[1:] not in ((rows, units), (1, 1))
-            or not (coded or stored.dtype.kind == "f")
-        ):
-            raise DamagedError(f"{self.url}: {name}: coef {stored.shape} does not fit {rows} rows of {units} blocks")
-        if len(mix or stored) != len(terms) or any(not 0 <= term < 1 << count for term in terms):
-            raise DamagedError(f"{self.url}: {name}: {len(terms)} terms do not fit {count} planes and coef")
-        coef = from_float8(stored, exponent) if coded else _scaled(stored, exponent)
-        if mix is not None:
-            weights = np.array(mix, np.float32)
-            coef = np.stack([sum(w * c for w, c in zip(row, coef, strict=True)) for row in weights]).astype(np.float32)
-        index = others.get("listed_index", np.empty(0, np.uint64))
-        value = others.get("listed_value", np.empty(0, np.float32))
-        if index.shape != value.shape or index.ndim != 1 or (index.size and int(index.max()) >= rows * cols):
-            raise DamagedError(f"{self.url}: {name}: listed weights lie outside the matrix")
-        return Packed(planes, coef, terms, block, (rows, cols), index, value, attributes, column_planes, in_scale)
+            for key, values in arrays.items():
+                self._check_hash(name, key, values, hashes)
+        try:
+            return assemble(attributes, arrays)
+        except (KeyError, TypeError) as error:
+            raise DamagedError(f"{self.url}: {name}: attributes are not those of a packed tensor ({error!r})") from None
+        except ValueError as error:
+            raise DamagedError(f"{self.url}: {name}: {error}") from None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a complete tensor."""
-        if self.tensors()[name] == "packed":
-            return tuple(int(size) for size in self.complete_attributes(name)["shape"])
-        return tuple(int(size) for size in self._node(self._path(name)).get("shape", ()))
+        node = self._complete_node(name)
+        sizes = (node["attributes"] if self.attributes["tensors"][name] == "packed" else node).get("shape", ())
+        return tuple(int(size) for size in sizes)
 
-    def read_plain(self, name: str) -> tuple[Weight, tuple[int, ...]]:
-        """Read a tensor that was kept as it is, with its shape."""
-        attributes = self.complete_attributes(name)
-        values = self._read(name, self._path(name))
+    def read_plain(self, name: str, check_hashes: bool = False) -> tuple[Weight, tuple[int, ...]]:
+        """Map or read a tensor that was kept as it is, with its shape; `check_hashes` as for a packed one."""
+        node = self._complete_node(name)
+        attributes = node["attributes"]
+        values = self._read(name, self._path(name), node)
+        if check_hashes:
+            self._check_hash(name, "array", values, _hashes(attributes))
         names = {stored: dtype for dtype, stored in _PLAIN_DTYPES.items()}
         dtype = names.get(str(attributes.get("dtype")))
         if dtype is None or values.dtype != (np.float32 if dtype == "F32" else np.uint16):
@@ -261,16 +208,22 @@ class Store:
         rows = int(np.prod(values.shape[:-1]))
         return Weight(bits.reshape(rows, values.shape[-1] if values.ndim else 1), dtype), values.shape
 
-    def _read(self, name: str, path: str, mapped: bool = True) -> NDArray[Any]:
-        """Return an array: mapped, read-only and unchecked, where it is one uncompressed chunk of a local file."""
+    def _check_hash(self, name: str, key: str, values: NDArray[Any], hashes: Mapping[str, str]) -> None:
+        if array_hash(values) != hashes.get(key):
+            raise DamagedError(f"{self.url}: {name}: {key}: its bytes are not those that were written")
+
+    def _read(self, name: str, path: str, node: dict[str, Any] | None = None, mapped: bool = True) -> NDArray[Any]:
+        """Return an array: mapped, read-only and unchecked, where it is one uncompressed chunk of a local file.
+
+        node: the array's Zarr metadata where it is known.
+        """
         try:
-            found = self._mapped(path) if mapped else None
+            found = self._mapped(path, node or self._node(path)) if mapped else None
             return self._access.read_array(path) if found is None else found
         except (KeyError, OSError, TypeError, ValueError, RuntimeError) as error:
             raise DamagedError(f"{self.url}: {name}: array {path.split('/')[-1]} cannot be read: {error}") from None
 
-    def _mapped(self, path: str) -> NDArray[Any] | None:
-        node = self._node(path)
+    def _mapped(self, path: str, node: dict[str, Any]) -> NDArray[Any] | None:
         if not is_local(self.url) or [codec["name"] for codec in node.get("codecs", [])] != ["bytes", "crc32c"]:
             return None
         shape, dtype = tuple(int(size) for size in node["shape"]), np.dtype(str(node["data_type"])).newbyteorder("<")
@@ -278,7 +231,7 @@ class Store:
         if tuple(node["chunk_grid"]["configuration"]["chunk_shape"]) != shape or not size:
             return None
         # Without Path and np.memmap, which take 0.3 ms an array together.
-        with open(f"{self.url}/{path}/c/{'/'.join('0' * len(shape))}", "rb") as file:
+        with open(f"{self.url}/{path}/c/{'/'.join('0' * len(shape))}", "rb", buffering=0) as file:
             found = os.fstat(file.fileno()).st_size
             if found != size + _CHECKSUM_BYTES:
                 raise ValueError(f"{found:,} bytes; expected {size + _CHECKSUM_BYTES:,}")
@@ -341,13 +294,9 @@ class Store:
         self.attributes = attributes
 
 
-def _scaled(stored: NDArray[Any], exponent: int) -> NDArray[np.float32]:
-    """Return stored * 2 ** exponent as float32."""
-    if stored.dtype != np.float16 or stored.size < _SCALED_BY_KERNEL or abs(exponent) > _EXPONENTS:
-        return np.asarray(np.ldexp(stored.astype(np.float32), exponent))
-    result = np.empty(stored.shape, np.float32)
-    widen(np.ascontiguousarray(stored).view(np.int16).reshape(-1), 2.0**exponent, result.reshape(-1))
-    return result
+def _hashes(attributes: Mapping[str, Any]) -> dict[str, str]:
+    found = attributes.get("hashes")
+    return found if isinstance(found, dict) else {}
 
 
 def let_go(values: NDArray[Any]) -> None:

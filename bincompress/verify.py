@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from bincompress.errors import StoreError
-from bincompress.store import Packed, Store, array_hash
+from bincompress.packed_tensor import Packed
+from bincompress.store import Store, array_hash
 
 
 def verify(store: Store) -> Iterator[tuple[str, str]]:

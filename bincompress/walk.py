@@ -12,7 +12,7 @@ from bincompress.model.config import ModelConfig
 from bincompress.model.decoder import PREFILL_BLOCK
 from bincompress.model.linear import Floats
 from bincompress.model.steps import Buffers, Layer, Steps
-from cpu_kernels.products import Workers
+from cpu_kernels.workers import Workers
 
 INPUTS = 4  # of a layer, in their order: qkv, out, gate_up, down
 _NONE = np.empty((0, 0), np.float32)

@@ -31,127 +31,155 @@ TOP = 15  # the binade of float16 that a row's largest scale is moved to
 
 
 @intrinsic(prefer_literal=True)
-def _spread(
-    typing: Any, joined: Any, words: Any, start: Any, step: Any, side: Any, stream: Any, place: Any, apart: Any
-) -> Any:
-    """Write byte k of eight uint64 items to stream[place + k * apart : ... + 8], for k = 0..7; with `joined` by or.
+def _turn(typing: Any, item: Any, tile: Any, source: Any, step: Any, target: Any, place: Any, apart: Any) -> Any:
+    """Write neighbouring columns of rows as rows: 32 of bytes (item 1) of 16 rows, or 8 of 16 bits (item 2) of 8.
 
-    The items are start, start + side, start + step, start + step + side, start + 2 * step, ...
+    Row i begins at address source + i * step, column i at byte place + i * apart of target. With a `tile` the rows are
+    those that 16 bytes of a packed vector hold, in their order.
     """
-    if not isinstance(joined, types.IntegerLiteral):
+    if not isinstance(item, types.IntegerLiteral) or not isinstance(tile, types.IntegerLiteral):
         return None
+    size = item.literal_value
+    count = 16 // size
+    order = _packed_rows(tile.literal_value) if tile.literal_value else list(range(count))
+    lanes = 2 if size == 1 else 1  # of 16 bytes, turned side by side
+    # The lower and the upper half of two vectors' items in turn, lane by lane.
+    low = [count * lane + i + other for lane in range(lanes) for i in range(count // 2) for other in (0, lanes * count)]
+    high = [i + count // 2 for i in low]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source = v.data(context, builder, signature.args[1], arguments[1])
-        target = v.data(context, builder, signature.args[5], arguments[5])
-        rows = []
-        first = arguments[2]
-        for _ in range(4):
-            for index in (first, builder.add(first, arguments[4])):
-                rows.append(v.load(builder, v.at(builder, source, index), v.I8, 8, 8))
-            first = builder.add(first, arguments[3])
+        _, _, source, step, _, place, apart = arguments
+        read = builder.inttoptr(source, v.I8.as_pointer())
+        write = v.at(builder, v.data(context, builder, signature.args[4], arguments[4]), place)
 
-        def interleave(parts: list[Any], item: Any) -> list[Any]:
-            count = 64 // item.width * len(rows) // len(parts)
-            wide = [builder.bitcast(part, ir.VectorType(item, count)) for part in parts]
-            order = [lane + count * side for lane in range(count) for side in (0, 1)]
-            return [v.select(builder, wide[i], wide[i + 1], order) for i in range(0, len(wide), 2)]
+        def line(base: Any, distance: Any, number: int) -> Any:
+            return v.at(builder, base, builder.mul(distance, ir.Constant(v.I64, number)))
 
-        # Three rounds of neighbours interleaved (as bytes, pairs and fours) transpose 8 x 8 bytes.
-        whole = interleave(interleave(interleave(rows, v.I8), v.I16), v.I32)[0]
-        columns = builder.bitcast(whole, ir.VectorType(v.I64, 8))
-        for k in range(8):
-            at = builder.add(arguments[6], builder.mul(arguments[7], ir.Constant(v.I64, k)))
-            pointer = builder.bitcast(v.at(builder, target, at), v.I64.as_pointer())
-            column = builder.extract_element(columns, ir.Constant(v.I32, k))
-            if joined.literal_value:
-                column = builder.or_(builder.load(pointer, align=8), column)
-            builder.store(column, pointer, align=8)
+        kind = ir.IntType(8 * size)
+        vectors = [v.load(builder, line(read, step, row), kind, lanes * count, size) for row in order]
+        # Each with the one half of them further on: after as many rounds as halve them to one, columns have become
+        # rows.
+        for _ in range(count.bit_length() - 1):
+            pairs = zip(vectors[: count // 2], vectors[count // 2 :], strict=True)
+            vectors = [v.select(builder, *pair, items) for pair in pairs for items in (low, high)]
+        for number, vector in enumerate(vectors):
+            for lane in range(lanes):
+                column = v.part(builder, vector, lane * count, count)
+                v.store(builder, column, line(write, apart, lane * count + number), size)
         return context.get_dummy_value()
 
     index = types.intp
-    return types.void(joined, words, index, index, index, stream, index, index), generate
+    return types.void(item, tile, index, index, target, index, index), generate
+
+
+def _packed_rows(tile: int) -> list[int]:
+    """Return the rows that the first 16 bytes of a packed vector hold: even bytes of the first half tile, odd ones."""
+    return [i % 2 * tile // 2 + i // 8 * tile // 4 + i % 8 // 2 for i in range(16)]
 
 
 _PACK = types.void(
     view(types.uint64, 3),  # planes (planes, rows, words)
+    view(types.uint16, 3),  # float16 scales, then offsets (sets, rows, blocks), or none
     types.intp,  # row of the stream that the first of these is
     types.intp,  # units
     types.intp,  # units per block
     types.intp,  # words per unit
     types.intp,  # bytes of scales per block
+    out(types.uint8, 1),  # stream, zero where nothing was written yet
     types.intp,  # first tile
     types.intp,  # tile after the last
-    out(types.uint8, 1),  # stream, zero where nothing was written yet
 )
 
 
 @functools.cache
 def packer(lookup: int, tile: int) -> Kernel:
-    """Return the kernel that writes the bits of planes into the stream's tiles [first, last)."""
+    """Return the kernel that writes planes, and scales that stay float16, into the stream's tiles [first, last)."""
 
     @kernel(_PACK)
     def pack(
         planes: Any,
+        scale: Any,
         row: Any,
         units: Any,
         units_per_block: Any,
         unit_words: Any,
         header: Any,
+        stream: Any,
         first: Any,
         last: Any,
-        stream: Any,
     ) -> None:
         count = planes.shape[0]
         rows = planes.shape[1]
         words = planes.shape[2]
         unit_bytes = unit_words * 8 * tile
         blocks = (units + units_per_block - 1) // units_per_block
+        block_bytes = units_per_block * count * unit_bytes
         tile_bytes = blocks * header + units * count * unit_bytes
-        source = planes.reshape(planes.size)
         gathered = np.zeros(8 * tile, np.uint64)
+        turned = np.zeros(8 * tile, np.uint64)
+        turned_bytes = turned.view(np.uint8)
         whole = stream.view(np.uint64)
         for number in range(first, last):
             top = number * tile - row
             inside = top >= 0 and top + tile <= rows
+            # Scales with their bits: each page of memory that the stream takes is filled while it is in the cache.
+            for s in range(scale.shape[0]):
+                place = number * tile_bytes + s * tile * 2
+                _copy_scales(scale, s, max(0, top), min(rows, top + tile), stream, place, header + block_bytes, top)
+            if not inside:
+                for i in range(gathered.size):  # a slice takes Numba longer to compile
+                    gathered[i] = 0
             for p in range(count):
                 # Eight words of each row at a time: one cache line, read once even where the rows are a power of
                 # two apart and would push each other out of the cache.
                 for chunk in range(0, words, 8):
                     width = min(8, words - chunk)
-                    if not inside:
-                        gathered[:] = 0
-                    if not (inside and lookup):
+                    direct = lookup and inside and width == 8
+                    if not direct:
                         for r in range(max(0, top), min(rows, top + tile)):
                             for w in range(width):
-                                gathered[w * tile + r - top] = planes[p, r, chunk + w]
+                                gathered[8 * (r - top) + w] = planes[p, r, chunk + w]
+                    if lookup:
+                        source, step = gathered.ctypes.data, 64
+                        if direct:
+                            source, step = planes.ctypes.data + 8 * ((p * rows + top) * words + chunk), 8 * words
+                        for group in range(tile // 16):
+                            for half in range(0, 64, 32):
+                                place = half * tile + 16 * group
+                                _turn(1, tile, source + 4 * group * step + half, step, turned_bytes, place, tile)
+                    else:
+                        for w in range(width):
+                            for slot in range(tile):
+                                turned[w * tile + slot] = gathered[8 * slot + w]
                     for w in range(width):
                         unit = (chunk + w) // unit_words
                         place = number * tile_bytes + (unit // units_per_block + 1) * header
                         place += (unit * count + p) * unit_bytes + (chunk + w) % unit_words * 8 * tile
-                        if not lookup:
-                            for slot in range(tile):
-                                whole[place // 8 + slot] |= gathered[w * tile + slot]
-                        elif inside:
-                            at = (p * rows + top) * words + chunk + w
-                            for slot in range(0, tile, 8):
-                                top_row = slot // 8 % 2 * (tile // 4) + slot // 16 * 4
-                                _spread(
-                                    0,
-                                    source,
-                                    at + top_row * words,
-                                    words,
-                                    tile // 2 * words,
-                                    stream,
-                                    place + slot,
-                                    tile,
-                                )
+                        run, bits = np.uint64(place // 8), np.uint64(w * tile)
+                        if inside:
+                            for i in range(np.uint64(tile)):
+                                whole[run + i] = turned[bits + i]
                         else:
-                            for slot in range(0, tile, 8):
-                                at = w * tile + slot // 8 % 2 * (tile // 4) + slot // 16 * 4
-                                _spread(1, gathered, at, 1, tile // 2, stream, place + slot, tile)
+                            for i in range(np.uint64(tile)):
+                                whole[run + i] |= turned[bits + i]
 
     return pack
+
+
+@inline
+def _copy_scales(numbers: Any, s: Any, first: Any, last: Any, stream: Any, place: Any, apart: Any, top: Any) -> None:
+    """Write rows first..last of a set (float16 bits), blocks `apart`; row `top` belongs at a block's start."""
+    rows, blocks = numbers.shape[1], numbers.shape[2]
+    halves = stream.view(np.uint16)
+    fast = blocks // 8 * 8 if first == top else 0
+    whole = first + (last - first) // 8 * 8
+    for r in range(first, whole, 8):
+        for b in range(0, fast, 8):
+            source = numbers.ctypes.data + 2 * ((s * rows + r) * blocks + b)
+            _turn(2, 0, source, 2 * blocks, stream, place + 2 * (r - top) + b * apart, apart)
+    for r in range(first, last):
+        for b in range(fast if r < whole else 0, blocks):
+            halves[(place + b * apart) // 2 + r - top] = numbers[s, r, b]
 
 
 @inline

@@ -1,8 +1,10 @@
 """Threads that share the work of one call: Python functions, or a kernel's items without a return to Python."""
 
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
@@ -120,3 +122,23 @@ class Workers:
 
 def _wait_for_jobs() -> None:
     """Stand in a worker's queue for waiting in native code."""
+
+
+Pool = Workers | ThreadPoolExecutor
+
+
+def share(work: Callable[[int, int], object], first: int, last: int, pool: Pool | None) -> None:
+    """Call work(start, end) on about equal parts of [first, last), one per thread of the pool."""
+    threads = 1 if pool is None else pool.threads if isinstance(pool, Workers) else pool._max_workers
+    parts = min(threads, last - first)
+    if parts <= 1 or pool is None:
+        work(first, last)
+        return
+    edges = [first + (last - first) * k // parts for k in range(parts + 1)]
+    if isinstance(pool, Workers):
+        pool.run([lambda start=start, end=end: work(start, end) for start, end in itertools.pairwise(edges)])  # type: ignore[misc]
+        return
+    # The calling thread only waits, so that exactly the executor's threads work.
+    waiting: list[Future[object]] = [pool.submit(work, start, end) for start, end in itertools.pairwise(edges)]
+    for future in waiting:
+        future.result()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bincompress.errors import TensorError
-from bincompress.float8 import from_float8, to_float8
+from bincompress.float8 import as_float16, from_float8, to_float8
 from bincompress.methods import METHODS, billm, dbellquant
 from bincompress.methods.compensation import compensate, curvature
 from bincompress.methods.forms import Form, Rounding, levels_of, sum_of_planes, values_of
@@ -167,6 +167,7 @@ def test_8_bit_floats_are_what_they_were() -> None:
     expected = np.array([0, 1, 15, 16, 17, 16 * 2**7, 16 * 2**14, 31 * 2**14]) * 2.0**-18
     np.testing.assert_array_equal(from_float8(codes, 0), expected.astype(np.float32))
     np.testing.assert_array_equal(from_float8(codes, -3), (expected / 8).astype(np.float32))
+    np.testing.assert_array_equal(as_float16(codes).astype(np.float64), expected)  # float16 has them all
 
 
 def cost_of(weights: np.ndarray, values: np.ndarray, hessian: np.ndarray) -> float:

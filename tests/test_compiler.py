@@ -85,7 +85,10 @@ def test_another_type_is_refused_instead_of_compiled() -> None:
 PRODUCT = """
 import numpy as np
 from cpu_kernels.compiler import announce
-from cpu_kernels.products import TokenProduct, Workers, multiply, prepack, quantize
+from cpu_kernels.activations import quantize
+from cpu_kernels.prepacking import prepack
+from cpu_kernels.products import TokenProduct, multiply
+from cpu_kernels.workers import Workers
 told = []
 random = np.random.default_rng(0)
 planes = random.integers(0, 1 << 63, (2, 70, 4), np.uint64)

@@ -19,10 +19,11 @@ from bincompress.model.errors import ConfigError, UnsupportedModelError
 from bincompress.model.load import load_checkpoint
 from bincompress.model.lowering import MOST_PLANES, lower
 from bincompress.model.packed import ActivationSettings, PackedEmbedding, StackedLinear
+from bincompress.packed_tensor import Packed
 from bincompress.plan import make_plan
 from bincompress.recipe import Override, Recipe, load_recipe
 from bincompress.records import Settings
-from bincompress.store import Packed, let_go, open_store
+from bincompress.store import let_go, open_store
 from cpu_kernels import reference
 from tests.conftest import EVERY_METHOD, tiny_config, tiny_tensors, write_model
 
@@ -73,7 +74,7 @@ def test_any_method_runs(settings: Settings, tiny_model: Path, tmp_path: Path) -
 
 
 def test_every_kernel_gives_the_same_logits(tiny_model: Path, tmp_path: Path) -> None:
-    from cpu_kernels.products import kernels
+    from cpu_kernels.prepacking import kernels
 
     store = stored(tiny_model, tmp_path / "store", Recipe(embeddings="4bit"))
     settings = ActivationSettings(8)
@@ -150,7 +151,7 @@ def test_products_of_planes_are_lowered_to_plain_planes() -> None:
     terms = (0, 1, 3, 6, 7)
     coef = random.standard_normal((5, 3, 2)).astype(np.float32)
     empty = np.empty(0, np.uint64), np.empty(0, np.float32)
-    lowered = lower(Packed(planes, coef, terms, 64, (3, 70), *empty, {}))
+    lowered = lower(Packed(planes, coef, 0, None, terms, 64, (3, 70), *empty, {}))
     assert lowered is not None
     assert lowered.part.offset is not None
     assert not np.any(lowered.part.planes[:, :, -1] >> np.uint64(6))
@@ -159,7 +160,7 @@ def test_products_of_planes_are_lowered_to_plain_planes() -> None:
     weights = lowered.part.offset[:, units] + np.einsum("prc,prc->rc", lowered.part.scale[:, :, units], signs)
     np.testing.assert_allclose(weights, reference.expand(planes, coef, terms, 64, 70), atol=1e-6)
     many = tuple(range(1, MOST_PLANES + 2))
-    assert lower(Packed(planes, np.ones((len(many), 3, 2), np.float32), many, 64, (3, 70), *empty, {})) is None
+    assert lower(Packed(planes, np.ones((len(many), 3, 2), np.float32), 0, None, many, 64, (3, 70), *empty, {})) is None
 
 
 def test_uniform_levels_share_one_scale(tiny_model: Path, tmp_path: Path) -> None:
@@ -231,6 +232,29 @@ def test_stores_that_cannot_run(tiny_model: Path, tmp_path: Path, monkeypatch: p
     chunk.write_bytes(content[:-1])
     with pytest.raises(DamagedError, match=rf"{name}: array planes cannot be read"):
         load_decoder(store, 1, ActivationSettings())
+    chunk.write_bytes(content)
+    norm = tmp_path / "store" / "plain" / "model.norm.weight" / "c" / "0"
+    content = norm.read_bytes()
+    norm.write_bytes(b"\xff" + content[1:])
+    with pytest.raises(DamagedError, match=r"model\.norm\.weight: array: its bytes are not those"):
+        load_decoder(store, 1, ActivationSettings())
+    norm.write_bytes(content)
+    node = tmp_path / "store" / "tensors" / name / "zarr.json"
+    found = json.loads(node.read_text())
+    for change, message in [
+        ({"terms": [1]}, "1 terms do not fit 2 planes and coef"),
+        ({"terms": [1, 4]}, "2 terms do not fit 2 planes and coef"),
+        ({"mix": [[1.0], [1.0, 0.0]]}, r"mix: rows of \[1, 2\] factors do not fit 2 stored coefficients"),
+        ({"mix": 3}, "attributes are not those of a packed tensor"),
+        ({"block": "x"}, "invalid literal"),
+        ({"block": 32}, "block 32 is no multiple of 64 and less than the 64 columns"),
+        ({"block": 0}, "block 0 is no multiple"),
+        ({"hashes": {}}, "planes: its bytes are not those"),
+        ({"hashes": None}, "planes: its bytes are not those"),
+    ]:
+        node.write_text(json.dumps({**found, "attributes": {**found["attributes"], **change}}))
+        with pytest.raises(DamagedError, match=f"{name}: {message}"):
+            load_decoder(store, 1, ActivationSettings())
     shutil.rmtree(tmp_path / "store" / "tensors" / name)
     with pytest.raises(StoreError, match=f"{name} is not complete"):
         load_decoder(store, 1, ActivationSettings())
@@ -273,7 +297,7 @@ def test_exported_and_packed_agree(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_kept_bfloat16_rows_are_numpys_product() -> None:
     from bincompress.model.linear import DenseLinear, widened
-    from cpu_kernels.products import Workers
+    from cpu_kernels.workers import Workers
 
     random = np.random.default_rng(0)
     for rows, cols in ((1, 1), (130, 63), (257, 200)):

@@ -14,7 +14,7 @@ from bincompress.model.config import parse
 from bincompress.model.decoder import Decoder
 from bincompress.model.load import load_checkpoint
 from bincompress.model.sampling import Sampling, candidates
-from cpu_kernels.products import Workers
+from cpu_kernels.workers import Workers
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -17,14 +17,17 @@ from hypothesis import strategies as st
 from llvmlite import binding, ir
 from numpy.typing import NDArray
 
-from cpu_kernels import lookup, products, reference_products, vector
-from cpu_kernels.activations import SEGMENT, Activations, Per
-from cpu_kernels.products import Part, TokenProduct, Workers, multiply, prepack, prepack_rows, quantize
+from cpu_kernels import lookup, reference_products, vector
+from cpu_kernels.activations import SEGMENT, Activations, Per, quantize
+from cpu_kernels.prepacking import Part, kernels, prepack, prepack_rows
+from cpu_kernels.products import TokenProduct, multiply
+from cpu_kernels.room import room
+from cpu_kernels.workers import Workers
 
 COLUMNS = [1, 4, 63, 64, 65, 127, 128, 129, 200, 256, 257, 400, 1100]
 ROWS = [1, 2, 31, 32, 33, 63, 64, 65, 130]
 BLOCKS = [64, 128, 256, 1 << 20]
-KERNELS = products.kernels()
+KERNELS = kernels()
 
 
 @dataclasses.dataclass
@@ -228,6 +231,64 @@ def test_matrices_below_each_other_equal_their_separate_products(heights: list[i
     np.testing.assert_array_equal(multiply(joined, activations), np.concatenate(alone, axis=1))
 
 
+def any_float16(rng: np.random.Generator, *shape: int) -> NDArray[np.float16]:
+    """Numbers of every size, subnormal ones and zeros of both signs among them; no infinity."""
+    sign = rng.integers(0, 2, shape, np.uint16) << np.uint16(15)
+    return (rng.integers(0, 0x7C00, shape, np.uint16) | sign).view(np.float16)
+
+
+def widened(part: Part) -> Part:
+    scale, offset = (
+        None if numbers is None else np.ldexp(numbers.astype(np.float32), part.exponent)
+        for numbers in (part.scale, part.offset)
+    )
+    return Part(part.planes, scale, offset)  # type: ignore[arg-type]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 30),
+    parts=st.lists(
+        st.tuples(st.integers(1, 140), st.sampled_from([-70, -64, -9, 0, 64]), st.booleans()), min_size=1, max_size=3
+    ),
+    cols=st.sampled_from([*COLUMNS, 1600]),
+    block=st.sampled_from(BLOCKS),
+    offset=st.booleans(),
+    shared=st.booleans(),
+    kernel=st.sampled_from(KERNELS),
+)
+def test_scales_laid_out_as_they_are_stored_give_the_products_of_float32_scales(
+    seed: int, parts: list[tuple[int, int, bool]], cols: int, block: int, offset: bool, shared: bool, kernel: str
+) -> None:
+    rng = np.random.default_rng(seed)
+    blocks = 1 if block >= cols else -(-cols // block)
+    stored = []
+    for rows, exponent, wide in parts:
+        planes = make(seed + rows, rows, cols, 2, block, False).planes
+        scale = any_float16(rng, *(() if shared else (2,)), rows, blocks)
+        part = Part(planes, scale, any_float16(rng, rows, blocks) if offset else None, exponent)
+        stored.append(widened(part) if wide else part)
+    activations = quantize(tokens(seed, 2, cols), 8, "segment")
+    weights = (2.0, 1.0) if shared else None
+    found, expected = (
+        multiply(prepack_rows(given, block, cols, plane_weights=weights, kernel=kernel), activations)
+        for given in (stored, [widened(part) for part in stored])
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_arrays_of_an_arena_are_zeros_of_their_own() -> None:
+    sizes = [1, 63, 64, 65, 5 << 20, 40 << 20, 3, 30 << 20]
+    with ThreadPoolExecutor(4) as pool:
+        arrays = list(pool.map(room, sizes * 2))
+    for number, (array, size) in enumerate(zip(arrays, sizes * 2, strict=True)):
+        assert array.size == size
+        assert array.ctypes.data % 64 == 0
+        assert not array.any()
+        array[:] = number + 1
+    assert [set(array[[0, -1]].tolist()) for array in arrays] == [{number + 1} for number in range(len(arrays))]
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 1 << 30),
@@ -398,7 +459,7 @@ def test_the_neon_form_compiles_to_table_instructions() -> None:
     ("features", "expected"), [("+avx2,+avx,+ssse3", "lookup-avx2"), ("+ssse3", "lookup-ssse3"), ("", "popcount")]
 )
 def test_the_kernel_follows_what_the_process_compiles_for(features: str, expected: str) -> None:
-    code = "from cpu_kernels import products; print(products.kernels()[0])"
+    code = "from cpu_kernels.prepacking import kernels; print(kernels()[0])"
     environment: dict[str, Any] = {**os.environ, "NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": features}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == expected

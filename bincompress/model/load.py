@@ -10,7 +10,7 @@ from bincompress.errors import CheckpointError
 from bincompress.model.config import ModelConfig, parse
 from bincompress.model.decoder import Decoder
 from bincompress.model.linear import DenseLinear, Floats
-from cpu_kernels.products import Workers
+from cpu_kernels.workers import Workers
 
 _WIDENED_AT_ONCE = 1 << 22  # items: 16 MB
 

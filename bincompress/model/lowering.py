@@ -5,12 +5,13 @@ coefficient times powers of two (uniform levels), that is kept: the scale is rea
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bincompress.store import Packed
-from cpu_kernels.products import Part
+from bincompress.packed_tensor import Packed
+from cpu_kernels.prepacking import Part
 
 MOST_PLANES = 8  # past this many terms, decoding the weights is quicker than multiplying their planes
 
@@ -37,16 +38,22 @@ def lower(packed: Packed) -> Lowered | None:
     if not 1 <= len(signed) <= MOST_PLANES or len(constant) > 1:
         return None
     planes = _planes(packed, [packed.terms[t] for t in signed])
-    block = min(packed.block, cols) if packed.coef.shape[1] > 1 else cols
-    coef = np.broadcast_to(packed.coef, (packed.coef.shape[0], rows, packed.coef.shape[2]))
-    offset = np.ascontiguousarray(coef[constant[0]]) if constant else None
-    weights = _shared_scale(packed, signed)
-    if weights is not None:
-        last = weights.index(min(weights))
-        scale: NDArray[np.float32] = np.ascontiguousarray(coef[signed[last]]) * np.float32(1 / weights[last])
-        return Lowered(Part(planes, scale, offset), block, weights)
-    chosen = coef if len(signed) == len(packed.terms) else coef[signed]  # a selection is a copy
-    return Lowered(Part(planes, np.ascontiguousarray(chosen), offset), block, None)
+    block = min(packed.block, cols) if packed.numbers.shape[1] > 1 else cols
+    places, weights = _stored_numbers(packed, signed, constant)
+    if places is None or packed.numbers.dtype != np.float16:
+        numbers: NDArray[Any] = packed.coef
+        exponent, places, weights = 0, (signed, constant), None
+    else:
+        numbers, exponent = packed.numbers, packed.exponent
+    of_planes, of_offset = places
+    first, last = of_planes[0], of_planes[-1] + 1
+    # A selection by a list is a copy, so neighbours are taken by a slice.
+    chosen = numbers[first:last] if of_planes == list(range(first, last)) else numbers[of_planes]
+    offset = numbers[of_offset[0]] if of_offset else None
+    if numbers.shape[1] != rows:  # one for all rows
+        chosen = np.repeat(chosen, rows, axis=1)
+        offset = None if offset is None else np.repeat(offset, rows, axis=0)
+    return Lowered(Part(planes, chosen if weights is None else chosen[0], offset, exponent), block, weights)
 
 
 def _planes(packed: Packed, masks: list[int]) -> NDArray[np.uint64]:
@@ -66,14 +73,27 @@ def _planes(packed: Packed, masks: list[int]) -> NDArray[np.uint64]:
     return result
 
 
-def _shared_scale(packed: Packed, signed: list[int]) -> tuple[float, ...] | None:
-    """Return the factors of one stored coefficient where all signed terms are multiples of it by powers of two."""
-    mix = packed.attributes.get("mix")
-    if mix is None or len(signed) < 2:
-        return None
-    columns = {tuple(i for i, factor in enumerate(mix[t]) if factor) for t in signed}
-    if len(columns) != 1 or len(next(iter(columns))) != 1:
-        return None
-    (column,) = next(iter(columns))
-    factors = tuple(float(mix[t][column]) for t in signed)
-    return factors if all(factor > 0 and np.frexp(factor)[0] == 0.5 for factor in factors) else None
+Places = tuple[list[int], list[int]]  # which of the stored numbers are the planes' scales, and which the offset
+
+
+def _stored_numbers(
+    packed: Packed, signed: list[int], constant: list[int]
+) -> tuple[Places | None, tuple[float, ...] | None]:
+    """Return which stored numbers the coefficients are, and the planes' factors where all are multiples of one.
+
+    None where a coefficient is anything but one stored number, times a power of two for planes that share it.
+    """
+    if packed.mix is None:
+        return (signed, constant), None
+    of_term = [[i for i, factor in enumerate(row) if factor] for row in packed.mix]
+    shared = {tuple(of_term[t]) for t in signed}
+    if len(shared) != 1 or any(len(of_term[t]) != 1 for t in (*signed, *constant)):
+        return None, None
+    (column,) = next(iter(shared))
+    factors = tuple(packed.mix[t][column] for t in signed)
+    if any(factor <= 0 or np.frexp(factor)[0] != 0.5 for factor in factors):
+        return None, None
+    offsets = [of_term[t][0] for t in constant]
+    if any(packed.mix[t][i] != 1 for t, i in zip(constant, offsets, strict=True)):
+        return None, None
+    return ([column], offsets), factors

@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 from bincompress.dequantize import dequantize
 from bincompress.model.linear import Floats, Linear
 from bincompress.model.threads import over_ranges
-from bincompress.store import Packed
-from cpu_kernels.activations import Activations, Per
-from cpu_kernels.products import PackedMatrix, TokenProduct, Workers, multiply, quantize
+from bincompress.packed_tensor import Packed
+from cpu_kernels.activations import Activations, Per, quantize
+from cpu_kernels.prepacking import PackedMatrix
+from cpu_kernels.products import TokenProduct, multiply
+from cpu_kernels.workers import Workers
 
 _TILE_WEIGHTS = 1 << 20  # weights that are float32 at a time: 4 MB a thread
 _ROWS_PER_THREAD = 64
@@ -150,9 +152,9 @@ class PackedEmbedding:
         """Return the vectors of these tokens, (n, cols)."""
         packed = self._packed
         wanted, places = np.unique(ids, return_inverse=True)
-        coef = packed.coef if packed.coef.shape[1] == 1 else packed.coef[:, wanted]
+        numbers = packed.numbers if packed.numbers.shape[1] == 1 else packed.numbers[:, wanted]
         few = replace(
-            packed, planes=np.ascontiguousarray(packed.planes[:, wanted]), coef=np.ascontiguousarray(coef),
+            packed, planes=np.ascontiguousarray(packed.planes[:, wanted]), numbers=numbers,
             shape=(wanted.size, packed.shape[1]), listed_index=np.empty(0, np.uint64),
             listed_value=np.empty(0, np.float32),
         )  # fmt: skip

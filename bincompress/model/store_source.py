@@ -21,8 +21,10 @@ from bincompress.model.packed import (
     ScaledLinear,
     StackedLinear,
 )
-from bincompress.store import Packed, Store, let_go
-from cpu_kernels.products import Workers, prepack_rows
+from bincompress.packed_tensor import Packed
+from bincompress.store import Store, let_go
+from cpu_kernels.prepacking import prepack_rows
+from cpu_kernels.workers import Workers
 
 Entry = tuple[str, Packed | None, Lowered | None]  # a tensor's name, how it is stored, and its planes
 
@@ -65,7 +67,8 @@ class StoreSource:
 
     def vector(self, names: Sequence[str]) -> Floats:
         """Return one-dimensional tensors, one after the other."""
-        return np.concatenate([self._store.read_plain(name)[0].float32().reshape(-1) for name in names])
+        found = (self._store.read_plain(name, check_hashes=True)[0] for name in names)
+        return np.concatenate([weight.float32().reshape(-1) for weight in found])
 
     def linear(self, names: Sequence[str]) -> Linear:
         """Return matrices with the same input as one, rows one below the other."""
@@ -126,7 +129,8 @@ class StoreSource:
             table = self._tables[name]
             assert isinstance(table, DenseLinear)
             return table
-        weight, _ = self._store.read_plain(name)
+        weight, _ = self._store.read_plain(name, check_hashes=True)
+        let_go(weight.bits)
         return DenseLinear(weight.bits if weight.dtype == "BF16" else weight.float32(), self._workers)
 
     def _noted(self, names: Sequence[str], linear: PackedLinear | ScaledLinear | DecodedLinear | DenseLinear) -> Linear:

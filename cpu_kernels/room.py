@@ -1,0 +1,44 @@
+"""Memory that begins with a cache line; for many matrices that stay, in arenas of large pages.
+
+A fresh page costs a fault whatever its size: 1 GB takes 0.5 s in pages of 4 KB and 0.3 s in pages of 2 MB, and giving
+it back 80 ms and 5 ms (Xeon). An array by itself would have such pages only in its middle.
+"""
+
+import contextlib
+import mmap
+import threading
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ARENA = 128 << 20  # bytes; what is not used yet takes no memory, and a small model never fills it
+_LINE = 64
+
+_lock = threading.Lock()
+_arena = np.empty(0, np.uint8)  # what is left of the last one; an arena lives as long as any array in it
+
+
+def aligned(size: int, zero: bool = False) -> NDArray[np.uint8]:
+    """Return uint8 (size,) that begins with a cache line, in memory of its own."""
+    found = np.zeros(size + _LINE - 1, np.uint8) if zero else np.empty(size + _LINE - 1, np.uint8)
+    start = -found.ctypes.data % _LINE
+    return found[start : start + size]
+
+
+def room(size: int) -> NDArray[np.uint8]:
+    """Return zeros, uint8 (size,), that begin with a cache line: the next part of an arena."""
+    global _arena
+    whole = -(-size // _LINE) * _LINE
+    with _lock:
+        if whole > _arena.size:
+            _arena = _fresh(max(whole, _ARENA))
+        taken, _arena = _arena[:size], _arena[whole:]
+    return taken
+
+
+def _fresh(size: int) -> NDArray[np.uint8]:
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux; a hint, without which the pages are small
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8)
