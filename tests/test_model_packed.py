@@ -98,6 +98,9 @@ def test_forms_may_differ_within_one_layer(tiny_model: Path, tmp_path: Path) -> 
     assert loaded.paths[prefix + "v_proj.weight"] == "kept bfloat16"
     assert loaded.paths[prefix + "q_proj.weight"].startswith(("lookup", "popcount"))
     assert close(logits(loaded.decoder), dequantized_logits(store, tmp_path / "float")) < 0.03
+    cache = loaded.decoder.new_cache(len(IDS))
+    one_by_one = np.stack([loaded.decoder.next_logits([token], cache) for token in IDS])
+    assert close(one_by_one, logits(loaded.decoder)) < 1e-5
 
 
 def resident(file: str) -> list[int]:
@@ -169,6 +172,20 @@ def test_uniform_levels_share_one_scale(tiny_model: Path, tmp_path: Path) -> Non
     assert lowered is not None
     assert lowered.plane_weights == (8.0, 4.0, 2.0, 1.0)
     assert lowered.part.scale.shape == (96, 1)
+
+
+def test_numbers_of_a_whole_matrix_are_factors_of_its_planes(tiny_model: Path, tmp_path: Path) -> None:
+    """So that the stream holds float16 scales, all 1, and no kernel for float32 ones is compiled."""
+    store = open_store(stored(tiny_model, tmp_path / "store", Recipe(defaults=Settings(groups=8, block="matrix"))))
+    packed = store.read_packed("model.layers.0.mlp.up_proj.weight")
+    lowered = lower(packed)
+    assert lowered is not None
+    assert lowered.plane_weights == tuple(packed.coef[:, 0, 0].tolist())
+    assert lowered.part.as_stored
+    assert (lowered.part.scale == 1).all()
+    signs = reference.unpack_planes(lowered.part.planes, packed.shape[1])
+    weights = np.einsum("p,prc->rc", lowered.plane_weights, signs)
+    np.testing.assert_allclose(weights, dequantize(packed), atol=1e-7)
 
 
 def test_archives_and_object_stores_run(tiny_model: Path, tmp_path: Path) -> None:

@@ -24,10 +24,11 @@ from cpu_kernels.unpacking import expand
 def first_token_kernels() -> list[Kernel]:
     """Return the kernels that load and run a model with the default settings and generation's float16 cache.
 
-    Those that load the weights come last: the first process compiles them before it runs a token.
+    The longest come first, and those last that the first process needs while these are compiled.
     """
     cached = np.dtype(np.uint16)
-    return [expand, add_norm, PLACE[cached], ATTEND[cached], gate, bfloat16_rows, *product_kernels()]
+    multiply, quantize, *sharing, pack = product_kernels()
+    return [multiply, quantize, ATTEND[cached], PLACE[cached], *sharing, gate, add_norm, bfloat16_rows, expand, pack]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """How does a stored tensor become plain +-1 planes with scales, as the kernels multiply them?
 
 A product of planes is an exclusive or of stored planes. Where the coefficients of several terms are one stored
-coefficient times powers of two (uniform levels), that is kept: the scale is read once for all planes.
+coefficient times powers of two (uniform levels), or numbers of the whole matrix, that is kept: a scale is read once for
+all planes, and is a float16.
 """
 
 from dataclasses import dataclass
@@ -39,6 +40,10 @@ def lower(packed: Packed) -> Lowered | None:
         return None
     planes = _planes(packed, [packed.terms[t] for t in signed])
     block = min(packed.block, cols) if packed.numbers.shape[1] > 1 else cols
+    if packed.numbers.shape[1:] == (1, 1) and not constant:
+        # The matrix's own numbers are the planes' factors.
+        factors = tuple(float(packed.coef[t, 0, 0]) for t in signed)
+        return Lowered(Part(planes, np.ones((rows, 1), np.float16)), block, factors)
     places, weights = _stored_numbers(packed, signed, constant)
     if places is None or packed.numbers.dtype != np.float16:
         numbers: NDArray[Any] = packed.coef
