@@ -11,7 +11,7 @@ import psutil
 import threadpoolctl
 
 from bincompress.checkpoint import Checkpoint
-from bincompress.errors import BincompressError, StoreError
+from bincompress.errors import BincompressError, DamagedError, StoreError
 from bincompress.generate import GenerationSettings, Model
 from bincompress.model.cache import cache_bytes
 from bincompress.model.chat import load_template
@@ -28,6 +28,7 @@ from cpu_kernels.prepacking import kernels
 from cpu_kernels.workers import Workers
 
 _BASE_BYTES = 200 << 20  # Python, NumPy, Numba, compiled kernels, work buffers
+_LARGEST_SETTING = 1e9  # of a number in generation_config.json
 _USUAL_CONTEXT = 2048  # tokens whose cache is counted before loading; longer texts take more
 
 
@@ -83,7 +84,10 @@ def load(
 
 def default_sampling(assets: dict[str, bytes]) -> Sampling:
     """Return the sampling that generation_config.json asks for; greedy where it says that nothing is to be drawn."""
-    found = json.loads(assets.get("generation_config.json", b"{}"))
+    try:
+        found = json.loads(assets.get("generation_config.json", b"{}"))
+    except (ValueError, RecursionError):
+        raise ConfigError("generation_config.json: not readable as JSON") from None
     if not isinstance(found, dict):
         raise ConfigError(f"generation_config.json: expected a JSON object, found {type(found).__name__}")
     if found.get("do_sample") is False:
@@ -93,7 +97,7 @@ def default_sampling(assets: dict[str, bytes]) -> Sampling:
     }  # fmt: skip
     given = {key: found[key] for key in kinds if found.get(key) is not None}
     for key, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST_SETTING:
             raise ConfigError(f"generation_config.json: {key}: expected a number, found {value!r:.40}")
     return Sampling(**{key: kinds[key](value) for key, value in given.items()})  # type: ignore[arg-type]
 
@@ -134,7 +138,10 @@ def _config(store: Store, assets: dict[str, bytes]) -> dict[str, Any]:
 
 
 def _needed(store: Store, config: ModelConfig) -> int:
-    matrices = sum(int(store.complete_attributes(name)["report"]["stored_bytes"]) for name in config.tensors())
+    try:
+        matrices = sum(int(store.complete_attributes(name)["report"]["stored_bytes"]) for name in config.tensors())
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"{store.url}: a tensor's attributes lack its stored bytes ({error!r})") from None
     return matrices + cache_bytes(config, min(config.context, _USUAL_CONTEXT), "float16") + _BASE_BYTES
 
 

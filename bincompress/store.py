@@ -84,10 +84,9 @@ class Store:
                 return {}
             content = found
         try:
-            node = json.loads(content)
-        except ValueError:
+            return _checked_node(json.loads(content))
+        except (ValueError, RecursionError):
             raise DamagedError(f"{self.url}: {path}: zarr.json is not readable") from None
-        return node if isinstance(node, dict) else {}
 
     def node_attributes(self, name: str) -> dict[str, Any]:
         """Return a tensor's attributes; empty where nothing of it is there."""
@@ -166,6 +165,11 @@ class Store:
         self._complete[name] = node
         return node
 
+    def hashes(self, name: str) -> dict[str, str]:
+        """Return the hashes of a complete tensor's arrays by their names; empty where there are none."""
+        found = self.complete_attributes(name).get("hashes")
+        return found if isinstance(found, dict) else {}
+
     def read_packed(self, name: str, check_hashes: bool = False) -> Packed:
         """Map or read a packed tensor and check that its arrays fit together; raises DamagedError naming it.
 
@@ -173,14 +177,14 @@ class Store:
         """
         attributes = self.complete_attributes(name)
         path = self._path(name)
-        hashes = _hashes(attributes)
+        hashes = self.hashes(name)
         arrays = {key: self._read(name, f"{path}/{key}") for key in _ARRAYS if key in _ALWAYS or key in hashes}
         if check_hashes:
             for key, values in arrays.items():
                 self._check_hash(name, key, values, hashes)
         try:
             return assemble(attributes, arrays)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise DamagedError(f"{self.url}: {name}: attributes are not those of a packed tensor ({error!r})") from None
         except ValueError as error:
             raise DamagedError(f"{self.url}: {name}: {error}") from None
@@ -188,8 +192,10 @@ class Store:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a complete tensor."""
         node = self._complete_node(name)
-        sizes = (node["attributes"] if self.attributes["tensors"][name] == "packed" else node).get("shape", ())
-        return tuple(int(size) for size in sizes)
+        sizes = (node["attributes"] if self.attributes["tensors"][name] == "packed" else node).get("shape")
+        if not isinstance(sizes, list) or not all(type(size) is int and size >= 0 for size in sizes):
+            raise DamagedError(f"{self.url}: {name}: shape: {sizes!r:.40}; expected a list of whole numbers")
+        return tuple(sizes)
 
     def read_plain(self, name: str, check_hashes: bool = False) -> tuple[Weight, tuple[int, ...]]:
         """Map or read a tensor that was kept as it is, with its shape; `check_hashes` as for a packed one."""
@@ -197,7 +203,7 @@ class Store:
         attributes = node["attributes"]
         values = self._read(name, self._path(name), node)
         if check_hashes:
-            self._check_hash(name, "array", values, _hashes(attributes))
+            self._check_hash(name, "array", values, self.hashes(name))
         names = {stored: dtype for dtype, stored in _PLAIN_DTYPES.items()}
         dtype = names.get(str(attributes.get("dtype")))
         if dtype is None or values.dtype != (np.float32 if dtype == "F32" else np.uint16):
@@ -220,7 +226,7 @@ class Store:
         try:
             found = self._mapped(path, node or self._node(path)) if mapped else None
             return self._access.read_array(path) if found is None else found
-        except (KeyError, OSError, TypeError, ValueError, RuntimeError) as error:
+        except (ArithmeticError, KeyError, MemoryError, OSError, TypeError, ValueError, RuntimeError) as error:
             raise DamagedError(f"{self.url}: {name}: array {path.split('/')[-1]} cannot be read: {error}") from None
 
     def _mapped(self, path: str, node: dict[str, Any]) -> NDArray[Any] | None:
@@ -243,7 +249,8 @@ class Store:
         if self.tensors()[name] == "plain":
             yield "array", self._read(name, self._path(name), mapped=False)
             return
-        for key in self.complete_attributes(name)["hashes"]:
+        hashes = self.hashes(name)
+        for key in (key for key in _ARRAYS if key in _ALWAYS or key in hashes):
             yield key, self._read(name, f"{self._path(name)}/{key}", mapped=False)
 
     # Assets and manifest
@@ -294,11 +301,6 @@ class Store:
         self.attributes = attributes
 
 
-def _hashes(attributes: Mapping[str, Any]) -> dict[str, str]:
-    found = attributes.get("hashes")
-    return found if isinstance(found, dict) else {}
-
-
 def let_go(values: NDArray[Any]) -> None:
     """Let go of the memory of a mapped array, which checking its hash has filled; what is used is read again."""
     owner: Any = values
@@ -321,7 +323,7 @@ def open_store(url: str) -> Store:
         raise StoreError(f"{url}: no such store; `bincompress compress SOURCE {url}` makes one")
     try:
         attributes = _root_attributes(url)
-    except (FileNotFoundError, KeyError, ValueError) as error:
+    except (FileNotFoundError, KeyError, ValueError, RecursionError) as error:
         raise StoreError(f"{url}: not a Zarr v3 store: {str(error) or type(error).__name__}") from None
     _check_format(url, attributes)
     return Store(url, attributes)
@@ -335,10 +337,17 @@ def _root_attributes(url: str) -> dict[str, Any]:
     path = Path(url) / "zarr.json"
     if not path.is_file():
         raise FileNotFoundError("it has no zarr.json")
-    node = json.loads(path.read_bytes())
-    if not isinstance(node, dict) or node.get("zarr_format") != 3 or node.get("node_type") != "group":
+    node = _checked_node(json.loads(path.read_bytes()))
+    if node.get("zarr_format") != 3 or node.get("node_type") != "group":
         raise ValueError("zarr.json is not a group's")
     return dict(node.get("attributes", {}))
+
+
+def _checked_node(found: Any) -> dict[str, Any]:
+    """Return a node's metadata; raises ValueError where it, or its attributes, are no JSON objects."""
+    if not isinstance(found, dict) or not isinstance(found.get("attributes", {}), dict):
+        raise ValueError("zarr.json is not a node's")
+    return found
 
 
 def _check_format(url: str, attributes: dict[str, Any]) -> None:
@@ -349,8 +358,9 @@ def _check_format(url: str, attributes: dict[str, Any]) -> None:
             f"{url}: store version {attributes.get('version')!r}; this program reads version {VERSION}: "
             "install the one that wrote it, or compress again"
         )
-    if not isinstance(attributes.get("tensors"), dict):
-        raise StoreError(f"{url}: its manifest lacks the list of tensors; compress again with --overwrite")
+    for key, kind in (("tensors", dict), ("status", str), ("failures", dict)):
+        if not isinstance(attributes.get(key), kind):
+            raise StoreError(f"{url}: its manifest lacks {key}; compress again with --overwrite")
 
 
 def begin_store(url: str, plan: Mapping[str, Any], assets: Mapping[str, bytes], run_id: str, overwrite: bool) -> Store:

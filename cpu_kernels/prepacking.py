@@ -38,7 +38,7 @@ class Part:
 
     @property
     def as_stored(self) -> bool:
-        """Whether the stream may hold the numbers as they are: the power of two is within the multipliers' range."""
+        """Whether a float16 stream may hold the numbers as they are: multipliers have such a power of two."""
         return self.scale.dtype == np.float16 and abs(self.exponent) <= _EXPONENTS
 
     def singles(self) -> list[NDArray[np.int32]]:
@@ -142,10 +142,10 @@ def choose(name: str | None) -> tuple[str, int]:
 
 def prepack(
     planes: NDArray[np.uint64],
-    scale: NDArray[np.float32],
+    scale: NDArray[Any],
     block: int,
     cols: int,
-    offset: NDArray[np.float32] | None = None,
+    offset: NDArray[Any] | None = None,
     *,
     plane_weights: Sequence[float] | None = None,
     kernel: str | None = None,
@@ -153,8 +153,8 @@ def prepack(
 ) -> PackedMatrix:
     """Lay out planes (P, rows, words) with scale (P, rows, blocks) and offset (rows, blocks) for this CPU's kernel.
 
-    `block` is 64, 128, 256, ... or at least `cols` for one block per row. With `plane_weights` (P numbers, say
-    8, 4, 2, 1) scale is (rows, blocks) and plane p's scale is plane_weights[p] * scale.
+    Both are float32 or float16. `block` is 64, 128, 256, ... or at least `cols` for one block per row. With
+    `plane_weights` (P numbers, say 8, 4, 2, 1) scale is (rows, blocks) and plane p's scale is plane_weights[p] * scale.
     """
     part = Part(planes, scale, offset)
     return prepack_rows([part], block, cols, plane_weights=plane_weights, kernel=kernel, pool=pool)
@@ -191,7 +191,7 @@ def prepack_rows(
         unit_words=unit_words,
     )
     _check_parts(parts, tiling, plane_weights is not None, -(-cols // 64))
-    stream, multipliers, half = _scales_written(parts, tiling, pool)
+    stream, multipliers, half = _stream_begun(parts, tiling, pool)
     _write_tiles(parts, tiling, half, layout.packer(int(name == "lookup"), tiling.tile), stream, pool)
     return PackedMatrix(
         rows=tiling.rows,
@@ -225,7 +225,7 @@ def _check_parts(parts: Sequence[Part], tiling: _Tiling, shared: bool, words: in
             _expect("offset", part.offset, dtype, shape)
 
 
-def _scales_written(
+def _stream_begun(
     parts: Sequence[Part], tiling: _Tiling, pool: Pool | None
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], int]:
     """Return a stream, the rows' multipliers and whether its scales are float16.

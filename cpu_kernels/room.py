@@ -7,6 +7,7 @@ it back 80 ms and 5 ms (Xeon). An array by itself would have such pages only in 
 import contextlib
 import mmap
 import threading
+import weakref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,8 @@ _ARENA = 128 << 20  # bytes; what is not used yet takes no memory, and a small m
 _LINE = 64
 
 _lock = threading.Lock()
-_arena = np.empty(0, np.uint8)  # what is left of the last one; an arena lives as long as any array in it
+_arena: "weakref.ref[NDArray[np.uint8]] | None" = None  # the last one: it goes with the last array in it
+_used = 0  # bytes of it
 
 
 def aligned(size: int, zero: bool = False) -> NDArray[np.uint8]:
@@ -27,12 +29,17 @@ def aligned(size: int, zero: bool = False) -> NDArray[np.uint8]:
 
 def room(size: int) -> NDArray[np.uint8]:
     """Return zeros, uint8 (size,), that begin with a cache line: the next part of an arena."""
-    global _arena
+    global _arena, _used
     whole = -(-size // _LINE) * _LINE
+    if whole > _ARENA // 2:
+        return _fresh(whole)[:size]
     with _lock:
-        if whole > _arena.size:
-            _arena = _fresh(max(whole, _ARENA))
-        taken, _arena = _arena[:size], _arena[whole:]
+        arena = _arena() if _arena else None
+        if arena is None or _used + whole > arena.size:
+            arena, _used = _fresh(_ARENA), 0
+            _arena = weakref.ref(arena)
+        taken = arena[_used : _used + size]
+        _used += whole
     return taken
 
 

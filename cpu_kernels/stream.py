@@ -1,4 +1,4 @@
-"""The packed stream that the product kernels read in order, built from row-major planes and float32 scales.
+"""The packed stream that the product kernels read in order, built from row-major planes and scales as they are stored.
 
 A tile is 32 or 64 rows. Of 16 bytes of a packed vector, those with an even number belong to four rows of the tile's
 first quarter and four of its second, those with an odd number to as many of its third and fourth; the next 16 bytes
@@ -9,8 +9,8 @@ For each tile and block of columns:
     bits     per unit of columns and plane: for lookup (8 or 16, tile) bytes, each holding 8 columns of one row;
              for popcount (1 or 2, tile) words
 
-Scales are held as float16 where each row's are float16 values times one power of two (which becomes the row's
-multiplier), else as float32; nothing is rounded.
+Scales are held as float16 where they are stored so, or where each row's are float16 values times one power of two
+(which becomes the row's multiplier), else as float32; nothing is rounded.
 """
 
 import functools
@@ -85,7 +85,7 @@ _PACK = types.void(
     types.intp,  # units per block
     types.intp,  # words per unit
     types.intp,  # bytes of scales per block
-    out(types.uint8, 1),  # stream, zero where nothing was written yet
+    out(types.uint8, 1),  # stream; the caller hands it zeros, which part tiles and padding rely on
     types.intp,  # first tile
     types.intp,  # tile after the last
 )

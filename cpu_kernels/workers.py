@@ -3,6 +3,7 @@
 import itertools
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -35,28 +36,10 @@ class Workers:
         for number in range(threads - 1):
             tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
             self._tasks.append(tasks)
-            arguments = number, tasks, self._turns, self._posted
-            threading.Thread(target=self._serve, args=arguments, name=f"product-{number + 1}", daemon=True).start()
-
-    def _serve(
-        self,
-        number: int,
-        tasks: "queue.SimpleQueue[Callable[[], object] | None]",
-        turns: NDArray[np.int64],
-        posted: NDArray[np.int64],
-    ) -> None:
-        while (task := tasks.get()) is not None:
-            if task is _wait_for_jobs:
-                handover.serve(turns, posted, number)
-                continue
-            failed: BaseException | None = None
-            try:
-                task()
-            except BaseException as error:
-                failed = error
-            del task  # which would keep what it worked on, a whole model perhaps, until the next one comes
-            self._done.put(failed)
-            del failed
+            arguments = number, tasks, self._done, self._turns, self._posted
+            threading.Thread(target=_serve, args=arguments, name=f"product-{number + 1}", daemon=True).start()
+        # The threads know nothing of this object, so that they end with it.
+        self._end = weakref.finalize(self, _end, self._tasks)
 
     def run(self, tasks: Sequence[Callable[[], object]]) -> None:
         """Run at most `threads` tasks, the first in the calling thread, and return when all have ended."""
@@ -105,8 +88,7 @@ class Workers:
 
     def close(self) -> None:
         """End the threads."""
-        for tasks in self._tasks:
-            tasks.put(None)
+        self._end()
         self._tasks = []
         self._turns = self._turns[:0]
         self.threads = 1
@@ -118,6 +100,32 @@ class Workers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _serve(
+    number: int,
+    tasks: "queue.SimpleQueue[Callable[[], object] | None]",
+    done: "queue.SimpleQueue[BaseException | None]",
+    turns: NDArray[np.int64],
+    posted: NDArray[np.int64],
+) -> None:
+    while (task := tasks.get()) is not None:
+        if task is _wait_for_jobs:
+            handover.serve(turns, posted, number)
+            continue
+        failed: BaseException | None = None
+        try:
+            task()
+        except BaseException as error:
+            failed = error
+        del task  # which would keep what it worked on, a whole model perhaps, until the next one comes
+        done.put(failed)
+        del failed
+
+
+def _end(threads: "list[queue.SimpleQueue[Callable[[], object] | None]]") -> None:
+    for tasks in threads:
+        tasks.put(None)
 
 
 def _wait_for_jobs() -> None:

@@ -1,7 +1,10 @@
 """Does the packed engine compute what the store says, in every form that a matrix can have, and refuse what it must?"""
 
+import gc
 import json
 import shutil
+import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +22,15 @@ from bincompress.model.errors import ConfigError, UnsupportedModelError
 from bincompress.model.load import load_checkpoint
 from bincompress.model.lowering import MOST_PLANES, lower
 from bincompress.model.packed import ActivationSettings, PackedEmbedding, StackedLinear
-from bincompress.packed_tensor import Packed
+from bincompress.packed_tensor import Packed, assemble
 from bincompress.plan import make_plan
 from bincompress.recipe import Override, Recipe, load_recipe
 from bincompress.records import Settings
 from bincompress.store import let_go, open_store
 from cpu_kernels import reference
+from cpu_kernels.activations import quantize
+from cpu_kernels.prepacking import prepack_rows
+from cpu_kernels.products import multiply
 from tests.conftest import EVERY_METHOD, tiny_config, tiny_tensors, write_model
 
 IDS = np.random.default_rng(3).integers(0, 96, 40)
@@ -260,21 +266,89 @@ def test_stores_that_cannot_run(tiny_model: Path, tmp_path: Path, monkeypatch: p
     found = json.loads(node.read_text())
     for change, message in [
         ({"terms": [1]}, "1 terms do not fit 2 planes and coef"),
-        ({"terms": [1, 4]}, "2 terms do not fit 2 planes and coef"),
-        ({"mix": [[1.0], [1.0, 0.0]]}, r"mix: rows of \[1, 2\] factors do not fit 2 stored coefficients"),
-        ({"mix": 3}, "attributes are not those of a packed tensor"),
-        ({"block": "x"}, "invalid literal"),
+        ({"terms": [1, 4]}, "terms: 4; expected a whole number from 0 to 3"),
+        ({"terms": [2, 2]}, "terms: one of 2 is there twice"),
+        ({"terms": 3}, "attributes are not those of a packed tensor"),
+        ({"mix": [[1.0], [1.0, 0.0]]}, "mix: .*; expected rows of 2 factors"),
+        ({"mix": [[1.0, 0.0], [0.0, float("inf")]]}, "mix: a factor is no number of at most"),
+        ({"mix": [[1.0, 0.0], [0.0, 10**400]]}, "attributes are not those of a packed tensor"),
+        ({"mix": []}, "2 terms do not fit"),
+        ({"mix": 3}, "mix: 3; expected rows of 2 factors"),
+        ({"coef_exponent": 10**40}, "coef_exponent: 10+; expected a whole number from -500 to 500"),
+        ({"block": "x"}, "block: 'x'; expected a whole number"),
+        ({"block": float("inf")}, "block: inf; expected a whole number"),
         ({"block": 32}, "block 32 is no multiple of 64 and less than the 64 columns"),
-        ({"block": 0}, "block 0 is no multiple"),
+        ({"block": 0}, "block: 0; expected a whole number"),
+        ({"shape": None}, "shape: None; expected a list of whole numbers"),
+        ({"shape": [160, 1e999]}, "shape: .*; expected a list of whole numbers"),
+        ({"report": None}, "a tensor's attributes lack its stored bytes"),
         ({"hashes": {}}, "planes: its bytes are not those"),
         ({"hashes": None}, "planes: its bytes are not those"),
     ]:
         node.write_text(json.dumps({**found, "attributes": {**found["attributes"], **change}}))
-        with pytest.raises(DamagedError, match=f"{name}: {message}"):
+        with pytest.raises(DamagedError, match=message):
+            load_decoder(store, 1, ActivationSettings())
+    for content in ("[" * 100_000, "[1]", '{"attributes": 5}'):
+        node.write_text(content)
+        with pytest.raises(DamagedError, match=rf"{name}: zarr\.json is not readable"):
             load_decoder(store, 1, ActivationSettings())
     shutil.rmtree(tmp_path / "store" / "tensors" / name)
     with pytest.raises(StoreError, match=f"{name} is not complete"):
         load_decoder(store, 1, ActivationSettings())
+
+
+def packed_tensor(**changes: object) -> Packed:
+    """Assemble one plane of 2 x 200 with a number for each row and block of 128, but for the changes."""
+    attributes = {"shape": [2, 200], "block": 128, "terms": [1], "mix": None, "coef_exponent": 0}
+    arrays = {"planes": np.zeros((1, 2, 4), np.uint64), "coef": np.ones((1, 2, 2), np.float16)}
+    for key, value in changes.items():
+        (attributes if key in attributes else arrays)[key] = value  # type: ignore[index]
+    return assemble(attributes, arrays)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"coef": np.ones((1, 1, 1), np.float16)}, "does not fit 2 rows of 2 blocks"),  # it would be read beyond
+        ({"coef": np.ones((1, 2, 2), np.float64)}, "coef .* float64 does not fit"),
+        ({"planes": np.zeros((0, 2, 4), np.uint64)}, "terms: 1; expected a whole number from 0 to 0"),
+        ({"shape": [0, 200]}, "shape: 0; expected"),
+        ({"shape": [True, 200]}, "shape: True; expected"),
+        ({"listed_index": np.array([5, 3], np.uint64), "listed_value": np.ones(2, np.float32)}, "not in ascending"),
+        ({"listed_index": np.array([400], np.uint64), "listed_value": np.ones(1, np.float32)}, "outside the matrix"),
+        ({"listed_index": np.array([-1]), "listed_value": np.ones(1, np.float32)}, "listed weights: .* int64 places"),
+    ],
+)
+def test_arrays_that_no_program_wrote_are_refused(changes: dict[str, object], message: str) -> None:
+    assert packed_tensor().shape == (2, 200)
+    with pytest.raises(ValueError, match=message):
+        packed_tensor(**changes)
+
+
+def test_one_row_of_several_blocks_is_laid_out() -> None:
+    planes, coef = np.array([[[5, 1 << 63, 7, 1]]], np.uint64), np.array([[[1.0, 2.0]]], np.float16)
+    packed = packed_tensor(shape=[1, 200], planes=planes, coef=coef)
+    lowered = lower(packed)
+    assert lowered is not None
+    matrix = prepack_rows([lowered.part], lowered.block, 200)
+    x = np.ones((1, 200), np.float32)
+    np.testing.assert_allclose(multiply(matrix, quantize(x, 8)), x @ dequantize(packed).T, rtol=1e-6)
+
+
+def test_a_dropped_model_leaves_neither_memory_nor_threads(tiny_model: Path, tmp_path: Path) -> None:
+    store = stored(tiny_model, tmp_path / "store", Recipe())
+    before = set(threading.enumerate())
+    loaded = load_decoder(store, 3, ActivationSettings(8))
+    started = set(threading.enumerate()) - before
+    assert len(started) == 2
+    stream = weakref.ref(loaded.decoder.layers[0].out.matrix.stream.base)  # type: ignore[attr-defined]
+    assert stream() is not None
+    del loaded
+    gc.collect()
+    assert stream() is None
+    for thread in started:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
 
 
 def test_an_unfinished_store_and_an_unknown_architecture(tmp_path: Path) -> None:

@@ -39,8 +39,9 @@ def lower(packed: Packed) -> Lowered | None:
     if not 1 <= len(signed) <= MOST_PLANES or len(constant) > 1:
         return None
     planes = _planes(packed, [packed.terms[t] for t in signed])
-    block = min(packed.block, cols) if packed.numbers.shape[1] > 1 else cols
-    if packed.numbers.shape[1:] == (1, 1) and not constant:
+    whole = packed.numbers.shape[1:] == (1, 1)
+    block = cols if whole else min(packed.block, cols)
+    if whole and not constant:
         # The matrix's own numbers are the planes' factors.
         factors = tuple(float(packed.coef[t, 0, 0]) for t in signed)
         return Lowered(Part(planes, np.ones((rows, 1), np.float16)), block, factors)
@@ -55,7 +56,7 @@ def lower(packed: Packed) -> Lowered | None:
     # A selection by a list is a copy, so neighbours are taken by a slice.
     chosen = numbers[first:last] if of_planes == list(range(first, last)) else numbers[of_planes]
     offset = numbers[of_offset[0]] if of_offset else None
-    if numbers.shape[1] != rows:  # one for all rows
+    if whole:
         chosen = np.repeat(chosen, rows, axis=1)
         offset = None if offset is None else np.repeat(offset, rows, axis=0)
     return Lowered(Part(planes, chosen if weights is None else chosen[0], offset, exponent), block, weights)
