@@ -1,7 +1,4 @@
-"""How is a matrix laid out for one kernel of this CPU, from planes and scales as they are stored?
-
-matrix = prepack(planes, scale, block=128, cols=3072)
-"""
+"""How is a matrix laid out for one kernel of this CPU, from planes and scales as they are stored?"""
 
 import functools
 import itertools

@@ -19,7 +19,7 @@ settings.register_profile("suite", deadline=None, max_examples=60, derandomize=T
 settings.load_profile("suite")
 
 # The files that take longest, which therefore begin first: else one process is left with one of them at the end.
-_LONGEST = ("test_products", "test_ray", "test_sequence", "test_compiler")
+_LONGEST = ("test_products", "test_prepacking", "test_ray", "test_sequence", "test_compiler")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
