@@ -23,13 +23,13 @@ import threadpoolctl
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.synthetic import LLAMA_1B, write_checkpoint
-from bincompress.calibrate import Calibration, run_in_threads
-from bincompress.checkpoint import open_checkpoint
-from bincompress.engine import usable_threads
-from bincompress.methods.compensation import compensate, curvature
-from bincompress.methods.forms import Rounding, sum_of_planes
-from bincompress.methods.starts import of_planes
+from bincompress.calibration.collect import Calibration, run_in_threads
+from bincompress.inference.load import usable_threads
+from bincompress.methods.rounding.codebook import Rounding, sum_of_planes
+from bincompress.methods.rounding.compensation import compensate, curvature
+from bincompress.methods.rounding.initial_scales import of_planes
 from bincompress.model.config import parse
+from bincompress.sources.checkpoint import open_checkpoint
 
 SIZE = 3072
 SAMPLES, CONTEXT = 32, 512

@@ -43,10 +43,10 @@ def scaling(model: str, store: str, workers: int) -> dict[str, float]:
     """Compress on a new cluster of so many cores; its start, with kernels loaded in every worker, is timed apart."""
     import ray
 
-    from bincompress.checkpoint import open_checkpoint
-    from bincompress.compress import compress
-    from bincompress.plan import make_plan
-    from bincompress.recipe import load_recipe
+    from bincompress.compression.plan import make_plan
+    from bincompress.compression.recipe import load_recipe
+    from bincompress.compression.run import compress
+    from bincompress.sources.checkpoint import open_checkpoint
     from jobs.runner import run_ray
 
     plan = make_plan(open_checkpoint(Path(model)), load_recipe(None, COMPUTE_BOUND))

@@ -225,7 +225,7 @@ def main() -> None:
         return
     found = {"machine": machine(), "grouping": grouping_against_copy(), "cold_start": cold_start()}
     if Path(options.matrix).is_dir():
-        from bincompress.checkpoint import open_checkpoint, read_weight
+        from bincompress.sources.checkpoint import open_checkpoint, read_weight
 
         checkpoint = open_checkpoint(Path(options.matrix))
         found["solvers"] = solvers(read_weight(checkpoint.tensors["model.layers.3.mlp.up_proj.weight"]).bits)

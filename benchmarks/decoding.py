@@ -28,12 +28,12 @@ import numpy as np  # noqa: E402
 
 from benchmarks.compression import machine  # noqa: E402
 from benchmarks.synthetic import LLAMA_1B, write_checkpoint  # noqa: E402
-from bincompress.checkpoint import open_checkpoint, read_weight  # noqa: E402
-from bincompress.compress import compress  # noqa: E402
-from bincompress.engine import load_decoder  # noqa: E402
-from bincompress.model.packed import ActivationSettings  # noqa: E402
-from bincompress.plan import make_plan  # noqa: E402
-from bincompress.recipe import load_recipe  # noqa: E402
+from bincompress.compression.plan import make_plan  # noqa: E402
+from bincompress.compression.recipe import load_recipe  # noqa: E402
+from bincompress.compression.run import compress  # noqa: E402
+from bincompress.inference.load import load_decoder  # noqa: E402
+from bincompress.model.packed_linear import ActivationSettings  # noqa: E402
+from bincompress.sources.checkpoint import open_checkpoint, read_weight  # noqa: E402
 
 MODEL = {**LLAMA_1B, "vocab_size": 32768}
 _SPIN = 1.0  # seconds: llama.cpp's threads go on spinning for a while, and would take a core from the next run
@@ -56,7 +56,7 @@ def sum_of_words(words: Any) -> Any:
 
 def bandwidth(nbytes: int, threads: int) -> float:
     """Return bytes per second of reading a buffer of so many bytes, shared among threads."""
-    from cpu_kernels.workers import Workers
+    from cpu_kernels.parallel.workers import Workers
 
     words = np.ones(nbytes // 8, np.uint64)
     parts = np.array_split(words, threads)
@@ -213,7 +213,7 @@ def memory_and_loading(store: str) -> dict[str, float]:
 
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from bincompress.engine import load_decoder, ActivationSettings\n"
+        "from bincompress.inference.load import load_decoder, ActivationSettings\n"
         "store = sys.argv[1]; files = [p for p in Path(store).rglob('*') if p.is_file()]\n"
         "t = time.perf_counter(); total = sum(len(p.read_bytes()) for p in files); reading = time.perf_counter() - t\n"
         "load_decoder(store, 2, ActivationSettings(8))\n"
@@ -223,7 +223,7 @@ def memory_and_loading(store: str) -> dict[str, float]:
     # The same where the page cache holds nothing of the store: it comes from the disk both times.
     cold = (
         "import os, sys, time; from pathlib import Path\n"
-        "from bincompress.engine import load_decoder, ActivationSettings\n"
+        "from bincompress.inference.load import load_decoder, ActivationSettings\n"
         "store = sys.argv[1]; files = [p for p in Path(store).rglob('*') if p.is_file()]\n"
         "def forget():\n"
         "    for path in files:\n"
@@ -235,7 +235,7 @@ def memory_and_loading(store: str) -> dict[str, float]:
         "print(reading, time.perf_counter() - t)"
     )
     memory = (
-        "import sys; from bincompress.engine import load_decoder, ActivationSettings\n"
+        "import sys; from bincompress.inference.load import load_decoder, ActivationSettings\n"
         "loaded = load_decoder(sys.argv[1], 2, ActivationSettings(8))\n"
         "cache = loaded.decoder.new_cache(512, 'float16')\n"
         "loaded.decoder.next_logits(list(range(512)), cache)\n"

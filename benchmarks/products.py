@@ -30,11 +30,11 @@ from numba import types
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cpu_kernels.activations import quantize
-from cpu_kernels.compiler import kernel, view
-from cpu_kernels.prepacking import PackedMatrix, kernels, prepack
-from cpu_kernels.products import TokenProduct, multiply
-from cpu_kernels.workers import Workers
+from cpu_kernels.jit.compiler import kernel, view
+from cpu_kernels.matmul.activations import quantize
+from cpu_kernels.matmul.prepacking import PackedMatrix, kernels, prepack
+from cpu_kernels.matmul.products import TokenProduct, multiply
+from cpu_kernels.parallel.workers import Workers
 
 ROWS, COLS, BLOCK = 8192, 3072, 128
 AVX2_CPU = {

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bincompress import __version__
-from bincompress.calibrate import Calibration, LayerRunner, PartRunner, Sum
+from bincompress.calibration.collect import Calibration, LayerRunner, PartRunner, Sum
+from bincompress.calibration.statistics import open_unfinished
 from bincompress.errors import BincompressError
-from bincompress.statistics import open_unfinished
 from jobs.nodes import PATIENCE_SECONDS, Nodes
 from jobs.runner import connect, import_ray
 from jobs.task import ENVIRONMENT

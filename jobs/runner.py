@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bincompress import __version__
+from bincompress.compression.events import JobEvent, OnEvent
+from bincompress.compression.job import run_job
 from bincompress.errors import BincompressError
-from bincompress.events import JobEvent, OnEvent
-from bincompress.job import run_job
 from bincompress.records import Job, JobReport
 from jobs.interrupts import Interrupts
 from jobs.nodes import PATIENCE_SECONDS, Nodes

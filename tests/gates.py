@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bincompress.compress import compress
-from bincompress.job import run_job
+from bincompress.compression.job import run_job
+from bincompress.compression.run import compress
 from bincompress.records import Job, JobReport
 
 
@@ -71,7 +71,7 @@ def dies(name: str, job: Job) -> JobReport:
 
 def probe(job: Job) -> JobReport:
     """A job that tells which kernels it compiled, and how its process is set up."""
-    from cpu_kernels.compiler import announce, cache_path
+    from cpu_kernels.jit.compiler import announce, cache_path
 
     compiled: list[str] = []
     with announce(compiled.append):

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from bincompress.batch import read_manifest
 from bincompress.cli import group
 from bincompress.commands.running import Size
-from bincompress.compress import compress_all
+from bincompress.compression.estimate import Estimate
+from bincompress.compression.manifest import read_manifest
+from bincompress.compression.run import compress_all
 from bincompress.errors import RecipeError
-from bincompress.estimate import Estimate
 from bincompress.records import JobReport
-from bincompress.store import open_store
+from bincompress.store.store import open_store
 from tests.conftest import tiny_config, tiny_tensors, write_model
 from tests.test_run import plan_of, run
 

@@ -9,23 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bincompress.allocation import Trial, run_trials, spread, spreadable, trial_jobs
-from bincompress.calibrate import Calibration, PartRunner, calibrate, choose_samples, run_in_threads
-from bincompress.checkpoint import open_checkpoint
-from bincompress.compress import compress
-from bincompress.engine import load_decoder
+from bincompress.calibration.collect import Calibration, PartRunner, calibrate, choose_samples, run_in_threads
+from bincompress.calibration.statistics import Statistics, open_statistics
+from bincompress.compression.allocation import Trial, run_trials, spread, spreadable, trial_jobs
+from bincompress.compression.plan import Plan, make_plan
+from bincompress.compression.recipe import load_recipe
+from bincompress.compression.run import compress
+from bincompress.compression.runner import run_local
 from bincompress.errors import BincompressError, DamagedError, RecipeError, StoreError, TensorError
-from bincompress.export import export
-from bincompress.inspection import inspect
+from bincompress.inference.load import load_decoder
 from bincompress.methods.dbellquant import channel_scale
+from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.config import parse
-from bincompress.model.load import load_checkpoint
-from bincompress.model.packed import ActivationSettings
-from bincompress.plan import Plan, make_plan
-from bincompress.recipe import load_recipe
-from bincompress.runner import run_local
-from bincompress.statistics import Statistics, open_statistics
-from bincompress.store import open_store
+from bincompress.model.packed_linear import ActivationSettings
+from bincompress.reporting.inspection import inspect
+from bincompress.sources.checkpoint import open_checkpoint
+from bincompress.store.export import export
+from bincompress.store.store import open_store
 from tests.conftest import Run, tiny_config, tiny_tensors, write_model
 from tests.test_run import problems
 
@@ -80,7 +80,7 @@ def test_statistics_are_those_of_the_whole_model(tiny_model: Path, statistics: S
 def test_bytes_do_not_depend_on_threads(
     tiny_model: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bincompress.calibrate._PART_TOKENS", 64)  # three parts
+    monkeypatch.setattr("bincompress.calibration.collect._PART_TOKENS", 64)  # three parts
     for threads in (1, 3):
         collect(tiny_model, tmp_path / f"stats-{threads}", threads)
     assert tree(tmp_path / "stats-1") == tree(tmp_path / "stats-3")
@@ -228,7 +228,9 @@ def test_a_transformation_is_folded_into_the_norm(tmp_path: Path) -> None:
     plan = planned(tiny_model, statistics, method="dbellquant", planes=1)
     searched = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bincompress.job.channel_scale", lambda *given: searched.append(1) or channel_scale(*given))
+        patch.setattr(
+            "bincompress.compression.job.channel_scale", lambda *given: searched.append(1) or channel_scale(*given)
+        )
         compress(plan, str(tmp_path / "store"))
     assert len(searched) == 4  # once for each norm, not for each of its readers
     store = open_store(str(tmp_path / "store"))

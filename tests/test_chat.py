@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bincompress.model.chat import ChatTemplate, load_template
+from bincompress.inference.chat import ChatTemplate, load_template
 from bincompress.model.errors import PromptError, TemplateError
 
 TALK = [{"role": "user", "content": "hi"}]

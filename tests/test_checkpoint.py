@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bincompress.checkpoint import open_checkpoint, read_weight
+from bincompress.compression.plan import make_plan
+from bincompress.compression.recipe import Recipe
 from bincompress.errors import CheckpointError
-from bincompress.plan import make_plan
-from bincompress.recipe import Recipe
+from bincompress.sources.checkpoint import open_checkpoint, read_weight
 from tests.conftest import tiny_config, tiny_tensors, write_model
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import bincompress
-from bincompress.checkpoint import open_checkpoint
-from bincompress.compress import compress
-from bincompress.plan import make_plan
-from bincompress.recipe import load_recipe
+from bincompress.compression.plan import make_plan
+from bincompress.compression.recipe import load_recipe
+from bincompress.compression.run import compress
+from bincompress.sources.checkpoint import open_checkpoint
 from tests.conftest import SHARED_MODEL, Run
 
 DEMO_MODEL = Path(bincompress.__file__).parent / "demo_model"

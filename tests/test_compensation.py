@@ -10,14 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bincompress.errors import TensorError
-from bincompress.float8 import as_float16, from_float8, to_float8
 from bincompress.methods import METHODS, billm, dbellquant
-from bincompress.methods.compensation import compensate, curvature
-from bincompress.methods.forms import Form, Rounding, levels_of, sum_of_planes, values_of
-from bincompress.methods.starts import of_planes
+from bincompress.methods.rounding.codebook import Form, Rounding, levels_of, sum_of_planes, values_of
+from bincompress.methods.rounding.compensation import compensate, curvature
+from bincompress.methods.rounding.initial_scales import of_planes
 from bincompress.records import Inputs, Settings
-from cpu_kernels import compensation, reference_compensation
-from cpu_kernels.reference import expand
+from bincompress.tensors.float8 import as_float16, from_float8, to_float8
+from cpu_kernels.quantize import compensation
+from cpu_kernels.reference.planes import compensation as reference_compensation
+from cpu_kernels.reference.planes import expand
 from tests.conftest import as_weight
 
 FORMS = [sum_of_planes(1), sum_of_planes(2), sum_of_planes(3), Form(3, (1, 3, 5, 7)), billm.FORM]
@@ -293,7 +294,7 @@ def nearest_error(weights: np.ndarray) -> float:
 
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.gate_proj"])
 def test_the_dual_bell_search_is_as_good_as_the_papers_descent(name: str) -> None:
-    from bincompress.checkpoint import open_checkpoint, read_weight
+    from bincompress.sources.checkpoint import open_checkpoint, read_weight
 
     model = open_checkpoint(Path(dbellquant.__file__).parents[1] / "demo_model")
     weights = read_weight(model.tensors[f"model.layers.1.{name}.weight"]).float32().astype(np.float64)

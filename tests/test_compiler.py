@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cpu_kernels import compiler
-from cpu_kernels.attention import ATTEND
-from cpu_kernels.counting import greatest_magnitude
-from cpu_kernels.stream import packer
+from cpu_kernels.decoder.attention import ATTEND
+from cpu_kernels.jit import compiler
+from cpu_kernels.matmul.stream import packer
+from cpu_kernels.quantize.counting import greatest_magnitude
 
 PROBE = """
 import numpy as np
-from cpu_kernels.compiler import announce
-from cpu_kernels.counting import MAGNITUDES, count_magnitudes, greatest_magnitude
+from cpu_kernels.jit.compiler import announce
+from cpu_kernels.quantize.counting import MAGNITUDES, count_magnitudes, greatest_magnitude
 told = []
 with announce(told.append):
     bits = np.arange(300, dtype=np.uint16)
@@ -92,11 +92,11 @@ def test_another_type_is_refused_instead_of_compiled() -> None:
 
 PRODUCT = """
 import numpy as np
-from cpu_kernels.compiler import announce
-from cpu_kernels.activations import quantize
-from cpu_kernels.prepacking import prepack
-from cpu_kernels.products import TokenProduct, multiply
-from cpu_kernels.workers import Workers
+from cpu_kernels.jit.compiler import announce
+from cpu_kernels.matmul.activations import quantize
+from cpu_kernels.matmul.prepacking import prepack
+from cpu_kernels.matmul.products import TokenProduct, multiply
+from cpu_kernels.parallel.workers import Workers
 told = []
 random = np.random.default_rng(0)
 planes = random.integers(0, 1 << 63, (2, 70, 4), np.uint64)
@@ -155,7 +155,7 @@ APART = """
 import sys
 from numba import types
 from numba.extending import intrinsic
-from cpu_kernels.compiler import announce, inline, kernel
+from cpu_kernels.jit.compiler import announce, inline, kernel
 
 @intrinsic
 def stay_apart(typing):

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from bincompress.compression.recipe import check_settings, load_recipe
 from bincompress.errors import RecipeError
 from bincompress.methods import dbllm
-from bincompress.methods.coefficients import from_float16
-from bincompress.recipe import check_settings, load_recipe
+from bincompress.methods.rounding.coefficients import from_float16
 from bincompress.records import Binarized, Settings, Weight
-from bincompress.store import open_store
-from cpu_kernels.dual import TRIALS, rounding_steps
+from bincompress.store.store import open_store
+from cpu_kernels.quantize.dual_planes import TRIALS, rounding_steps
 from tests.conftest import Run, as_weight
 
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -85,7 +85,7 @@ def test_only_two_scales_are_stored_and_the_formula_gives_the_levels(
     found = Binarized(arrays["planes"], arrays["coef"], (0, 1, 2), 64, 0, 0, 0, 0, attributes["coef_exponent"])
     b1, b2 = ones(found, 160)
     a1, a2 = scales(found, 160)
-    from bincompress.dequantize import dequantize
+    from bincompress.tensors.dequantize import dequantize
 
     assert np.allclose(dequantize(store.read_packed(NAME)), a1 * b1 + a2 * b2, rtol=0, atol=1e-7)
 

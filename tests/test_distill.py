@@ -11,30 +11,30 @@ import pytest
 import tokenizers
 import torch
 
-from bincompress.checkpoint import open_checkpoint, read_weight
-from bincompress.compress import compress
-from bincompress.dequantize import dequantize
-from bincompress.distill.decoder import Cache, TorchDecoder
-from bincompress.distill.loss import deviation_aware
-from bincompress.distill.model import Predictions, Student, teacher_weights
-from bincompress.distill.run import Places, distill
-from bincompress.distill.settings import DistillError, DistillSettings
-from bincompress.distill.student import StoredMatrix, TrainedMatrix
-from bincompress.distill.teacher import write_text
-from bincompress.distill.train import rate
-from bincompress.distill.windows import Windows
-from bincompress.engine import load_decoder
-from bincompress.evaluate import evaluate
-from bincompress.float8 import from_float8
-from bincompress.job import make_jobs, run_job
+from bincompress.compression.job import make_jobs, run_job
+from bincompress.compression.plan import make_plan
+from bincompress.compression.recipe import load_recipe
+from bincompress.compression.run import compress
+from bincompress.distillation.decoder import Cache, TorchDecoder
+from bincompress.distillation.loss import deviation_aware
+from bincompress.distillation.model import Predictions, Student, teacher_weights
+from bincompress.distillation.run import Places, distill
+from bincompress.distillation.settings import DistillError, DistillSettings
+from bincompress.distillation.student import StoredMatrix, TrainedMatrix
+from bincompress.distillation.teacher import write_text
+from bincompress.distillation.train import rate
+from bincompress.distillation.windows import Windows
+from bincompress.inference.evaluate import evaluate
+from bincompress.inference.load import load_decoder
+from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.config import parse
-from bincompress.model.load import load_checkpoint
-from bincompress.model.packed import ActivationSettings
+from bincompress.model.packed_linear import ActivationSettings
 from bincompress.model.tokenizer import load_tokenizer
-from bincompress.plan import make_plan
-from bincompress.recipe import load_recipe
-from bincompress.store import begin_store, open_store
-from bincompress.verify import verify
+from bincompress.sources.checkpoint import open_checkpoint, read_weight
+from bincompress.store.store import begin_store, open_store
+from bincompress.store.verify import verify
+from bincompress.tensors.dequantize import dequantize
+from bincompress.tensors.float8 import from_float8
 from tests.conftest import EVERY_METHOD, Run, tiny_config, tiny_tensors, write_model
 from tests.test_model_transformers import CASES, VOCAB, random_model, their_logits
 
@@ -398,7 +398,7 @@ def test_bad_input_is_refused_before_work(
     if not torch.cuda.is_available():
         refused("PyTorch finds no CUDA device", *given, "--device", "cuda")
     monkeypatch.setitem(sys.modules, "torch", None)
-    for name in [name for name in sys.modules if name.startswith("bincompress.distill")]:
+    for name in [name for name in sys.modules if name.startswith("bincompress.distillation")]:
         monkeypatch.delitem(sys.modules, name)
     refused("pip install 'bincompress[distill]'", *given)
 

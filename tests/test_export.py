@@ -8,14 +8,14 @@ import pytest
 import torch
 import transformers
 
-from bincompress.checkpoint import open_checkpoint
-from bincompress.compress import compress
-from bincompress.dequantize import dequantize, to_bfloat16
+from bincompress.compression.plan import make_plan
+from bincompress.compression.recipe import load_recipe
+from bincompress.compression.run import compress
 from bincompress.errors import StoreError
-from bincompress.export import export
-from bincompress.plan import make_plan
-from bincompress.recipe import load_recipe
-from bincompress.store import Store, open_store
+from bincompress.sources.checkpoint import open_checkpoint
+from bincompress.store.export import export
+from bincompress.store.store import Store, open_store
+from bincompress.tensors.dequantize import dequantize, to_bfloat16
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def store(tiny_model: Path, tmp_path: Path) -> Store:
 
 
 def test_transformers_loads_an_export(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bincompress.export._SHARD_BYTES", 30_000)
+    monkeypatch.setattr("bincompress.store.export._SHARD_BYTES", 30_000)
     folder = export(store, tmp_path / "out")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3

@@ -8,12 +8,12 @@ import psutil
 import pytest
 
 import bincompress
-from bincompress.checkpoint import open_checkpoint
-from bincompress.compress import compress
-from bincompress.model.ahead import compiling_ahead
-from bincompress.plan import make_plan
-from bincompress.recipe import load_recipe
-from cpu_kernels import compiler
+from bincompress.compression.plan import make_plan
+from bincompress.compression.recipe import load_recipe
+from bincompress.compression.run import compress
+from bincompress.inference.warmup import compiling_ahead
+from bincompress.sources.checkpoint import open_checkpoint
+from cpu_kernels.jit import compiler
 
 DEMO_MODEL = Path(bincompress.__file__).parent / "demo_model"
 
@@ -24,8 +24,8 @@ from bincompress.cli import main
 main()
 frozen = gc.get_freeze_count()
 gc.unfreeze()
-from bincompress.model.ahead import first_token_kernels
-from cpu_kernels.compiler import Kernel
+from bincompress.inference.warmup import first_token_kernels
+from cpu_kernels.jit.compiler import Kernel
 used = [kernel for kernel in gc.get_objects() if isinstance(kernel, Kernel) and kernel._compiled]
 others = [kernel.__name__ for kernel in used if kernel not in first_token_kernels()]
 heavy = {{"zarr", "fsspec", "jinja2", "huggingface_hub", "safetensors", "tqdm"}}
@@ -96,7 +96,7 @@ def test_what_compiles_ahead_finds_its_modules_anywhere(tmp_path: Path) -> None:
     (tmp_path / "numpy.py").write_text("raise SystemExit('imported from the current folder')")
     script = """
 import os, subprocess, sys
-from bincompress.model import ahead
+from bincompress.inference import warmup as ahead
 os.chdir({folder!r})
 with ahead.compiling_ahead() as start:
     start()

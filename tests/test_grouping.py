@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from bincompress.checkpoint import open_checkpoint, read_weight
-from bincompress.methods import METHODS, matrix_groups
+from bincompress.methods import METHODS
+from bincompress.methods.rounding import matrix_groups
 from bincompress.records import Settings
-from cpu_kernels.blocks import sorting_network, split_blocks
-from cpu_kernels.grouping import exact_groups, merged_groups
-from cpu_kernels.units import group_units
+from bincompress.sources.checkpoint import open_checkpoint, read_weight
+from cpu_kernels.quantize.group_units import group_units
+from cpu_kernels.quantize.grouping import exact_groups, merged_groups
+from cpu_kernels.quantize.two_groups import sorting_network, split_blocks
 from tests.conftest import SHARED_MODEL, as_weight
 
 

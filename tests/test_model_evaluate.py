@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bincompress.evaluate import evaluate, log_softmax
+from bincompress.inference.evaluate import evaluate, log_softmax
+from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.config import parse
 from bincompress.model.decoder import Decoder
 from bincompress.model.errors import PromptError
 from bincompress.model.linear import DenseLinear
-from bincompress.model.load import load_checkpoint
 from bincompress.model.tokenizer import Tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -79,7 +79,7 @@ def test_chunks_of_logits_do_not_change_figures(monkeypatch: pytest.MonkeyPatch)
     model, baseline = random_decoder(1), random_decoder(2)
     tokens = np.random.default_rng(0).integers(0, 50, 40)
     whole = evaluate(model, tokens, 20, baseline=baseline)
-    monkeypatch.setattr("bincompress.evaluate._LOGITS_AT_ONCE", 150)
+    monkeypatch.setattr("bincompress.inference.evaluate._LOGITS_AT_ONCE", 150)
     chunked = evaluate(model, tokens, 20, baseline=baseline)
     assert chunked.as_dict() == pytest.approx(whole.as_dict(), rel=1e-6)
 

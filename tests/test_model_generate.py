@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from bincompress.errors import CheckpointError
-from bincompress.generate import Generation, GenerationSettings, Model
-from bincompress.model.chat import ChatTemplate
+from bincompress.inference.chat import ChatTemplate
+from bincompress.inference.generate import Generation, GenerationSettings, Model
+from bincompress.inference.sampling import Sampling
+from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.errors import PromptError, TemplateError
-from bincompress.model.load import load_checkpoint
-from bincompress.model.sampling import Sampling
 from bincompress.model.tokenizer import load_tokenizer
 
 FOLDER = Path(__file__).resolve().parents[1] / "bincompress" / "demo_model"

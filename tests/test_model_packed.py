@@ -11,26 +11,26 @@ import numpy as np
 import pytest
 
 from bincompress import load
-from bincompress.checkpoint import open_checkpoint
-from bincompress.compress import compress
-from bincompress.dequantize import dequantize
-from bincompress.engine import TooLittleMemoryError, default_sampling, load_decoder
+from bincompress.compression.plan import make_plan
+from bincompress.compression.recipe import Override, Recipe, load_recipe
+from bincompress.compression.run import compress
 from bincompress.errors import BincompressError, DamagedError, StoreError
-from bincompress.export import export
+from bincompress.inference.load import TooLittleMemoryError, default_sampling, load_decoder
+from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.decoder import Decoder
 from bincompress.model.errors import ConfigError, UnsupportedModelError
-from bincompress.model.load import load_checkpoint
 from bincompress.model.lowering import MOST_PLANES, lower
-from bincompress.model.packed import ActivationSettings, PackedEmbedding, StackedLinear
-from bincompress.packed_tensor import Packed, assemble
-from bincompress.plan import make_plan
-from bincompress.recipe import Override, Recipe, load_recipe
+from bincompress.model.packed_linear import ActivationSettings, PackedEmbedding, StackedLinear
 from bincompress.records import Settings
-from bincompress.store import let_go, open_store
-from cpu_kernels import reference
-from cpu_kernels.activations import quantize
-from cpu_kernels.prepacking import prepack_rows
-from cpu_kernels.products import multiply
+from bincompress.sources.checkpoint import open_checkpoint
+from bincompress.store.export import export
+from bincompress.store.store import let_go, open_store
+from bincompress.tensors.dequantize import dequantize
+from bincompress.tensors.packed import Packed, assemble
+from cpu_kernels.matmul.activations import quantize
+from cpu_kernels.matmul.prepacking import prepack_rows
+from cpu_kernels.matmul.products import multiply
+from cpu_kernels.reference.planes import planes as reference
 from tests.conftest import EVERY_METHOD, tiny_config, tiny_tensors, write_model
 
 IDS = np.random.default_rng(3).integers(0, 96, 40)
@@ -80,7 +80,7 @@ def test_any_method_runs(settings: Settings, tiny_model: Path, tmp_path: Path) -
 
 
 def test_every_kernel_gives_the_same_logits(tiny_model: Path, tmp_path: Path) -> None:
-    from cpu_kernels.prepacking import kernels
+    from cpu_kernels.matmul.prepacking import kernels
 
     store = stored(tiny_model, tmp_path / "store", Recipe(embeddings="4bit"))
     settings = ActivationSettings(8)
@@ -241,7 +241,7 @@ def test_stores_that_cannot_run(tiny_model: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(BincompressError, match="kernel 'abacus' is unknown"):
         load(store, kernel="abacus")
     monkeypatch.setattr(
-        "bincompress.engine.psutil.virtual_memory", lambda: type("Memory", (), {"available": 10_000_000})
+        "bincompress.inference.load.psutil.virtual_memory", lambda: type("Memory", (), {"available": 10_000_000})
     )
     with pytest.raises(TooLittleMemoryError, match=r"needs about \d+ MB of memory, 10 MB are free"):
         load(store)
@@ -388,7 +388,7 @@ def test_exported_and_packed_agree(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_kept_bfloat16_rows_are_numpys_product() -> None:
     from bincompress.model.linear import DenseLinear, widened
-    from cpu_kernels.workers import Workers
+    from cpu_kernels.parallel.workers import Workers
 
     random = np.random.default_rng(0)
     for rows, cols in ((1, 1), (130, 63), (257, 200)):

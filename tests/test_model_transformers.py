@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bincompress.model.chat import ChatTemplate
+from bincompress.inference.chat import ChatTemplate
+from bincompress.inference.sampling import Sampling, candidates
+from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.config import parse
 from bincompress.model.decoder import Decoder
-from bincompress.model.load import load_checkpoint
-from bincompress.model.sampling import Sampling, candidates
-from cpu_kernels.workers import Workers
+from cpu_kernels.parallel.workers import Workers
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bincompress.methods import METHODS
-from bincompress.methods.coefficients import from_float16, to_float16, unwalsh, walsh
+from bincompress.methods.rounding.coefficients import from_float16, to_float16, unwalsh, walsh
 from bincompress.records import Binarized, Settings
-from cpu_kernels import reference
-from cpu_kernels.counting import MAGNITUDES, count_magnitudes, find_zeros, greatest_magnitude
-from cpu_kernels.packing import pack_by_table, pack_codes, pack_signs, pack_two, words_for
-from cpu_kernels.uniform import block_ranges, nearest_levels
-from cpu_kernels.unpacking import expand, widen
+from cpu_kernels.quantize.counting import MAGNITUDES, count_magnitudes, find_zeros, greatest_magnitude
+from cpu_kernels.quantize.packing import pack_by_table, pack_codes, pack_signs, pack_two, words_for
+from cpu_kernels.quantize.uniform_levels import block_ranges, nearest_levels
+from cpu_kernels.quantize.unpacking import expand, widen
+from cpu_kernels.reference.planes import planes as reference
 from tests.conftest import EVERY_METHOD, as_weight
 
 shapes = st.tuples(st.integers(1, 5), st.sampled_from([1, 7, 63, 64, 65, 100, 127, 128, 129, 200, 257]))

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cpu_kernels import vector
-from cpu_kernels.activations import quantize
-from cpu_kernels.prepacking import Part, prepack, prepack_rows
-from cpu_kernels.products import multiply
-from cpu_kernels.room import room
+from cpu_kernels.jit import vector
+from cpu_kernels.matmul.activations import quantize
+from cpu_kernels.matmul.aligned_memory import room
+from cpu_kernels.matmul.prepacking import Part, prepack, prepack_rows
+from cpu_kernels.matmul.products import multiply
 from tests.product_cases import COLUMNS, KERNELS, assert_near, make, tokens
 
 
@@ -149,7 +149,7 @@ def test_layout_of_the_lookup_stream(kernel: str) -> None:
     ("features", "expected"), [("+avx2,+avx,+ssse3", "lookup-avx2"), ("+ssse3", "lookup-ssse3"), ("", "popcount")]
 )
 def test_the_kernel_follows_what_the_process_compiles_for(features: str, expected: str) -> None:
-    code = "from cpu_kernels.prepacking import kernels; print(kernels()[0])"
+    code = "from cpu_kernels.matmul.prepacking import kernels; print(kernels()[0])"
     environment: dict[str, Any] = {**os.environ, "NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": features}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == expected

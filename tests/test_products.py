@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llvmlite import binding, ir
 
-from cpu_kernels import lookup, reference_products, vector
-from cpu_kernels.activations import SEGMENT, Per, quantize
-from cpu_kernels.prepacking import prepack
-from cpu_kernels.products import TokenProduct, multiply
-from cpu_kernels.workers import Workers
+from cpu_kernels.jit import vector
+from cpu_kernels.matmul import lookup
+from cpu_kernels.matmul.activations import SEGMENT, Per, quantize
+from cpu_kernels.matmul.prepacking import prepack
+from cpu_kernels.matmul.products import TokenProduct, multiply
+from cpu_kernels.parallel.workers import Workers
+from cpu_kernels.reference.planes import products as reference_products
 from tests.product_cases import BITS_AND_BLOCKS, COLUMNS, KERNELS, ROWS, assert_near, make, tokens
 
 

@@ -18,16 +18,16 @@ import psutil
 import pytest
 
 from bincompress import cli
-from bincompress.calibrate import calibrate, run_in_threads, text_record
-from bincompress.checkpoint import open_checkpoint
-from bincompress.compress import Outcome, Runner, compress
+from bincompress.calibration.collect import calibrate, run_in_threads, text_record
+from bincompress.compression.events import JobEvent
+from bincompress.compression.plan import make_plan
+from bincompress.compression.recipe import load_recipe
+from bincompress.compression.run import Outcome, Runner, compress
+from bincompress.compression.runner import run_local
+from bincompress.compression.sequential import in_sequence
 from bincompress.errors import BincompressError, StoreError
-from bincompress.events import JobEvent
-from bincompress.plan import make_plan
-from bincompress.recipe import load_recipe
-from bincompress.runner import run_local
-from bincompress.sequence import in_sequence
-from bincompress.store import open_store
+from bincompress.sources.checkpoint import open_checkpoint
+from bincompress.store.store import open_store
 from jobs.calibration import run_on_ray
 from jobs.runner import run_ray
 from tests.gates import Notes, dies, gated, probe, wait_for
@@ -242,7 +242,7 @@ def test_calibration_loses_a_worker_and_gives_the_local_bytes(
     home: None, tiny_model: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = open_checkpoint(tiny_model)
-    monkeypatch.setattr("bincompress.calibrate._PART_TOKENS", 64)  # the driver alone decides what a part is
+    monkeypatch.setattr("bincompress.calibration.collect._PART_TOKENS", 64)  # the driver alone decides what a part is
     samples = np.random.default_rng(0).integers(0, 96, (5, 32))
     here, there = tmp_path / "here", tmp_path / "there"
     calibrate(checkpoint, samples, str(here), runner=run_in_threads(2))

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from bincompress.checkpoint import open_checkpoint
+from bincompress.compression.plan import make_plan, packed_bytes
+from bincompress.compression.recipe import load_kept_weights, load_recipe
 from bincompress.errors import RecipeError
-from bincompress.plan import make_plan, packed_bytes
-from bincompress.recipe import load_kept_weights, load_recipe
 from bincompress.records import Settings
+from bincompress.sources.checkpoint import open_checkpoint
 
 
 def planned(model: Path, recipe_text: str = "", **options: object) -> dict[str, Settings]:

@@ -20,18 +20,17 @@ import zarr
 import zarr.codecs
 import zarr.storage
 
-from bincompress import direct_store
-from bincompress.checkpoint import open_checkpoint
-from bincompress.compress import Outcome, compress
-from bincompress.direct_store import write_one_chunk
+from bincompress.compression.plan import Plan, make_plan
+from bincompress.compression.recipe import load_recipe
+from bincompress.compression.run import Outcome, compress
+from bincompress.compression.runner import Processes, run_local
 from bincompress.errors import StoreError
-from bincompress.inspection import inspect
-from bincompress.plan import Plan, make_plan
-from bincompress.recipe import load_recipe
 from bincompress.records import Job, JobReport
-from bincompress.runner import Processes, run_local
-from bincompress.store import open_store
-from bincompress.verify import verify
+from bincompress.reporting.inspection import inspect
+from bincompress.sources.checkpoint import open_checkpoint
+from bincompress.store.direct_store import write_one_chunk
+from bincompress.store.store import direct_store, open_store
+from bincompress.store.verify import verify
 from tests.conftest import tiny_config, tiny_tensors, write_model
 
 Tree = Callable[[Path], dict[str, bytes]]
@@ -85,7 +84,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from typing import BinaryIO
-from bincompress.store import Store
+from bincompress.store.store import Store
 from tests.test_run import run
 real, seen = Store.commit, 0
 def commit(self, name, attributes):
@@ -360,7 +359,7 @@ def test_other_versions_and_other_stores_are_refused(tiny_model: Path, tmp_path:
 
 
 def test_kept_weights_come_back_exactly(tmp_path: Path) -> None:
-    from bincompress.dequantize import dequantize
+    from bincompress.tensors.dequantize import dequantize
 
     tensors = tiny_tensors()
     name = "model.layers.0.mlp.down_proj.weight"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from bincompress.inference.sampling import Sampler, Sampling, candidates
 from bincompress.model.errors import SamplingError
-from bincompress.model.sampling import Sampler, Sampling, candidates
 
 LOGITS = np.log(np.array([0.1, 0.2, 0.4, 0.25, 0.05], np.float32))
 UNSEEN = np.zeros(5, bool)

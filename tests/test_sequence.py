@@ -12,24 +12,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bincompress.calibrate import calibrate as collect
-from bincompress.calibrate import choose_samples, run_in_threads, text_record
-from bincompress.checkpoint import open_checkpoint
-from bincompress.compress import Outcome, compress
-from bincompress.engine import load_decoder
+from bincompress.calibration.collect import calibrate as collect
+from bincompress.calibration.collect import choose_samples, run_in_threads, text_record
+from bincompress.calibration.statistics import Statistics
+from bincompress.compression.plan import Plan, make_plan
+from bincompress.compression.recipe import load_recipe
+from bincompress.compression.run import Outcome, compress
+from bincompress.compression.runner import Processes, run_local
+from bincompress.compression.sequential import in_sequence
 from bincompress.errors import StoreError, TensorError
-from bincompress.evaluate import evaluate
-from bincompress.methods.aim import aimed
-from bincompress.methods.compensation import curvature
-from bincompress.model.load import load_checkpoint
-from bincompress.model.packed import ActivationSettings
-from bincompress.plan import Plan, make_plan
-from bincompress.recipe import load_recipe
+from bincompress.inference.evaluate import evaluate
+from bincompress.inference.load import load_decoder
+from bincompress.methods.rounding.asymmetric import aimed
+from bincompress.methods.rounding.compensation import curvature
+from bincompress.model.checkpoint_source import load_checkpoint
+from bincompress.model.packed_linear import ActivationSettings
 from bincompress.records import Inputs, Job, JobReport
-from bincompress.runner import Processes, run_local
-from bincompress.sequence import in_sequence
-from bincompress.statistics import Statistics
-from bincompress.store import open_store
+from bincompress.sources.checkpoint import open_checkpoint
+from bincompress.store.store import open_store
 from tests.conftest import Run, tiny_config, tiny_tensors, write_model
 from tests.test_calibrate import SAMPLES, Watched
 from tests.test_run import problems
@@ -78,7 +78,7 @@ def test_statistics_are_those_of_the_layers_as_packed(
             uneven = np.exp(random.standard_normal(64)).astype(np.float32)
             tensors[name] = (tensors[name].astype(np.float32) * uneven).astype(tensors[name].dtype)
     tiny_model = write_model(tmp_path / "model", tensors, tiny_config())
-    monkeypatch.setattr("bincompress.calibrate._PART_TOKENS", 64)  # three parts
+    monkeypatch.setattr("bincompress.calibration.collect._PART_TOKENS", 64)  # three parts
     written: dict[str, dict[str, np.ndarray]] = {}
     monkeypatch.setattr(Statistics, "remove", lambda self: None)
     write = Statistics.write
@@ -119,8 +119,8 @@ def test_the_aim_is_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
     stream, weights = random.standard_normal((200, 5)), random.standard_normal((5, 8)).astype(np.float32)
     lack = (exact_x - x) @ weights.T + stream
     hessian, drift, lack_mean = ((a.T @ x / len(x)).astype(np.float32) for a in (x, exact_x - x, lack))
-    monkeypatch.setattr("bincompress.methods.aim._SHARE", 1.0)
-    monkeypatch.setattr("bincompress.methods.compensation._DAMPING", 1e-9)
+    monkeypatch.setattr("bincompress.methods.rounding.asymmetric._SHARE", 1.0)
+    monkeypatch.setattr("bincompress.methods.rounding.compensation._DAMPING", 1e-9)
     known, absmax = curvature(hessian), np.abs(x).max(axis=0)
     for inputs, outputs in (
         (Inputs("x", hessian, absmax, drift=drift), exact_x @ weights.T),
@@ -135,7 +135,7 @@ def test_the_aim_is_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bytes_do_not_depend_on_threads_and_workers(
     tiny_model: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("bincompress.calibrate._PART_TOKENS", 64)
+    monkeypatch.setattr("bincompress.calibration.collect._PART_TOKENS", 64)
     plan = planned(tiny_model, **options)
     first = run(tiny_model, tmp_path / "one", plan=plan)
     assert (first.done, first.complete) == (21, True)

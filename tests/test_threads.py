@@ -6,7 +6,7 @@ import weakref
 import pytest
 
 from bincompress.model.threads import in_turn, over_ranges
-from cpu_kernels.workers import Workers
+from cpu_kernels.parallel.workers import Workers
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

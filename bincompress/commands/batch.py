@@ -12,7 +12,7 @@ from bincompress.commands.running import Placement, Rate, placement_options, run
 from bincompress.commands.shared import kernels_announced, print_json
 
 if TYPE_CHECKING:
-    from bincompress.plan import Plan
+    from bincompress.compression.plan import Plan
 
 
 @click.command()
@@ -39,10 +39,10 @@ def command(
       bincompress batch models.toml --workers 8
       bincompress batch models.toml --runner ray --address auto --events events.jsonl
     """
-    from bincompress.batch import read_manifest
-    from bincompress.hub import open_source
-    from bincompress.plan import make_plan
-    from bincompress.recipe import load_recipe
+    from bincompress.compression.manifest import read_manifest
+    from bincompress.compression.plan import make_plan
+    from bincompress.compression.recipe import load_recipe
+    from bincompress.sources.hub import open_source
 
     plans = {
         entry.store: make_plan(
@@ -75,7 +75,7 @@ def command(
 
 
 def _show(plans: dict[str, Plan], rate: int | None, as_json: bool) -> None:
-    from bincompress.estimate import estimate
+    from bincompress.compression.estimate import estimate
 
     with kernels_announced():
         whole = estimate((tensor for plan in plans.values() for tensor in plan.tensors), rate)

@@ -26,9 +26,9 @@ def command(store: str, prompt: int, tokens: int, repeats: int, verbose: bool, a
     """
     from tqdm import tqdm
 
-    from bincompress.benchmark import measure
-    from bincompress.engine import load_decoder
-    from bincompress.model.packed import ActivationSettings
+    from bincompress.inference.benchmark import measure
+    from bincompress.inference.load import load_decoder
+    from bincompress.model.packed_linear import ActivationSettings
 
     settings = ActivationSettings(int(options["activation_bits"]), options["activation_scale"])
     with decoding_announced():

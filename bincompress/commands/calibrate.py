@@ -10,7 +10,7 @@ import click
 from bincompress.commands.shared import kernels_announced, print_json
 
 if TYPE_CHECKING:
-    from bincompress.calibrate import LayerRunner
+    from bincompress.calibration.collect import LayerRunner
 
 
 @click.command()
@@ -51,9 +51,9 @@ def command(
     """
     from tqdm import tqdm
 
-    from bincompress.calibrate import calibrate, choose_samples
-    from bincompress.hub import open_source
-    from bincompress.text import read_text
+    from bincompress.calibration.collect import calibrate, choose_samples
+    from bincompress.sources.hub import open_source
+    from bincompress.sources.text import read_text
 
     run_layer = _runner(runner, threads, address, stats)
     checkpoint = open_source(source)
@@ -78,9 +78,9 @@ def command(
 
 
 def _runner(kind: str, threads: int | None, address: str | None, stats: str) -> LayerRunner:
-    from bincompress.calibrate import run_in_threads
-    from bincompress.engine import usable_threads
+    from bincompress.calibration.collect import run_in_threads
     from bincompress.errors import BincompressError
+    from bincompress.inference.load import usable_threads
 
     if kind == "local":
         if address is not None:

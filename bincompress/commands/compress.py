@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from bincompress.checkpoint import Checkpoint
-    from bincompress.compress import Outcome
-    from bincompress.plan import Plan
-    from bincompress.statistics import Statistics
+    from bincompress.calibration.statistics import Statistics
+    from bincompress.compression.plan import Plan
+    from bincompress.compression.run import Outcome
+    from bincompress.sources.checkpoint import Checkpoint
 
 _SAMPLES, _CONTEXT = 64, 512  # of --sequential
 _FEW_TOKENS = 16  # for each column of the widest input
@@ -147,10 +147,10 @@ def command(
       bincompress compress meta-llama/Llama-3.2-1B ./store --embeddings 8bit --dry-run
       bincompress compress /shared/Llama-3.1-405B s3://bucket/store --runner ray --address auto
     """
-    from bincompress.calibrate import text_record
-    from bincompress.hub import open_source
-    from bincompress.plan import make_plan
-    from bincompress.recipe import load_kept_weights, load_recipe
+    from bincompress.calibration.collect import text_record
+    from bincompress.compression.plan import make_plan
+    from bincompress.compression.recipe import load_kept_weights, load_recipe
+    from bincompress.sources.hub import open_source
 
     given = {key: options[key] for key in _SETTINGS if options[key] is not None}
     if "scale_bits" in given:
@@ -184,10 +184,10 @@ def _tokens(
 
     None without --sequential, and in a dry run of a model whose tokenizer is not there.
     """
-    from bincompress.calibrate import choose_samples
+    from bincompress.calibration.collect import choose_samples
     from bincompress.errors import BincompressError
     from bincompress.model.config import parse
-    from bincompress.text import read_text
+    from bincompress.sources.text import read_text
 
     if text is None:
         for option, value in (("--samples", samples), ("--context", context)):
@@ -218,15 +218,15 @@ def _tokens(
 def _statistics(url: str | None) -> Statistics | None:
     if url is None:
         return None
-    from bincompress.statistics import open_statistics
+    from bincompress.calibration.statistics import open_statistics
 
     return open_statistics(url)
 
 
 def finish(store: str, outcome: Outcome, as_json: bool) -> None:
     """Show what a run made, and exit with 1 where tensors failed."""
-    from bincompress.inspection import inspect, totals
-    from bincompress.store import open_store
+    from bincompress.reporting.inspection import inspect, totals
+    from bincompress.store.store import open_store
 
     found = inspect(open_store(store))
     if as_json:
@@ -249,9 +249,9 @@ def finish(store: str, outcome: Outcome, as_json: bool) -> None:
 
 def _show_plan(plan: Plan, rate: int | None, verbose: bool, as_json: bool, tokens: int) -> None:
     """Show what would be done; tokens: that --sequential would collect statistics of, if the plan has it."""
-    from bincompress.estimate import estimate
+    from bincompress.compression.estimate import estimate
+    from bincompress.compression.sequential import memory
     from bincompress.model.config import parse
-    from bincompress.sequence import memory
 
     with kernels_announced():
         cost = estimate(plan.tensors, rate)

@@ -20,15 +20,15 @@ def command(store: str) -> None:
     """
     from importlib.resources import as_file, files
 
-    from bincompress.checkpoint import open_checkpoint
     from bincompress.commands.running import Placement, run_plans
     from bincompress.commands.verify import check
-    from bincompress.inspection import inspect, table
-    from bincompress.model.ahead import compiling_ahead
-    from bincompress.plan import make_plan
-    from bincompress.recipe import load_recipe
-    from bincompress.store import open_store
-    from cpu_kernels.compiler import announce
+    from bincompress.compression.plan import make_plan
+    from bincompress.compression.recipe import load_recipe
+    from bincompress.inference.warmup import compiling_ahead
+    from bincompress.reporting.inspection import inspect, table
+    from bincompress.sources.checkpoint import open_checkpoint
+    from bincompress.store.store import open_store
+    from cpu_kernels.jit.compiler import announce
 
     # The packed model's kernels are compiled beside those that pack it.
     with compiling_ahead() as ahead, announce(lambda _: ahead()):

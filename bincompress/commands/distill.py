@@ -63,17 +63,17 @@ def command(
     from tqdm import tqdm
 
     from bincompress.errors import BincompressError
-    from bincompress.hub import open_source
+    from bincompress.sources.hub import open_source
 
     try:
-        from bincompress.distill.run import Places, distill
+        from bincompress.distillation.run import Places, distill
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
         raise BincompressError(
             "distillation needs PyTorch, which is not installed: pip install 'bincompress[distill]'"
         ) from None
-    from bincompress.distill.settings import DistillSettings
+    from bincompress.distillation.settings import DistillSettings
 
     try:
         content = text.read_text("utf-8") if text is not None else None

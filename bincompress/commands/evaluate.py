@@ -35,12 +35,12 @@ def command(
     import numpy as np
     from tqdm import tqdm
 
-    from bincompress.engine import load_baseline, load_decoder
-    from bincompress.evaluate import evaluate
-    from bincompress.hub import open_source
-    from bincompress.model.packed import ActivationSettings
+    from bincompress.inference.evaluate import evaluate
+    from bincompress.inference.load import load_baseline, load_decoder
+    from bincompress.model.packed_linear import ActivationSettings
     from bincompress.model.tokenizer import load_tokenizer
-    from bincompress.text import read_text
+    from bincompress.sources.hub import open_source
+    from bincompress.sources.text import read_text
 
     content = read_text(text)
     settings = ActivationSettings(int(options["activation_bits"]), options["activation_scale"])

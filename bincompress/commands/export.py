@@ -17,9 +17,9 @@ def command(store: str, folder: Path) -> None:
     Example:
       bincompress export ./store ./dequantized
     """
-    from bincompress.export import export
-    from bincompress.inspection import inspect
-    from bincompress.store import open_store
+    from bincompress.reporting.inspection import inspect
+    from bincompress.store.export import export
+    from bincompress.store.store import open_store
 
     opened = open_store(store)
     total = 2 * inspect(opened)["total"]["weights"]

@@ -20,8 +20,8 @@ def command(store: str, tensor: str | None, as_json: bool) -> None:
       bincompress inspect ./store model.layers.0.mlp.up_proj.weight
       bincompress inspect ./store --json
     """
-    from bincompress.inspection import inspect, table
-    from bincompress.store import open_store
+    from bincompress.reporting.inspection import inspect, table
+    from bincompress.store.store import open_store
 
     opened = open_store(store)
     if tensor is None:

@@ -60,7 +60,7 @@ def settings_from(model: Any, options: dict[str, Any]) -> Any:
 
 def load_with(store: str, options: dict[str, Any]) -> Any:
     """Load a store with the engine's options."""
-    from bincompress.engine import load
+    from bincompress.inference.load import load
 
     return load(
         store,

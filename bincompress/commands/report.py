@@ -25,8 +25,8 @@ def command(store: str, out: Path, tensor: str | None) -> None:
       bincompress report ./store --out report.html
     """
     from bincompress.errors import BincompressError
-    from bincompress.report import report_page
-    from bincompress.store import open_store
+    from bincompress.reporting.page import report_page
+    from bincompress.store.store import open_store
 
     with kernels_announced():
         page = report_page(open_store(store), tensor)

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from bincompress.checkpoint import Checkpoint
-    from bincompress.compress import Outcome, Runner
-    from bincompress.events import EventLog, JobEvent, OnEvent
-    from bincompress.plan import Plan
-    from bincompress.recipe import Recipe
+    from bincompress.compression.events import EventLog, JobEvent, OnEvent
+    from bincompress.compression.plan import Plan
+    from bincompress.compression.recipe import Recipe
+    from bincompress.compression.run import Outcome, Runner
     from bincompress.records import Job, JobReport
+    from bincompress.sources.checkpoint import Checkpoint
 
     Wrapped = Callable[[Runner, Callable[[str], None]], Runner]
 
@@ -73,9 +73,9 @@ class Placement:
         work: what a job is, by default `run_job`. kept: where the runner is called several times, what it keeps its
         worker processes or its connection for.
         """
+        from bincompress.compression.job import run_job
+        from bincompress.compression.runner import Processes, run_local
         from bincompress.errors import BincompressError
-        from bincompress.job import run_job
-        from bincompress.runner import Processes, run_local
 
         work = work or run_job
 
@@ -152,8 +152,8 @@ def run_plans(
 
     wrapped: makes the runner of the one that placement names and of a function that takes what is done beside jobs.
     """
-    from bincompress.compress import compress_all
-    from bincompress.events import EventLog
+    from bincompress.compression.events import EventLog
+    from bincompress.compression.run import compress_all
 
     total = sum(plan.source_bytes for plan in plans.values())
     with (
@@ -171,15 +171,15 @@ def run_plans(
 
 def layer_after_layer(checkpoint: Checkpoint, samples: NDArray[np.int64], store: str) -> Wrapped:
     """Return what makes a runner collect statistics between the jobs of a layer, on all CPUs of this machine."""
-    from bincompress.engine import usable_threads
-    from bincompress.sequence import in_sequence
+    from bincompress.compression.sequential import in_sequence
+    from bincompress.inference.load import usable_threads
 
     return lambda runner, tell: in_sequence(checkpoint, samples, store, runner, threads=usable_threads(), tell=tell)
 
 
 def spread_bits(plan: Plan, target_bits: float, placement: Placement, quiet: bool) -> Recipe:
     """Try every matrix with several settings and return the recipe that spends a number of bits best."""
-    from bincompress.allocation import Trial, run_trials, spread, spreadable, trial_jobs
+    from bincompress.compression.allocation import Trial, run_trials, spread, spreadable, trial_jobs
     from bincompress.errors import BincompressError
 
     tensors = spreadable(plan)
@@ -222,7 +222,7 @@ class _Progress:
 
     def on_report(self, report: JobReport) -> None:
         """Take note of a finished job."""
-        from bincompress.events import event_of
+        from bincompress.compression.events import event_of
 
         self.log.write(event_of(report))
         self.running = max(0, self.running - 1)

@@ -20,7 +20,7 @@ def kernels_announced(bar: Any = None, ahead: Callable[[], None] = lambda: None)
 
     ahead: called then, to compile others meanwhile.
     """
-    from cpu_kernels.compiler import announce
+    from cpu_kernels.jit.compiler import announce
 
     told = False
 
@@ -59,8 +59,8 @@ def _nothing_collected() -> Iterator[None]:
 def decoding_announced() -> Iterator[None]:
     """`kernels_announced` for a verb that runs a model: a second process compiles a part of the decoder's kernels."""
     with _nothing_collected():
-        import bincompress.engine  # noqa: F401 (for the verb, which imports it too)
-        from bincompress.model.ahead import compiling_ahead
+        import bincompress.inference.load  # noqa: F401 (for the verb, which imports it too)
+        from bincompress.inference.warmup import compiling_ahead
 
     with compiling_ahead() as ahead, kernels_announced(ahead=ahead):
         yield

@@ -32,8 +32,8 @@ def check(store: str, quiet: bool) -> dict[str, str]:
     """Return the problems of a store by tensor, with a progress bar."""
     from tqdm import tqdm
 
-    from bincompress.store import open_store
-    from bincompress.verify import verify
+    from bincompress.store.store import open_store
+    from bincompress.store.verify import verify
 
     opened = open_store(store)
     results = tqdm(

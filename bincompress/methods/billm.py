@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bincompress.errors import TensorError
-from bincompress.methods import calibrated
-from bincompress.methods.forms import Form
+from bincompress.methods.rounding import calibrated
+from bincompress.methods.rounding.codebook import Form
 from bincompress.records import Binarized, Inputs, Settings, Weight
 
 Floats = NDArray[np.float64]

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bincompress.errors import TensorError
-from bincompress.methods import calibrated
-from bincompress.methods.aim import aimed
-from bincompress.methods.compensation import Curvature, compensate, curvature
-from bincompress.methods.forms import Rounding, sum_of_planes, values_of
-from bincompress.methods.starts import of_planes
+from bincompress.methods.rounding import calibrated
+from bincompress.methods.rounding.asymmetric import aimed
+from bincompress.methods.rounding.codebook import Rounding, sum_of_planes, values_of
+from bincompress.methods.rounding.compensation import Curvature, compensate, curvature
+from bincompress.methods.rounding.initial_scales import of_planes
 from bincompress.records import Binarized, Inputs, Settings, Weight
 
 Floats = NDArray[np.float64]

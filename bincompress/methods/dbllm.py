@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bincompress.methods import calibrated
-from bincompress.methods.coefficients import from_float16, to_float16
-from bincompress.methods.forms import Form
-from bincompress.methods.starts import Found
+from bincompress.methods.rounding import calibrated
+from bincompress.methods.rounding.codebook import Form
+from bincompress.methods.rounding.coefficients import from_float16, to_float16
+from bincompress.methods.rounding.initial_scales import Found
 from bincompress.records import Binarized, Inputs, Settings, Weight
-from cpu_kernels.dual import dual_planes, rounding_steps
-from cpu_kernels.packing import pack_codes, words_for
+from cpu_kernels.quantize.dual_planes import dual_planes, rounding_steps
+from cpu_kernels.quantize.packing import pack_codes, words_for
 
 TERMS = (0, 1, 2)
 MIX = ((0.5, 0.5), (0.5, 0.0), (0.0, 0.5))

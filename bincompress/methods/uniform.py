@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from bincompress.methods.coefficients import from_float16, to_float16
+from bincompress.methods.rounding.coefficients import from_float16, to_float16
 from bincompress.records import Binarized, Inputs, Settings, Weight
-from cpu_kernels.packing import pack_codes, words_for
-from cpu_kernels.uniform import block_ranges, nearest_levels
+from cpu_kernels.quantize.packing import pack_codes, words_for
+from cpu_kernels.quantize.uniform_levels import block_ranges, nearest_levels
 
 _CHUNK = 1 << 20  # weights that are float32 at once
 

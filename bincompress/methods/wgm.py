@@ -7,15 +7,15 @@ transform of the group scales as coefficients, so that every case is the one for
 
 import numpy as np
 
-from bincompress.methods import calibrated, matrix_groups
-from bincompress.methods.coefficients import from_float16, sign_terms, to_float16, unwalsh, walsh
-from bincompress.methods.forms import Form, sum_of_planes
-from bincompress.methods.starts import of_groups, of_planes
+from bincompress.methods.rounding import calibrated, matrix_groups
+from bincompress.methods.rounding.codebook import Form, sum_of_planes
+from bincompress.methods.rounding.coefficients import from_float16, sign_terms, to_float16, unwalsh, walsh
+from bincompress.methods.rounding.initial_scales import of_groups, of_planes
 from bincompress.records import Binarized, Inputs, Settings, Weight
-from cpu_kernels.blocks import split_blocks
-from cpu_kernels.counting import find_zeros
-from cpu_kernels.packing import pack_codes, pack_signs, pack_two, words_for
-from cpu_kernels.units import group_units
+from cpu_kernels.quantize.counting import find_zeros
+from cpu_kernels.quantize.group_units import group_units
+from cpu_kernels.quantize.packing import pack_codes, pack_signs, pack_two, words_for
+from cpu_kernels.quantize.two_groups import split_blocks
 
 _CHUNK = 1 << 21  # weights whose float32 patterns and codes exist at once
 _NETWORKS = (64, 128, 256)  # blocks that the side-by-side sort serves

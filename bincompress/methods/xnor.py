@@ -5,12 +5,12 @@ With calibration also several such planes, each with a scale of its own.
 
 import numpy as np
 
-from bincompress.methods import calibrated
-from bincompress.methods.coefficients import from_float16, to_float16
-from bincompress.methods.forms import sum_of_planes
-from bincompress.methods.starts import of_planes
+from bincompress.methods.rounding import calibrated
+from bincompress.methods.rounding.codebook import sum_of_planes
+from bincompress.methods.rounding.coefficients import from_float16, to_float16
+from bincompress.methods.rounding.initial_scales import of_planes
 from bincompress.records import Binarized, Inputs, Settings, Weight
-from cpu_kernels.packing import pack_signs, words_for
+from cpu_kernels.quantize.packing import pack_signs, words_for
 
 _CHUNK = 1 << 22  # weights that are float64 at once
 

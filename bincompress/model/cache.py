@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from bincompress.model import rope
 from bincompress.model.config import ModelConfig
 from bincompress.model.errors import PromptError
-from cpu_kernels.attention import BLOCK, padded
+from cpu_kernels.decoder.attention import BLOCK, padded
 
 CacheType = Literal["float32", "float16"]
 

@@ -11,7 +11,7 @@ from bincompress.model.errors import PromptError
 from bincompress.model.linear import Embedding, Linear, WeightSource
 from bincompress.model.steps import Buffers, Layer, Steps
 from bincompress.model.threads import in_turn
-from cpu_kernels.workers import Workers
+from cpu_kernels.parallel.workers import Workers
 
 Floats = NDArray[np.float32]
 

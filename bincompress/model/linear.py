@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bincompress.model.threads import over_ranges
-from cpu_kernels.dense import bfloat16_rows
-from cpu_kernels.workers import Workers
+from cpu_kernels.matmul.dense import bfloat16_rows
+from cpu_kernels.parallel.workers import Workers
 
 Floats = NDArray[np.float32]
 

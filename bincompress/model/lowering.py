@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bincompress.packed_tensor import Packed
-from cpu_kernels.prepacking import Part
+from bincompress.tensors.packed import Packed
+from cpu_kernels.matmul.prepacking import Part
 
 MOST_PLANES = 8  # past this many terms, decoding the weights is quicker than multiplying their planes
 

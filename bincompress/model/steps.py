@@ -8,9 +8,9 @@ from bincompress.model.cache import KvCache
 from bincompress.model.config import ModelConfig
 from bincompress.model.linear import Floats, Linear
 from bincompress.model.threads import over_ranges
-from cpu_kernels.attention import ATTEND, NO_WINDOW, scratch_size, work_items
-from cpu_kernels.norms import PLACE, add_norm, gate
-from cpu_kernels.workers import Workers
+from cpu_kernels.decoder.attention import ATTEND, NO_WINDOW, scratch_size, work_items
+from cpu_kernels.decoder.norms import PLACE, add_norm, gate
+from cpu_kernels.parallel.workers import Workers
 
 # Handing work to another thread costs some 30 microseconds, so small work stays on the calling thread.
 _ROWS_PER_THREAD = 8

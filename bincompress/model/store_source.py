@@ -7,12 +7,11 @@ from itertools import groupby
 
 import numpy as np
 
-from bincompress.dequantize import dequantize
 from bincompress.errors import StoreError
 from bincompress.model.config import ModelConfig
 from bincompress.model.linear import DenseLinear, Embedding, Floats, Linear
 from bincompress.model.lowering import Lowered, lower
-from bincompress.model.packed import (
+from bincompress.model.packed_linear import (
     ActivationSettings,
     DecodedLinear,
     Listed,
@@ -21,10 +20,11 @@ from bincompress.model.packed import (
     ScaledLinear,
     StackedLinear,
 )
-from bincompress.packed_tensor import Packed
-from bincompress.store import Store, let_go
-from cpu_kernels.prepacking import prepack_rows
-from cpu_kernels.workers import Workers
+from bincompress.store.store import Store, let_go
+from bincompress.tensors.dequantize import dequantize
+from bincompress.tensors.packed import Packed
+from cpu_kernels.matmul.prepacking import prepack_rows
+from cpu_kernels.parallel.workers import Workers
 
 Entry = tuple[str, Packed | None, Lowered | None]  # a tensor's name, how it is stored, and its planes
 

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
-from cpu_kernels.workers import Workers
+from cpu_kernels.parallel.workers import Workers
 
 Task = Callable[[int, int, int], object]  # start, stop, number of the range
 

@@ -1,0 +1,1 @@
+"""What a model's linear layers read on a text."""

@@ -1,0 +1,1 @@
+"""From a checkpoint to a finished store: recipe, plan, jobs, run."""

@@ -1,0 +1,127 @@
+"""From checkpoints to finished stores: plan, begin or continue, run the jobs, write the manifests."""
+
+import contextlib
+import errno
+import os
+import uuid
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from bincompress.compression.job import largest_first, make_jobs
+from bincompress.compression.plan import Plan
+from bincompress.compression.runner import run_local
+from bincompress.errors import StoreError
+from bincompress.records import Job, JobReport
+from bincompress.store.store import Store, begin_store, is_local
+
+Runner = Callable[[Sequence[Job]], Generator[JobReport, None, None]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run."""
+
+    done: int
+    unchanged: int
+    failures: dict[str, str]  # causes by tensor
+    complete: bool
+
+
+def compress(
+    plan: Plan,
+    store: str,
+    *,
+    runner: Runner = run_local,
+    overwrite: bool = False,
+    on_report: Callable[[JobReport], None] = lambda report: None,
+) -> Outcome:
+    """Do what a plan says into a store (a path or an fsspec URL); what an equal run has completed stays as it is.
+
+    on_report is called as each job finishes. Raises StoreError where another plan or another driver holds the store,
+    or where nothing can be written any more; what was complete stays complete.
+    """
+    return compress_all({store: plan}, runner=runner, overwrite=overwrite, on_report=on_report)[store]
+
+
+def compress_all(
+    plans: Mapping[str, Plan],
+    *,
+    runner: Runner = run_local,
+    overwrite: bool = False,
+    on_report: Callable[[JobReport], None] = lambda report: None,
+) -> dict[str, Outcome]:
+    """Do several plans, each into its store, as `compress` does one: a single queue, the largest matrices first."""
+    run_id = uuid.uuid4().hex
+    with contextlib.ExitStack() as held:
+        for store in plans:
+            held.enter_context(exclusive(store))
+        opened = {store: _begin(plan, store, run_id, overwrite) for store, plan in plans.items()}
+        jobs = largest_first(job for store, plan in plans.items() for job in make_jobs(plan, store, run_id))
+        counts: dict[str, Counter[str]] = {store: Counter() for store in plans}
+        failures: dict[str, dict[str, str]] = {store: {} for store in plans}
+        # Closed at the end, whatever happens: a runner stops its workers then.
+        with contextlib.closing(runner(jobs)) as reports:
+            for report in reports:
+                if report.fatal:
+                    complete = sum(count["done"] + count["unchanged"] for count in counts.values())
+                    raise StoreError(
+                        f"{report.error}; {complete} of {len(jobs)} tensors are complete: "
+                        "mend the cause and run the same command again to go on from there"
+                    )
+                counts[report.store][report.status] += 1
+                if report.status == "failed":
+                    failures[report.store][report.name] = report.error
+                on_report(report)
+        outcomes = {}
+        for store, failed in failures.items():
+            causes = {name: error.splitlines()[-1] for name, error in sorted(failed.items())}
+            finished = opened[store].finish(causes)
+            outcomes[store] = Outcome(counts[store]["done"], counts[store]["unchanged"], failed, finished)
+    return outcomes
+
+
+def _begin(plan: Plan, store: str, run_id: str, overwrite: bool) -> Store:
+    try:
+        return begin_store(store, plan.record(), plan.checkpoint.assets(), run_id, overwrite)
+    except OSError as error:
+        raise StoreError(f"{store}: cannot be written: {_cause(error)}") from None
+
+
+def _cause(error: OSError) -> str:
+    return f"{error.strerror or error}" + (" (free some space)" if error.errno == errno.ENOSPC else "")
+
+
+@contextlib.contextmanager
+def exclusive(store: str) -> Iterator[None]:
+    """Hold a local store for this process alone; object stores are guarded at commit instead."""
+    if not is_local(store):
+        yield
+        return
+    path = Path(store)
+    beside = path.parent / f".{path.name}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(beside, timeout=0)
+        lock.acquire()
+    except Timeout:
+        if not beside.exists():  # the lock waits for a file that can never be made, too
+            raise StoreError(
+                f"{store}: cannot be written: no file can be made beside it; choose another path"
+            ) from None
+        raise StoreError(
+            f"{store}: another bincompress is writing to it; wait for it to end, or use another store"
+        ) from None
+    except OSError as error:
+        raise StoreError(
+            f"{store}: cannot be written: {error.strerror or error}; choose a path you can write"
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        lock.release()

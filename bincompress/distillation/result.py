@@ -1,0 +1,140 @@
+"""How does a trained student become a store like any other?"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bincompress.distillation.model import Student
+from bincompress.distillation.settings import DistillError
+from bincompress.errors import StoreError
+from bincompress.methods import dbllm
+from bincompress.records import Binarized, Weight
+from bincompress.sources.checkpoint import Checkpoint, read_weight
+from bincompress.store.store import Store, begin_store, is_local
+from bincompress.tensors.dequantize import dequantize
+
+_ERROR_ROWS = 512  # whose weights are float64 at once
+
+
+def write_store(
+    source: Store, url: str, student: Student, teacher: Checkpoint, record: Mapping[str, Any], log: Mapping[str, Any]
+) -> None:
+    """Write a copy of a store with the student's coefficients and norms; it is complete, or not there.
+
+    record: the distillation, for the root's attributes; log: what differs between equal runs. A local store appears
+    under its name when all of it is written; one behind a URL is marked complete last.
+    """
+    attributes = {k: v for k, v in source.attributes.items() if k not in ("format", "version", "status", "failures")}
+    plan = {**attributes, "distillation": dict(record)}
+    path = Path(url)
+    place = str(path.parent / f".{path.name}.partial") if is_local(url) else url
+    try:
+        if is_local(url):
+            shutil.rmtree(place, ignore_errors=True)
+        store = begin_store(place, plan, source.read_assets(), uuid.uuid4().hex, overwrite=not is_local(url))
+        for name in source.tensors():
+            _write_tensor(source, store, name, student, teacher, bool(attributes.get("archive")))
+        store.write_log("distillation", log)
+        if not store.finish({}):
+            raise StoreError(f"{place}: not every tensor was written; is another program changing it?")
+        if is_local(url):
+            os.replace(place, path)
+    except OSError as error:
+        raise DistillError(f"{url}: cannot be written: {error.strerror or error}; choose a path with room") from None
+    finally:
+        if is_local(url):
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _write_tensor(source: Store, store: Store, name: str, student: Student, teacher: Checkpoint, archive: bool) -> None:
+    attributes = source.complete_attributes(name)
+    del attributes["status"]
+    seconds = source.read_log(name)
+    norms = student.norms()
+    if name in student.matrices:
+        attributes = _write_packed(store, name, attributes, student, teacher, source, archive)
+    else:
+        weight, shape = source.read_plain(name)
+        if name in norms:
+            # In float32, whatever it was: a trained norm's change is often below bfloat16's last digit.
+            values = norms[name].detach().float().cpu().numpy()
+            weight = Weight(np.ascontiguousarray(values).view(np.uint32)[None], "F32")
+            attributes |= {"dtype": "float32"}
+        hashes, stored = store.write_plain(name, weight, shape, archive)
+        bits = 8.0 * stored / max(1, weight.bits.size)
+        report = {**attributes["report"], "stored_bytes": stored, "stored_bits": rounded(bits)}
+        if name in norms:
+            report["nominal_bits"] = 32.0
+        attributes |= {"hashes": hashes, "report": report}
+    store.commit(name, attributes)
+    store.write_log(name, seconds)
+
+
+def _write_packed(
+    store: Store, name: str, attributes: dict[str, Any], student: Student, teacher: Checkpoint, source: Store,
+    archive: bool,
+) -> dict[str, Any]:  # fmt: skip
+    matrix = student.matrices[name]
+    stored = matrix.stored
+    coef, exponent = stored.rounded(matrix.values())
+    arrays: dict[str, Any] = {**stored.arrays, "planes": matrix.planes, "coef": coef}
+    found = Binarized(
+        terms=stored.terms, block=stored.block, squared_error=0.0, squared_norm=0.0, nominal_bits=0.0, groups=0,
+        coef_exponent=exponent, mix=stored.mix, **arrays,
+    )  # fmt: skip
+    hashes, nbytes = store.write_packed(name, found, archive)
+    attributes = {**attributes, "coef_exponent": exponent, "hashes": hashes}
+    # Its error can be told only when it can be read back.
+    store.commit(name, {**attributes, "report": {}})
+    error, norm = _squared_error(store, name, teacher, _folded_scale(source, name, teacher))
+    report = {**attributes["report"], "stored_bytes": nbytes, "squared_error": rounded(error)}
+    report |= {"squared_norm": rounded(norm), "relative_error": rounded(error / norm if norm else 0.0)}
+    if attributes["method"] == "dbllm":
+        report |= dbllm.sparsity(matrix.planes, stored.shape[1])
+    return {**attributes, "report": report}
+
+
+def _folded_scale(source: Store, name: str, teacher: Checkpoint) -> NDArray[np.float32]:
+    """Return what the columns of a tensor were multiplied by because its norm was divided by it, (cols,) or (1,)."""
+    for norm, kind in source.tensors().items():
+        report = source.complete_attributes(norm)["report"] if kind == "plain" else {}
+        if name in report.get("transformation", "").split("scale of ")[-1].split(", "):
+            before, after = read_weight(teacher.tensors[norm]).float32(), source.read_plain(norm)[0].float32()
+            return np.asarray((before / after).reshape(-1), np.float32)
+    return np.ones(1, np.float32)
+
+
+def _squared_error(store: Store, name: str, teacher: Checkpoint, scale: NDArray[np.float32]) -> tuple[float, float]:
+    """Return the squared distance of a stored tensor from its source, and the norm of that squared.
+
+    scale: what the stored columns are larger by, (cols,) or (1,).
+    """
+    packed, weight = store.read_packed(name), read_weight(teacher.tensors[name])
+    error = norm = 0.0
+    for row in range(0, packed.shape[0], _ERROR_ROWS):
+        part = slice(row, row + _ERROR_ROWS)
+        expected = weight.float32(part).astype(np.float64)
+        error += float(np.sum(np.square(expected - dequantize(packed, part) / scale)))
+        norm += float(np.sum(np.square(expected)))
+    return error, norm
+
+
+def choose_planes(student: Student, teacher: Checkpoint, device: torch.device) -> None:
+    """Give every dbllm matrix the planes that the paper's formulas choose for its scales as they are now."""
+    for name, matrix in student.matrices.items():
+        if matrix.stored.attributes["method"] == "dbllm":
+            large, small = matrix.values()
+            weight = read_weight(teacher.tensors[name])
+            matrix.set_planes(dbllm.choose_planes(weight, large, small, matrix.stored.block), device)
+
+
+def rounded(value: float) -> float:
+    """Return six significant digits, so that the last bit of a sum does not change a store's bytes."""
+    return float(f"{value:.6g}")

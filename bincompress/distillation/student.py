@@ -1,0 +1,157 @@
+"""How do stored planes and coefficients become weights that can be trained?
+
+Planes are fixed. What is trained is each stored coefficient's distance from where it began, in units of its row's
+typical coefficient, so that matrices and rows of different magnitude learn alike.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bincompress.methods.rounding.coefficients import to_float16
+from bincompress.store.store import Store
+from bincompress.tensors.float8 import from_float8, to_float8
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A packed tensor's arrays as the store has them, with the attributes that the formula needs."""
+
+    name: str
+    shape: tuple[int, int]
+    arrays: dict[str, NDArray[Any]]
+    terms: tuple[int, ...]
+    block: int
+    mix: tuple[tuple[float, ...], ...] | None
+    exponent: int
+    attributes: dict[str, Any]
+
+    @classmethod
+    def read(cls, store: Store, name: str) -> "StoredMatrix":
+        """Read a packed tensor; raises DamagedError or StoreError where it is not whole."""
+        attributes = store.read_packed(name, check_hashes=True).attributes
+        rows, cols = attributes["shape"]
+        mix = attributes["mix"]
+        return cls(
+            name, (rows, cols), dict(store.stored_arrays(name)), tuple(attributes["terms"]), int(attributes["block"]),
+            None if mix is None else tuple(tuple(row) for row in mix), int(attributes["coef_exponent"]), attributes,
+        )  # fmt: skip
+
+    def coefficients(self) -> NDArray[np.float32]:
+        """Return the stored coefficients (stored, rows or 1, blocks or 1) as values."""
+        coef = self.arrays["coef"]
+        if coef.dtype == np.uint8:
+            return from_float8(coef, self.exponent)
+        return np.ldexp(coef.astype(np.float32), self.exponent)
+
+    def rounded(self, values: NDArray[np.float32]) -> tuple[NDArray[Any], int]:
+        """Return coefficients in the form in which they are stored, with their exponent."""
+        dtype = self.arrays["coef"].dtype
+        if dtype == np.uint8:
+            return to_float8(np.ldexp(values.astype(np.float64), -self.exponent)), self.exponent
+        if dtype == np.float16:
+            return to_float16(values.astype(np.float64))
+        return np.ldexp(values, -self.exponent).astype(dtype), self.exponent
+
+
+class TrainedMatrix:
+    """A matrix whose coefficients are trained: `weight` builds it, `backward` takes its gradient to them."""
+
+    def __init__(self, stored: StoredMatrix, device: torch.device) -> None:
+        self.stored = stored
+        cols = stored.shape[1]
+        self._block = stored.block if stored.arrays["coef"].shape[2] > 1 else cols
+        self._blocks = -(-cols // self._block)
+        self.set_planes(stored.arrays["planes"], device)
+        columns = stored.arrays.get("column_planes", np.empty((0, 0), np.uint64))
+        self._columns = [self._blocked(_signs(plane[None], cols).to(device)) for plane in columns]
+        base = torch.from_numpy(stored.coefficients().copy()).to(device)
+        unit = base.square().mean((0, 2), keepdim=True).sqrt()
+        self._base = base
+        self._unit = torch.where(unit > 0, unit, unit.mean().clamp_min(1e-12))
+        self._mix = None if stored.mix is None else torch.tensor(stored.mix, device=device)
+        scale = stored.arrays.get("in_scale")
+        self._in_scale = None if scale is None else torch.from_numpy(scale.astype(np.float32)).to(device)
+        self._listed = torch.from_numpy(stored.arrays.get("listed_index", np.empty(0)).astype(np.int64)).to(device)
+        self._listed_value = torch.from_numpy(
+            stored.arrays.get("listed_value", np.empty(0, np.float32)).astype(np.float32)
+        ).to(device)
+        self._levels = None
+        if stored.arrays["coef"].dtype == np.uint8:
+            self._levels = torch.from_numpy(from_float8(np.arange(256, dtype=np.uint8), stored.exponent)).to(device)
+        self.moved = torch.zeros_like(base, requires_grad=True)  # the trained parameter
+
+    def set_planes(self, planes: NDArray[np.uint64], device: torch.device) -> None:
+        """Take other planes (planes, rows, words)."""
+        cols = self.stored.shape[1]
+        self.planes = planes
+        self._rows = [self._blocked(_signs(plane, cols).to(device)) for plane in planes]
+
+    def coefficients(self) -> Tensor:
+        """Return the stored coefficients as they are now, (stored, rows or 1, blocks or 1), with gradient."""
+        values = self._base + self._unit * self.moved
+        if self._levels is None:
+            return values
+        # 8-bit coefficients are coarse: train with the values that will be stored, as if rounding were not there.
+        middle = (self._levels[1:] + self._levels[:-1]) / 2
+        return values + (self._levels[torch.bucketize(values.detach(), middle)] - values.detach())
+
+    def values(self) -> NDArray[np.float32]:
+        """Return the stored coefficients as they are now."""
+        found: NDArray[np.float32] = self.coefficients().detach().cpu().numpy()
+        return found
+
+    def _of_terms(self) -> Tensor:
+        stored = self.coefficients()
+        return stored if self._mix is None else torch.einsum("ti,irb->trb", self._mix, stored)
+
+    def weight(self) -> Tensor:
+        """Return the matrix (rows, cols), float32, without gradient."""
+        with torch.no_grad():
+            rows, cols = self.stored.shape
+            result = torch.zeros(rows, self._blocks, self._block, device=self._base.device)
+            for coef, signs in self._parts(self._of_terms()):
+                result.addcmul_(signs.expand_as(result).to(result.dtype), coef[:, :, None].expand_as(result))
+            weight = result.view(rows, -1)[:, :cols].contiguous()
+            if self._in_scale is not None:
+                weight *= self._in_scale
+            weight.view(-1)[self._listed] = self._listed_value
+        return weight
+
+    def backward(self, gradient: Tensor) -> None:
+        """Add a gradient of the matrix (rows, cols), which is overwritten, to that of the coefficients."""
+        gradient.view(-1)[self._listed] = 0.0
+        if self._in_scale is not None:
+            gradient *= self._in_scale
+        blocked = self._blocked(gradient)
+        terms = self._of_terms()
+        own = torch.stack([(blocked * signs).sum(-1) for _, signs in self._parts(terms.detach())])
+        terms.backward(own if terms.shape[1] > 1 else own.sum(1, keepdim=True))
+
+    def _parts(self, terms: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every term's coefficients (rows or 1, blocks) and product of planes (rows or 1, blocks, block)."""
+        planes = [*self._rows, *self._columns]
+        for coef, mask in zip(terms, self.stored.terms, strict=True):
+            signs = torch.ones(1, 1, 1, dtype=torch.int8, device=terms.device)
+            for number, plane in enumerate(planes):
+                if mask >> number & 1:
+                    signs = plane if signs.numel() == 1 else signs * plane
+            yield coef, signs
+
+    def _blocked(self, matrix: Tensor) -> Tensor:
+        """Return (rows, cols) as (rows, blocks, block), with zeros behind the last column."""
+        missing = self._blocks * self._block - matrix.shape[1]
+        if missing:
+            matrix = torch.nn.functional.pad(matrix, (0, missing))
+        return matrix.view(matrix.shape[0], self._blocks, self._block)
+
+
+def _signs(plane: NDArray[np.uint64], cols: int) -> Tensor:
+    """Return a plane (rows, words) as +1 and -1, int8 (rows, cols)."""
+    bits = np.unpackbits(np.ascontiguousarray(plane).view(np.uint8), axis=1, count=cols, bitorder="little")
+    return torch.from_numpy((bits.astype(np.int8) << 1) - 1)

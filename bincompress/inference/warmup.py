@@ -1,0 +1,63 @@
+"""The kernels of a first token, compiled in a second process while the first one compiles those it needs before.
+
+Numba compiles one kernel at a time in a process, whatever its threads; processes share what they compile.
+
+    python -m bincompress.inference.warmup       # what `compiling_ahead` starts
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from cpu_kernels.decoder.attention import ATTEND
+from cpu_kernels.decoder.norms import PLACE, add_norm, gate
+from cpu_kernels.jit.compiler import Kernel, cache_is_kept
+from cpu_kernels.matmul.dense import bfloat16_rows
+from cpu_kernels.matmul.products import product_kernels
+from cpu_kernels.quantize.unpacking import expand
+
+
+def first_token_kernels() -> list[Kernel]:
+    """Return the kernels that load and run a model with the default settings and generation's float16 cache.
+
+    The longest come first, and those last that the first process needs while these are compiled.
+    """
+    cached = np.dtype(np.uint16)
+    multiply, quantize, *sharing, pack = product_kernels()
+    return [multiply, quantize, ATTEND[cached], PLACE[cached], *sharing, gate, add_norm, bfloat16_rows, expand, pack]
+
+
+@contextlib.contextmanager
+def compiling_ahead() -> Iterator[Callable[[], None]]:
+    """Yield a function that starts the second process, once; it is ended with the block."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        if not started and len(os.sched_getaffinity(0)) > 1 and cache_is_kept():
+            # -P and this process's path, so that nothing is imported from the folder that the user happens to be in.
+            path = os.pathsep.join(entry for entry in sys.path if entry)
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-P", "-m", "bincompress.inference.warmup"],
+                    env={**os.environ, "PYTHONPATH": path},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    process_group=0,  # Ctrl-C is for the first process, which then ends this one
+                )
+            )
+
+    try:
+        yield start
+    finally:
+        for process in started:
+            process.terminate()
+            process.wait()
+
+
+if __name__ == "__main__":
+    for kernel in first_token_kernels():
+        kernel.compile()

@@ -1,0 +1,1 @@
+"""What several methods share: codebooks, error compensation, coefficients."""

@@ -1,0 +1,1 @@
+"""What is in a store, for people and programs to read."""

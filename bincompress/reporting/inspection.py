@@ -1,0 +1,127 @@
+"""What is in a store, tensor by tensor and as a whole, in numbers that a machine or a table can show?"""
+
+from typing import Any
+
+from bincompress.store.store import Store
+
+_SUMS = ("squared_error", "squared_norm", "stored_bytes", "weights")
+
+
+def inspect(store: Store) -> dict[str, Any]:
+    """Return `{"tensors": {name: report}, "total": {...}}`; bits are per weight, errors relative and squared."""
+    tensors: dict[str, dict[str, Any]] = {}
+    for name in sorted(store.tensors()):
+        attributes = store.node_attributes(name)
+        if attributes.get("status") != "complete":
+            tensors[name] = {"method": None, "status": "missing"}
+            continue
+        report = {key: value for key, value in attributes["report"].items() if key not in ("histogram", "bells")}
+        shape = list(store.shape(name))
+        tensors[name] = {**report, "shape": shape, "status": "complete", "seconds": store.read_log(name).get("seconds")}
+    return {"tensors": tensors, "total": _total(store, list(tensors.values()))}
+
+
+def _total(store: Store, reports: list[dict[str, Any]]) -> dict[str, Any]:
+    done = [report for report in reports if report["status"] == "complete"]
+    packed = [report for report in done if report["method"] != "keep"]
+    linear = [report for report in packed if report["method"] != "uniform"]
+    attributes = store.attributes
+    return {
+        "status": attributes["status"],
+        "source": attributes["source"],
+        "failures": attributes["failures"],
+        "tensors": len(reports),
+        "complete": len(done),
+        "weights": sum(report["weights"] for report in done),
+        "stored_bytes": sum(report["stored_bytes"] for report in done),
+        "stored_bits": _bits(done),
+        "store_bytes": store.total_bytes(),
+        "packed": _part(packed),
+        "binary": _part(linear),
+        "additions_saved": _additions_saved(packed),
+        "seconds": sum(report["seconds"] or 0.0 for report in done),
+    }
+
+
+def _bits(reports: list[dict[str, Any]]) -> float:
+    weights = sum(report["weights"] for report in reports)
+    return 8 * sum(report["stored_bytes"] for report in reports) / weights if weights else 0.0
+
+
+def _part(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    sums = {key: sum(report[key] for report in reports) for key in _SUMS}
+    weights = sums["weights"] or 1
+    return {
+        "tensors": len(reports),
+        "weights": sums["weights"],
+        "nominal_bits": sum(report["nominal_bits"] * report["weights"] for report in reports) / weights,
+        "stored_bits": _bits(reports),
+        "relative_error": sums["squared_error"] / sums["squared_norm"] if sums["squared_norm"] else 0.0,
+    }
+
+
+def _additions_saved(packed: list[dict[str, Any]]) -> float | None:
+    """Return the share of additions that a machine skipping zeros saves in {0, 1} planes; None where there are none."""
+    known = [report for report in packed if "additions_saved" in report]
+    weights = sum(report["weights"] for report in known)
+    return sum(report["additions_saved"] * report["weights"] for report in known) / weights if weights else None
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return an inspection as text: a line a tensor, then the whole."""
+    lines = [("tensor", "shape", "method", "groups", "nominal", "stored", "rel. error", "time")]
+    for name, report in found["tensors"].items():
+        if report["status"] != "complete":
+            lines.append((name, "", "missing", "", "", "", "", ""))
+            continue
+        seconds = report["seconds"]
+        kept = report["method"] == "keep"
+        lines.append(
+            (
+                name,
+                " x ".join(map(str, report["shape"])),
+                report["method"],
+                "" if kept else str(report["groups"]),
+                "" if kept else f"{report['nominal_bits']:.3f}",
+                f"{report['stored_bits']:.3f}",
+                "" if kept else f"{report['relative_error']:.3g}",
+                "" if seconds is None else f"{seconds:.3f} s",
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [
+        "  ".join(
+            cell.ljust(width) if i in (0, 2) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:], "", *totals(found["total"])])
+
+
+def totals(total: dict[str, Any]) -> list[str]:
+    """Return the whole-model lines of an inspection."""
+    lines = []
+    binary = total["binary"]
+    if binary["tensors"]:
+        lines.append(
+            f"binary planes  {binary['tensors']} tensors, {binary['weights']:,} weights: "
+            f"stored {binary['stored_bits']:.3f} bits "
+            f"(nominal, the paper's formula: {binary['nominal_bits']:.3f}), "
+            f"relative squared error {binary['relative_error']:.3g}"
+        )
+    if total["additions_saved"] is not None:
+        lines.append(
+            f"{{0, 1}} planes  a machine that skips zeros saves {100 * total['additions_saved']:.1f}% of the additions "
+            "(here all are done: products work on whole words of a plane)"
+        )
+    lines.append(
+        f"whole model    {total['complete']} tensors, {total['weights']:,} weights: "
+        f"stored {total['stored_bits']:.3f} bits, "
+        f"embeddings, norms and head as stored; {total['store_bytes']:,} bytes in the store"
+    )
+    if total["status"] != "complete":
+        missing = total["tensors"] - total["complete"]
+        lines.append(f"NOT COMPLETE: {missing} tensors missing; run the same `bincompress compress` again to finish")
+    lines += [f"failed: {name}: {cause}" for name, cause in total["failures"].items()]
+    return lines

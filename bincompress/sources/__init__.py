@@ -1,0 +1,1 @@
+"""Where a model comes from: a checkpoint folder or the Hub, and a text."""

@@ -1,0 +1,28 @@
+"""Which tensors will a model have, from its config.json alone? For plans of weights that are not there yet."""
+
+import math
+from pathlib import Path
+
+from bincompress.records import TensorSource
+from bincompress.sources.checkpoint import ITEM_BYTES, Checkpoint, read_json
+
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def has_only_config(folder: Path) -> bool:
+    """Return whether a folder describes a model without holding any of its weights."""
+    return (folder / "config.json").is_file() and not any(folder.glob("*.safetensors*"))
+
+
+def open_shapes(folder: Path) -> Checkpoint:
+    """Return the checkpoint that config.json describes, its tensors in no file; only a plan can be made of it."""
+    # Architectures are a part of the decoder, which no other verb of compression needs.
+    from bincompress.model.config import parse
+
+    config = read_json(folder / "config.json")
+    dtype = _DTYPES.get(str(config.get("torch_dtype", config.get("dtype"))), "BF16")
+    tensors = {
+        name: TensorSource(name, dtype, shape, "", 0, math.prod(shape) * ITEM_BYTES[dtype])
+        for name, shape in sorted(parse(config).tensors().items())
+    }
+    return Checkpoint(folder, folder.resolve().name, "", config, tensors)

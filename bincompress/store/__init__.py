@@ -1,0 +1,1 @@
+"""How a model lies in a Zarr v3 store."""

@@ -1,0 +1,1 @@
+"""What a packed tensor is, and how it becomes weights again."""

@@ -1,0 +1,29 @@
+"""What weights does a stored tensor stand for?"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bincompress.tensors.packed import Packed
+from cpu_kernels.quantize.unpacking import expand
+
+
+def dequantize(packed: Packed, rows: slice = slice(None)) -> NDArray[np.float32]:
+    """Return rows of a packed tensor as float32 (rows, cols), listed weights in their places."""
+    first, last, _ = rows.indices(packed.shape[0])
+    cols = packed.shape[1]
+    weights = np.empty((last - first, cols), np.float32)
+    coef = packed.coef if packed.coef.shape[1] == 1 else packed.coef[:, first:last]
+    terms = np.array(packed.terms, np.uint64)
+    expand(packed.all_planes(slice(first, last)), np.ascontiguousarray(coef), terms, packed.block, weights)
+    if packed.in_scale is not None:
+        weights *= packed.in_scale
+    begin, end = np.searchsorted(packed.listed_index, [first * cols, last * cols])
+    flat = (packed.listed_index[begin:end] - np.uint64(first * cols)).astype(np.int64)
+    weights.reshape(-1)[flat] = packed.listed_value[begin:end]
+    return weights
+
+
+def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Return bfloat16 patterns, rounded to nearest, ties to even; finite input."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)

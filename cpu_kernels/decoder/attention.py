@@ -1,0 +1,146 @@
+"""Causal attention of grouped queries over the key-value cache, tile by tile, with a running softmax.
+
+Layout of one layer's cache: keys (kv heads, blocks, head_dim, 32), so that 32 scores come from one product without
+a horizontal sum; values (kv heads, positions, padded head_dim), padded to a multiple of 32 columns. Both hold
+float32, or float16 bit patterns as uint16.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import types
+from numpy import float32
+
+from cpu_kernels.decoder.exponential import exponential
+from cpu_kernels.jit.compiler import Kernel, kernel, out, view
+from cpu_kernels.jit.tiles import TILE_COLUMNS, TILE_ROWS, largest, multiply_tile, total
+
+BLOCK = TILE_COLUMNS  # positions that lie side by side in the cache
+QUERY_ROWS = 32  # (token, head of the group) rows that share one pass over the keys
+KEY_TILE = 128  # positions per step of the running softmax; scores and a tile of keys fit the first cache level
+NO_WINDOW = 1 << 40
+
+_HIDDEN = float32(-1.0e30)
+_ONE = float32(1.0)
+_ZERO = float32(0.0)
+
+
+def padded(head_dim: int) -> int:
+    """Return the columns per position in the value cache."""
+    return -(-head_dim // TILE_COLUMNS) * TILE_COLUMNS
+
+
+def scratch_size(head_dim: int) -> int:
+    """Return the float32 items of scratch that one thread of `attend` needs."""
+    return QUERY_ROWS * (head_dim + KEY_TILE + padded(head_dim) + 2)
+
+
+def work_items(tokens: int, heads: int, kv_heads: int) -> int:
+    """Return the number of independent work items of `attend`."""
+    return kv_heads * -(-tokens * (heads // kv_heads) // QUERY_ROWS)
+
+
+def _attend(
+    qkv: Any, heads: int, keys: Any, values: Any, first: int, window: int, start: int, stop: int, scratch: Any,
+    result: Any,
+) -> None:  # fmt: skip
+    """Attend for work items start..stop-1; queries are the first heads * head_dim columns of qkv, already scaled.
+
+    qkv (n, columns) float32: tokens at positions first, first + 1, ...; a token sees the `window` positions up to
+    its own. result (n, heads * head_dim) float32.
+    """
+    kv_heads, blocks, dim = keys.shape[0], keys.shape[1], keys.shape[2]
+    positions, wide = values.shape[1], values.shape[2]
+    group = heads // kv_heads
+    rows_in_all = qkv.shape[0] * group
+    per_head = -(-rows_in_all // QUERY_ROWS)
+    columns = qkv.shape[1]
+    queries = qkv.reshape(qkv.size)
+    score_at = QUERY_ROWS * dim
+    sum_at = score_at + QUERY_ROWS * KEY_TILE
+    top_at = sum_at + QUERY_ROWS * wide
+    mass_at = top_at + QUERY_ROWS
+    for item in range(start, stop):
+        head = item // per_head
+        first_row = (item % per_head) * QUERY_ROWS
+        rows = min(QUERY_ROWS, rows_in_all - first_row)
+        tile_rows = -(-rows // TILE_ROWS) * TILE_ROWS
+        # Loops, because Numba takes 3 seconds to compile its first assignment to a slice.
+        for i in range(tile_rows * dim):
+            scratch[i] = _ZERO
+        for i in range(sum_at, sum_at + tile_rows * wide):
+            scratch[i] = _ZERO
+        for row in range(rows):
+            token = (first_row + row) // group
+            at = token * columns + (head * group + (first_row + row) % group) * dim
+            for d in range(dim):
+                scratch[row * dim + d] = queries[at + d]
+            scratch[top_at + row] = _HIDDEN
+            scratch[mass_at + row] = _ZERO
+        oldest = max(0, first + first_row // group - window + 1)
+        end = first + (first_row + rows - 1) // group + 1
+        key = oldest // BLOCK * BLOCK
+        while key < end:
+            width = min(KEY_TILE, end - key)
+            whole = -(-width // BLOCK) * BLOCK
+            for offset in range(0, whole, BLOCK):
+                block = (head * blocks + (key + offset) // BLOCK) * dim * BLOCK
+                for row in range(0, tile_rows, TILE_ROWS):
+                    target = score_at + row * KEY_TILE + offset
+                    multiply_tile(scratch, row * dim, dim, keys, block, BLOCK, dim, scratch, target, KEY_TILE, False)
+            for row in range(rows):
+                at = score_at + row * KEY_TILE
+                position = first + (first_row + row) // group
+                left = max(0, position - window + 1 - key)
+                right = min(width, position + 1 - key)
+                if right <= left:
+                    for j in range(whole):
+                        scratch[at + j] = _ZERO
+                    continue
+                for j in range(min(left, whole)):
+                    scratch[at + j] = _HIDDEN
+                for j in range(right, whole):
+                    scratch[at + j] = _HIDDEN
+                before = scratch[top_at + row]
+                top = largest(scratch, at, whole)
+                if top > before:
+                    shrink = exponential(before - top)
+                    scratch[top_at + row] = top
+                    scratch[mass_at + row] *= shrink
+                    sums = scratch[sum_at + row * wide : sum_at + (row + 1) * wide]
+                    for d in range(sums.size):
+                        sums[d] *= shrink
+                else:
+                    top = before
+                # A slice indexed from zero needs no test for negative indices; without it this loop is scalar (2.4 x).
+                scores = scratch[at : at + whole]
+                for j in range(scores.size):
+                    scores[j] = exponential(scores[j] - top)
+                scratch[mass_at + row] += total(scratch, at, whole)
+            source = (head * positions + key) * wide
+            for row in range(0, tile_rows, TILE_ROWS):
+                for d in range(0, wide, TILE_COLUMNS):
+                    multiply_tile(
+                        scratch, score_at + row * KEY_TILE, KEY_TILE, values, source + d, wide, width,
+                        scratch, sum_at + row * wide + d, wide, True,
+                    )  # fmt: skip
+            key += width
+        for row in range(rows):
+            token = (first_row + row) // group
+            at = (head * group + (first_row + row) % group) * dim
+            scale = _ONE / scratch[mass_at + row]
+            for d in range(dim):
+                result[token, at + d] = scratch[sum_at + row * wide + d] * scale
+
+
+def _signature(cached: Any) -> Any:
+    size, f4 = types.intp, types.float32
+    return types.void(
+        view(f4, 2), size, view(cached, 4), view(cached, 3), size, size, size, size, out(f4, 1), out(f4, 2)
+    )
+
+
+ATTEND: dict[np.dtype[Any], Kernel] = {
+    np.dtype(np.float32): kernel(_signature(types.float32))(_attend),
+    np.dtype(np.uint16): kernel(_signature(types.uint16))(_attend),
+}

@@ -1,0 +1,1 @@
+"""Kernels that multiply packed planes with activations."""

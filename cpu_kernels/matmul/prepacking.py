@@ -1,0 +1,307 @@
+"""How is a matrix laid out for one kernel of this CPU, from planes and scales as they are stored?"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpu_kernels.jit import vector
+from cpu_kernels.jit.compiler import Kernel
+from cpu_kernels.matmul import stream as layout
+from cpu_kernels.matmul.aligned_memory import aligned, room
+from cpu_kernels.parallel.workers import Pool, share
+
+_EXPONENTS = 64  # of stored scales: within what a row's multiplier and the products with it can be
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some rows of a matrix as they are stored."""
+
+    planes: NDArray[np.uint64]  # (planes, rows, words)
+    scale: NDArray[Any]  # float16 or float32 (planes, rows, blocks), or (rows, blocks) with plane_weights
+    offset: NDArray[Any] | None = None  # of the same dtype (rows, blocks)
+    exponent: int = 0  # scales and offsets are 2 ** exponent times these numbers
+
+    @property
+    def sets(self) -> list[NDArray[Any]]:
+        """The numbers by sets: scales and, where there is one, the offset; each (sets, rows, blocks)."""
+        scale = self.scale if self.scale.ndim == 3 else self.scale[None]
+        return [scale] if self.offset is None else [scale, self.offset[None]]
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether a float16 stream may hold the numbers as they are: multipliers have such a power of two."""
+        return self.scale.dtype == np.float16 and abs(self.exponent) <= _EXPONENTS
+
+    def singles(self) -> list[NDArray[np.int32]]:
+        """Return `sets` with their power of two, as the bits of float32."""
+        exact = (np.ldexp(part.astype(np.float32), self.exponent) for part in self.sets)
+        return [np.ascontiguousarray(part).view(np.int32) for part in exact]
+
+
+@dataclass(frozen=True)
+class _Tiling:
+    """Where the bytes of a stream lie."""
+
+    tile: int  # rows
+    rows: int
+    count: int  # planes
+    sets: int  # of scales and offsets
+    blocks: int
+    units: int
+    units_per_block: int
+    unit_words: int
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.rows // self.tile)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of bits of a whole block."""
+        return self.units_per_block * self.count * self.unit_words * 8 * self.tile
+
+    def header(self, half: int) -> int:
+        """Return the bytes of scales and offsets of a block."""
+        return self.sets * self.tile * (2 if half else 4)
+
+    def tile_bytes(self, half: int) -> int:
+        """Return the bytes of a tile."""
+        return self.blocks * self.header(half) + self.units * self.count * self.unit_words * 8 * self.tile
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMatrix:
+    """A matrix laid out for one kernel of this CPU; `nbytes` is what a product reads of it."""
+
+    rows: int
+    cols: int
+    block: int
+    kernel: str  # "lookup" or "popcount"
+    instruction_set: str  # "avx512bw", "avx2", "ssse3", "neon" or "portable"
+    stream: NDArray[np.uint8]
+    multipliers: NDArray[np.float32]  # (rows,)
+    plane_weights: NDArray[np.float32]  # (planes,), all 1 where each plane has scales
+    units: int
+    units_per_block: int
+    unit_words: int
+    scale_sets: int
+    has_offset: int
+    half: int  # 1 where the scales are float16
+    code: int  # the instruction set's number in vector.py
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that one product reads."""
+        return self.stream.nbytes + self.multipliers.nbytes
+
+    @property
+    def tiles(self) -> int:
+        """Return the number of row tiles, the unit in which threads share the work."""
+        return -(-self.rows // vector.tile_rows(self.code))
+
+    @functools.cached_property
+    def operands(self) -> dict[str, int]:
+        """What a job says about the matrix; kept, as asking an array for its address takes a microsecond."""
+        return {
+            "stream": self.stream.ctypes.data,
+            "rows": self.rows,
+            "units": self.units,
+            "units_per_block": self.units_per_block,
+            "scale_sets": self.scale_sets,
+            "has_offset": self.has_offset,
+            "planes": self.plane_weights.size,
+            "weights": self.plane_weights.ctypes.data,
+            "multipliers": self.multipliers.ctypes.data,
+        }
+
+
+def kernels() -> list[str]:
+    """Return the names that prepack accepts on this CPU, the default first, such as "lookup-avx2" and "popcount"."""
+    return [f"lookup-{vector.NAMES[code]}" for code in vector.shuffle_sets()] + ["popcount"]
+
+
+def choose(name: str | None) -> tuple[str, int]:
+    """Return the kernel of a name, the best of this CPU if there is none, and its instruction set's number."""
+    sets = vector.shuffle_sets()
+    if name == "popcount" or (name is None and not sets):
+        return "popcount", vector.PORTABLE
+    for code in sets:
+        if name in (None, "lookup", f"lookup-{vector.NAMES[code]}"):
+            return "lookup", code
+    raise ValueError(f"kernel {name!r} is unknown or needs what this CPU lacks; available: {', '.join(kernels())}")
+
+
+def prepack(
+    planes: NDArray[np.uint64],
+    scale: NDArray[Any],
+    block: int,
+    cols: int,
+    offset: NDArray[Any] | None = None,
+    *,
+    plane_weights: Sequence[float] | None = None,
+    kernel: str | None = None,
+    pool: Pool | None = None,
+) -> PackedMatrix:
+    """Lay out planes (P, rows, words) with scale (P, rows, blocks) and offset (rows, blocks) for this CPU's kernel.
+
+    Both are float32 or float16. `block` is 64, 128, 256, ... or at least `cols` for one block per row. With
+    `plane_weights` (P numbers, say 8, 4, 2, 1) scale is (rows, blocks) and plane p's scale is plane_weights[p] * scale.
+    """
+    part = Part(planes, scale, offset)
+    return prepack_rows([part], block, cols, plane_weights=plane_weights, kernel=kernel, pool=pool)
+
+
+def prepack_rows(
+    parts: Sequence[Part],
+    block: int,
+    cols: int,
+    *,
+    plane_weights: Sequence[float] | None = None,
+    kernel: str | None = None,
+    pool: Pool | None = None,
+) -> PackedMatrix:
+    """Lay out several matrices, one below the other, as one: products with the same input (q, k, v) in one go."""
+    name, code = choose(kernel)
+    whole_row = block >= cols
+    if not whole_row and block % 64:
+        raise ValueError(f"block: {block}; expected a multiple of 64 or at least the {cols} columns")
+    unit_words = 2 if whole_row or block % 128 == 0 else 1
+    units = -(-cols // (64 * unit_words))
+    count = parts[0].planes.shape[0]
+    if plane_weights is not None and len(plane_weights) != count:
+        raise ValueError(f"plane_weights: {len(plane_weights)} numbers for {count} planes")
+    scale_sets = count if plane_weights is None else 1
+    tiling = _Tiling(
+        tile=vector.tile_rows(code),
+        rows=sum(part.planes.shape[1] for part in parts),
+        count=count,
+        sets=scale_sets + (parts[0].offset is not None),
+        blocks=1 if whole_row else -(-cols // block),
+        units=units,
+        units_per_block=units if whole_row else block // (64 * unit_words),
+        unit_words=unit_words,
+    )
+    _check_parts(parts, tiling, plane_weights is not None, -(-cols // 64))
+    stream, multipliers, half = _stream_begun(parts, tiling, pool)
+    _write_tiles(parts, tiling, half, layout.packer(int(name == "lookup"), tiling.tile), stream, pool)
+    return PackedMatrix(
+        rows=tiling.rows,
+        cols=cols,
+        block=block,
+        kernel=name,
+        instruction_set=vector.NAMES[code],
+        stream=stream,
+        multipliers=multipliers,
+        plane_weights=np.ones(count, np.float32) if plane_weights is None else np.array(plane_weights, np.float32),
+        units=units,
+        units_per_block=tiling.units_per_block,
+        unit_words=unit_words,
+        scale_sets=scale_sets,
+        has_offset=tiling.sets - scale_sets,
+        half=half,
+        code=code,
+    )
+
+
+def _check_parts(parts: Sequence[Part], tiling: _Tiling, shared: bool, words: int) -> None:
+    for part in parts:
+        height = part.planes.shape[1]
+        if (part.offset is None) != (parts[0].offset is None):
+            raise ValueError("offset: given for some of the parts only")
+        _expect("planes", part.planes, np.uint64, (tiling.count, height, words))
+        dtype = np.float16 if part.scale.dtype == np.float16 else np.float32
+        shape = height, tiling.blocks
+        _expect("scale", part.scale, dtype, shape if shared else (tiling.count, *shape))
+        if part.offset is not None:
+            _expect("offset", part.offset, dtype, shape)
+
+
+def _stream_begun(
+    parts: Sequence[Part], tiling: _Tiling, pool: Pool | None
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], int]:
+    """Return a stream, the rows' multipliers and whether its scales are float16.
+
+    Scales that it holds as they are stored are not in it yet: they are written with the bits.
+    """
+    edges = list(itertools.accumulate((part.planes.shape[1] for part in parts), initial=0))
+    multipliers = np.ones(tiling.rows, np.float32)
+    exponents = np.zeros(tiling.rows, np.int32)
+    singles: list[tuple[int, int, NDArray[np.int32]]] = []  # first row, first set, bits of float32
+    for part, row, end in zip(parts, edges[:-1], edges[1:], strict=True):
+        if part.as_stored:
+            multipliers[row:end] = 2.0**part.exponent
+            continue
+        found = _placed(part, row)
+        for _, _, bits in found:
+            layout.raise_exponents(bits, row, exponents)
+        # Rows of zeros, and of values below any that a store holds, keep a power of two whose inverse is float32 too.
+        np.clip(exponents[row:end], 32, 220, out=exponents[row:end])
+        multipliers[row:end] = np.ldexp(1.0, exponents[row:end] - 127 - layout.TOP)
+        singles += found
+    size = tiling.tiles * tiling.tile_bytes(half=1)
+    stream = aligned(size, zero=True) if singles else room(size)  # in an arena it could not be given back
+    if all(_write_singles(*piece, exponents, tiling, 1, stream, pool) == 0 for piece in singles):
+        return stream, multipliers, 1
+    stream = room(tiling.tiles * tiling.tile_bytes(half=0))
+    for part, row in zip(parts, edges[:-1], strict=True):
+        for piece in _placed(part, row):
+            _write_singles(*piece, exponents, tiling, 0, stream, pool)
+    return stream, np.ones(tiling.rows, np.float32), 0
+
+
+def _placed(part: Part, row: int) -> list[tuple[int, int, NDArray[np.int32]]]:
+    scale, *offset = part.singles()
+    return [(row, 0, scale), *((row, len(scale), bits) for bits in offset)]
+
+
+def _write_singles(
+    row: int,
+    first_set: int,
+    bits: NDArray[np.int32],
+    exponents: NDArray[np.int32],
+    tiling: _Tiling,
+    half: int,
+    stream: NDArray[np.uint8],
+    pool: Pool | None,
+) -> int:
+    """Write float32 scales into the stream and return how many are no float16 values."""
+    inexact: list[int] = []
+
+    def write(begin: int, end: int) -> None:
+        inexact.append(
+            layout.write_scales(
+                bits, first_set, row, tiling.tile, tiling.block_bytes, tiling.header(half), tiling.tile_bytes(half),
+                half, exponents, stream.view(np.uint16), stream.view(np.int32), begin, end,
+            )
+        )  # fmt: skip
+
+    share(write, row // tiling.tile, -(-(row + bits.shape[1]) // tiling.tile), pool)
+    return sum(inexact)
+
+
+def _write_tiles(
+    parts: Sequence[Part], tiling: _Tiling, half: int, write: Kernel, stream: NDArray[np.uint8], pool: Pool | None
+) -> None:
+    """Write the parts' bits into the stream, and the scales that are float16 and stay as they are stored."""
+    row = 0
+    for part in parts:
+        planes, scale = np.ascontiguousarray(part.planes), np.empty((0, 0, tiling.blocks), np.uint16)
+        if half and part.as_stored:
+            scale = np.ascontiguousarray(np.concatenate(part.sets) if len(part.sets) > 1 else part.sets[0])
+        fill = functools.partial(
+            write, planes, scale.view(np.uint16), row, tiling.units, tiling.units_per_block, tiling.unit_words,
+            tiling.header(half), stream,
+        )  # fmt: skip
+        share(fill, row // tiling.tile, -(-(row + planes.shape[1]) // tiling.tile), pool)
+        row += planes.shape[1]
+
+
+def _expect(name: str, array: NDArray[Any], dtype: type, shape: tuple[int, ...]) -> None:
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(f"{name}: {array.dtype} {array.shape}; expected {np.dtype(dtype)} {shape}")

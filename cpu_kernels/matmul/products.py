@@ -1,0 +1,173 @@
+"""Products of packed +-1 planes with quantized activations, shared among threads.
+
+W[r, c] = offset[r, c // block] + sum over planes p of scale[p, r, c // block] * (+1 or -1), with bit i of word j of
+a row's plane standing for column 64 j + i. Sums of integers are exact and equal for every kernel.
+
+    matrix = prepack(planes, scale, block=128, cols=3072)
+    with Workers(2) as pool:
+        y = multiply(matrix, quantize(x), pool=pool)
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+from numba import types
+from numpy.typing import NDArray
+
+from cpu_kernels.jit import vector
+from cpu_kernels.jit.addresses import address
+from cpu_kernels.jit.compiler import Kernel, kernel, out, view
+from cpu_kernels.matmul import stream as layout
+from cpu_kernels.matmul.activations import (
+    Activations,
+    Per,
+    check_settings,
+    empty_activations,
+    quantize_tokens,
+    quantizing,
+)
+from cpu_kernels.matmul.aligned_memory import aligned
+from cpu_kernels.matmul.prepacking import PackedMatrix, choose
+from cpu_kernels.matmul.product_kernel import FIELDS, sweep, table_bytes
+from cpu_kernels.parallel import spin_wait as handover
+from cpu_kernels.parallel.workers import Pool, Workers, share
+
+# Tokens that share one reading of the packed bits: their tables should stay in the second-level cache, and a unit's
+# tables (512 bytes per token, 1024 with 8 bits) in the first.
+TABLES_IN_CACHE = 512 * 1024
+MOST_TOKENS = {6: 32, 8: 16}
+FEWEST_TOKENS = 4
+
+
+def product_kernels(bits: int = 8) -> list[Kernel]:
+    """Return what multiply, quantize, threads and prepack compile, in this order.
+
+    For the best kernel of this CPU, units of 128 columns and float16 scales: others are rare, and take 5 s more.
+    """
+    name, code = choose(None)
+    pack = layout.packer(int(name == "lookup"), vector.tile_rows(code))
+    native = [_aim, handover.serve, handover.lead, handover.dismiss]  # how threads share a product
+    return [sweep(code, bits, 2, 1), quantize_tokens, *native, pack]
+
+
+def multiply(
+    matrix: PackedMatrix, activations: Activations, out: NDArray[np.float32] | None = None, pool: Pool | None = None
+) -> NDArray[np.float32]:
+    """Return the products (n, rows) of a packed matrix with n quantized tokens: W times (q times its scale).
+
+    `out` may be given (float32, C order); the rows are shared among the threads of `pool`.
+    """
+    if activations.cols != matrix.cols:
+        raise ValueError(f"activations of {activations.cols} columns for a matrix of {matrix.cols}")
+    tokens = activations.q.shape[0]
+    if out is None:
+        out = np.empty((tokens, matrix.rows), np.float32)
+    elif out.shape != (tokens, matrix.rows):
+        raise ValueError(f"out: {out.shape}; expected {(tokens, matrix.rows)}")
+    bits = activations.bits
+    run = sweep(matrix.code, bits, matrix.unit_words, matrix.half)
+    block = min(tokens, MOST_TOKENS[bits], max(FEWEST_TOKENS, TABLES_IN_CACHE // _table_bytes(matrix, bits)))
+    operands = {**matrix.operands, **quantizing(activations, "token"), "result": out.ctypes.data}
+    key = matrix.code, matrix.unit_words
+
+    def work(first: int, last: int) -> None:
+        shared = activations.prepared.get(key)
+        scratch = shared or _Scratch(matrix, bits, block)
+        sums = _accumulators(matrix, block)
+        own = {"accumulators": sums.ctypes.data, "prepared": int(shared is not None)}
+        job = _job({**operands, **scratch.operands, **own})
+        run(job.ctypes.data, first, last)
+        if tokens <= block and shared is None:
+            activations.prepared[key] = scratch
+
+    if tokens <= block and key not in activations.prepared:
+        # Few tokens: their tables are made once and serve every matrix with this input and all threads.
+        work(0, 0)
+    share(work, 0, matrix.tiles, pool)
+    return out
+
+
+class TokenProduct:
+    """The product of a packed matrix with one token, quantized on the way, in one kernel call a thread.
+
+    Every thread quantizes the token and makes its tables for itself, which takes less time than handing them over.
+    For one caller at a time; what the kernel works in is kept with `workers`, and shared by their products.
+
+    >>> times = TokenProduct(matrix, 8, "segment", workers)  # doctest: +SKIP
+    >>> y = times(x)  # doctest: +SKIP
+    """
+
+    def __init__(self, matrix: PackedMatrix, bits: int, per: Per, workers: Workers) -> None:
+        check_settings(bits, per)
+        self.matrix = matrix
+        self._workers = workers
+        self._run = sweep(matrix.code, bits, matrix.unit_words, matrix.half)
+        jobs = []
+        for thread in range(workers.threads):
+            # New arrays for each product would be new pages each time: 20 microseconds for 8192 columns.
+            key = thread, matrix.cols, matrix.unit_words, matrix.code, bits
+            if key not in workers.scratch:
+                made = empty_activations(1, matrix.cols, bits), _Scratch(matrix, bits, 1), _accumulators(matrix, 1)
+                workers.scratch[key] = made
+            activations, scratch, sums = workers.scratch[key]
+            own = {**quantizing(activations, per), **scratch.operands, "accumulators": sums.ctypes.data}
+            jobs.append(_job({**matrix.operands, **own, "quantize": address(quantize_tokens)}))
+        self._jobs = np.stack(jobs)
+        self._address = self._jobs.ctypes.data
+
+    def __call__(self, x: NDArray[np.float32], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Return the product (1, rows) with x (1, cols), C-contiguous; `out` may be given."""
+        matrix = self.matrix
+        if x.shape != (1, matrix.cols) or x.dtype != np.float32 or not x.flags.c_contiguous:
+            raise ValueError(f"x: {x.dtype} {x.shape}; expected float32 {(1, matrix.cols)} in C order")
+        result = np.empty((1, matrix.rows), np.float32) if out is None else out
+        if result.shape != (1, matrix.rows):
+            raise ValueError(f"out: {result.shape}; expected {(1, matrix.rows)}")
+        _aim(self._jobs, x, result)
+        self._workers.run_kernel(self._run, self._address, self._jobs.strides[0], matrix.tiles)
+        return result
+
+
+_X, _RESULT = FIELDS.index("x"), FIELDS.index("result")
+
+
+@kernel(types.void(out(types.int64, 2), view(types.float32, 2), out(types.float32, 2)))
+def _aim(jobs: Any, x: Any, result: Any) -> None:
+    """Write the addresses of x and of the result into jobs (n, fields): Python takes 2 microseconds for each."""
+    for k in range(jobs.shape[0]):
+        jobs[k, _X] = x.ctypes.data
+        jobs[k, _RESULT] = result.ctypes.data
+
+
+def _table_bytes(matrix: PackedMatrix, bits: int) -> int:
+    """Return the bytes of one token's tables or bit slices."""
+    return matrix.units * matrix.unit_words * table_bytes(matrix.code, bits)
+
+
+def _job(operands: dict[str, int]) -> NDArray[np.int64]:
+    """Return a job, int64 (fields,), in which what is not given is zero."""
+    return np.array([operands.get(field, 0) for field in FIELDS], np.int64)
+
+
+def _accumulators(matrix: PackedMatrix, tokens: int) -> NDArray[np.uint8]:
+    return aligned(4 * vector.tile_rows(matrix.code) * tokens)
+
+
+class _Scratch:
+    """What a kernel prepares for blocks of `tokens` tokens; threads may share it once it is prepared."""
+
+    def __init__(self, matrix: PackedMatrix, bits: int, tokens: int) -> None:
+        places = matrix.units * tokens
+        self.tokens = tokens
+        self.tables = aligned(_table_bytes(matrix, bits) * tokens)
+        self.constants = np.empty(places, np.int32)
+        self.factors = np.empty(places, np.float32)
+        self.offsets = np.empty(places, np.float32)
+        self.rooms = np.empty(places, np.int32)
+
+    @functools.cached_property
+    def operands(self) -> dict[str, int]:
+        """What a job says about it."""
+        arrays = ("tables", "constants", "factors", "offsets", "rooms")
+        return {"token_block": self.tokens, **{name: getattr(self, name).ctypes.data for name in arrays}}

@@ -1,0 +1,1 @@
+"""Kernels that turn weights into planes and scales, and back."""

@@ -1,0 +1,1 @@
+"""What the kernels mean: their NumPy twins, written for reading."""
