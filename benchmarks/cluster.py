@@ -18,7 +18,9 @@ from typing import Any
 import psutil
 
 from benchmarks.synthetic import write_checkpoint
-from bincompress.records import Job, JobReport, Settings, TensorSource
+from bincompress.compression.records import Job, JobReport
+from bincompress.methods import make_settings
+from bincompress.tensors.weight import TensorSource
 
 LLAMA_405B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16384, "intermediate_size": 53248,
@@ -79,7 +81,7 @@ def overhead(number: int) -> dict[str, float]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     source = TensorSource("", "BF16", (4096, 4096), "/nowhere/model-00001-of-00100.safetensors", 8, 2 * 4096 * 4096)
     names = (f"model.layers.{i}.weight" for i in range(number))
-    jobs = [Job("/nowhere/store", name, source, Settings(), peak_memory=1 << 20) for name in names]
+    jobs = [Job("/nowhere/store", name, source, make_settings("wgm"), peak_memory=1 << 20) for name in names]
     process = psutil.Process()
     memory: dict[int, int] = {}
     times: dict[int, float] = {}

@@ -25,11 +25,11 @@ import numpy as np  # noqa: E402
 import zarr  # noqa: E402
 
 from benchmarks.synthetic import LLAMA_3B, bfloat16_normal, write_checkpoint  # noqa: E402
-from bincompress.methods import METHODS  # noqa: E402
-from bincompress.records import Settings, Weight  # noqa: E402
+from bincompress.methods import make_settings, method_named  # noqa: E402
+from bincompress.tensors.weight import Weight  # noqa: E402
 
-WGM_32 = Settings("wgm", groups=32, block="matrix")
-WGM_2 = Settings("wgm", groups=2, block="matrix")
+WGM_32 = make_settings("wgm", groups=32, block="matrix")
+WGM_2 = make_settings("wgm", groups=2, block="matrix")
 
 
 def best(work: Callable[[], Any], repeats: int = 5) -> float:
@@ -67,7 +67,7 @@ def grouping_against_copy() -> dict[str, float]:
     warm = best(lambda: np.copyto(target, weight.bits), 9)
     found = {"copy_ms": 1e3 * copy, "copy_into_warm_memory_ms": 1e3 * warm}
     for groups, settings in ((32, WGM_32), (2, WGM_2)):
-        seconds = best(lambda settings=settings: METHODS["wgm"](weight, settings))  # type: ignore[misc]
+        seconds = best(lambda settings=settings: method_named("wgm").binarize(weight, settings))  # type: ignore[misc]
         found[f"groups_{groups}_ms"] = 1e3 * seconds
         found[f"groups_{groups}_over_copy"] = seconds / copy
         found[f"groups_{groups}_over_warm_copy"] = seconds / warm
@@ -109,12 +109,12 @@ def solvers(bits: np.ndarray) -> list[dict[str, Any]]:
     rows = []
     for name, settings in (
         ("exact", WGM_32),
-        ("windowed, window 512", Settings("wgm", 32, "windowed", 512, block="matrix")),
-        ("windowed, window 64", Settings("wgm", 32, "windowed", 64, block="matrix")),
-        ("greedy", Settings("wgm", 32, "greedy", block="matrix")),
+        ("windowed, window 512", make_settings("wgm", groups=32, solver="windowed", window=512, block="matrix")),
+        ("windowed, window 64", make_settings("wgm", groups=32, solver="windowed", window=64, block="matrix")),
+        ("greedy", make_settings("wgm", groups=32, solver="greedy", block="matrix")),
     ):
-        seconds = best(lambda settings=settings: METHODS["wgm"](weight, settings), 3)  # type: ignore[misc]
-        found = METHODS["wgm"](weight, settings)
+        seconds = best(lambda settings=settings: method_named("wgm").binarize(weight, settings), 3)  # type: ignore[misc]
+        found = method_named("wgm").binarize(weight, settings)
         rows.append({"solver": name, "seconds": seconds, "relative_error": found.squared_error / found.squared_norm})
     values = np.abs(weight.float32().reshape(-1).astype(np.float64))
     values = values[values > 0]

@@ -1,18 +1,25 @@
-"""bincompress: language models in a few binary planes, for CPUs."""
+"""bincompress: language models in a few binary planes, for CPUs.
 
+The functions that a program calls stand in `bincompress.api`; they are imported when they are first asked for.
+"""
+
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bincompress.inference.load import load
+    from bincompress.api import batch, calibrate, compress, distill, evaluate, export, inspect, load, plan, verify
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = [
+    "__version__", "batch", "calibrate", "compress", "distill", "evaluate", "export", "inspect", "load", "plan",
+    "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load` when it is first asked for: the command line's --help does not need Numba."""
-    if name == "load":
-        from bincompress.inference.load import load
-
-        return load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a function when it is first asked for: the command line's --help does not need Numba."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # To run a model, nothing of compression is needed.
+    module = importlib.import_module("bincompress.inference.load" if name == "load" else "bincompress.api")
+    return getattr(module, name)

@@ -14,8 +14,8 @@ from typing import Any
 from bincompress import __version__
 from bincompress.compression.events import JobEvent, OnEvent
 from bincompress.compression.job import run_job
+from bincompress.compression.records import Job, JobReport
 from bincompress.errors import BincompressError
-from bincompress.records import Job, JobReport
 from jobs.interrupts import Interrupts
 from jobs.nodes import PATIENCE_SECONDS, Nodes
 from jobs.task import ENVIRONMENT, run_task

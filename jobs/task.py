@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bincompress import __version__
-from bincompress.records import Job, JobReport
+from bincompress.compression.records import Job, JobReport
 
 # Read by the libraries when they are loaded, so they have to be there before the worker's process begins.
 ENVIRONMENT = dict.fromkeys(

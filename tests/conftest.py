@@ -13,7 +13,8 @@ import safetensors.numpy
 from hypothesis import settings
 
 from bincompress import cli
-from bincompress.records import Settings, Weight
+from bincompress.methods import make_settings
+from bincompress.tensors.weight import Weight
 
 settings.register_profile("suite", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("suite")
@@ -32,28 +33,28 @@ DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 
 # Every method and unit, for laws that hold for all: the oracle of most tests is the NumPy formula.
 EVERY_METHOD = [
-    Settings("xnor", block=128),
-    Settings("xnor", block="row"),
-    Settings("xnor", block="matrix"),
-    Settings("dbllm", block=64),
-    Settings("dbllm", block="row"),
-    Settings("uniform", bits=4),
-    Settings("uniform", bits=8, block="row"),
-    Settings("wgm"),
-    Settings("wgm", block=64),
-    Settings("wgm", block=256),
-    Settings("wgm", block="row"),
-    Settings("wgm", block="matrix"),
-    Settings("wgm", lam=0.3, lam_normalized=True),
-    Settings("wgm", groups=1, block=64),
-    Settings("wgm", groups=3, block=64),
-    Settings("wgm", groups=8, block="row"),
-    Settings("wgm", groups=5, block="matrix"),
-    Settings("wgm", groups=8, block="matrix", lam=0.1, lam_normalized=True),
-    Settings("wgm", groups=4, block=128, solver="greedy"),
-    Settings("wgm", groups=4, block="matrix", solver="greedy"),
-    Settings("wgm", groups=4, block=64, solver="windowed", window=4),
-    Settings("wgm", groups=8, block="matrix", solver="windowed", window=8),
+    make_settings("xnor", block=128),
+    make_settings("xnor", block="row"),
+    make_settings("xnor", block="matrix"),
+    make_settings("dbllm", block=64),
+    make_settings("dbllm", block="row"),
+    make_settings("uniform", bits=4),
+    make_settings("uniform", bits=8, block="row"),
+    make_settings("wgm"),
+    make_settings("wgm", block=64),
+    make_settings("wgm", block=256),
+    make_settings("wgm", block="row"),
+    make_settings("wgm", block="matrix"),
+    make_settings("wgm", lam=0.3, lam_normalized=True),
+    make_settings("wgm", groups=1, block=64),
+    make_settings("wgm", groups=3, block=64),
+    make_settings("wgm", groups=8, block="row"),
+    make_settings("wgm", groups=5, block="matrix"),
+    make_settings("wgm", groups=8, block="matrix", lam=0.1, lam_normalized=True),
+    make_settings("wgm", groups=4, block=128, solver="greedy"),
+    make_settings("wgm", groups=4, block="matrix", solver="greedy"),
+    make_settings("wgm", groups=4, block=64, solver="windowed", window=4),
+    make_settings("wgm", groups=8, block="matrix", solver="windowed", window=8),
 ]
 
 

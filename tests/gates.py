@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bincompress.compression.job import run_job
+from bincompress.compression.records import Job, JobReport
 from bincompress.compression.run import compress
-from bincompress.records import Job, JobReport
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:

@@ -11,9 +11,9 @@ from bincompress.cli import group
 from bincompress.commands.running import Size
 from bincompress.compression.estimate import Estimate
 from bincompress.compression.manifest import read_manifest
+from bincompress.compression.records import JobReport
 from bincompress.compression.run import compress_all
 from bincompress.errors import RecipeError
-from bincompress.records import JobReport
 from bincompress.store.store import open_store
 from tests.conftest import tiny_config, tiny_tensors, write_model
 from tests.test_run import plan_of, run

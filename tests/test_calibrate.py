@@ -12,12 +12,14 @@ import pytest
 from bincompress.calibration.collect import Calibration, PartRunner, calibrate, choose_samples, run_in_threads
 from bincompress.calibration.statistics import Statistics, open_statistics
 from bincompress.compression.allocation import Trial, run_trials, spread, spreadable, trial_jobs
+from bincompress.compression.allocation import trials_of as trials_with_errors
 from bincompress.compression.plan import Plan, make_plan
 from bincompress.compression.recipe import load_recipe
 from bincompress.compression.run import compress
 from bincompress.compression.runner import run_local
 from bincompress.errors import BincompressError, DamagedError, RecipeError, StoreError, TensorError
 from bincompress.inference.load import load_decoder
+from bincompress.methods import dbellquant
 from bincompress.methods.dbellquant import channel_scale
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.config import parse
@@ -167,12 +169,12 @@ def test_statistics_of_another_model_and_missing_ones_are_refused(
         ({"compensate": True, "groups": 3}, "groups 3: with error compensation 1, 2, 4, 8 or 16"),
         ({"compensate": True, "groups": 4, "scale_bits": 8}, "8-bit scales are for one or two groups"),
         ({"compensate": True, "solver": "greedy"}, "leave --solver and --lambda out"),
-        ({"method": "dbellquant", "planes": 3}, "planes 3: expected 1 to 2"),
-        ({"method": "xnor", "planes": 5, "compensate": True}, "planes 5: expected 1 to 4"),
-        ({"method": "dbellquant", "epsilon": 1.5}, r"epsilon 1\.5: expected 0 to 1"),
+        ({"method": "dbellquant", "planes": 3}, "planes: expected 1 to 2, found 3"),
+        ({"method": "xnor", "planes": 5, "compensate": True}, "planes: expected 1 to 4, found 5"),
+        ({"method": "dbellquant", "epsilon": 1.5}, r"epsilon: expected 0 to 1, found 1\.5"),
         ({"method": "billm", "scale_bits": 8}, "8-bit scales have no sign"),
-        ({"compensate": True, "scale_bits": 4}, "scale bits 4: expected 8 or 16"),
-        ({"compensate": True, "refine": -1}, "refine -1: expected at least 0"),
+        ({"compensate": True, "scale_bits": 4}, "scale-bits: expected one of 8, 16, found 4"),
+        ({"compensate": True, "refine": -1}, "refine: expected at least 0, found -1"),
     ):
         with pytest.raises(RecipeError, match=message):
             planned(tiny_model, statistics, **options)
@@ -228,9 +230,8 @@ def test_a_transformation_is_folded_into_the_norm(tmp_path: Path) -> None:
     plan = planned(tiny_model, statistics, method="dbellquant", planes=1)
     searched = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "bincompress.compression.job.channel_scale", lambda *given: searched.append(1) or channel_scale(*given)
-        )
+        counting = replace(dbellquant.METHOD, channel_scale=lambda *given: searched.append(1) or channel_scale(*given))
+        patch.setattr("bincompress.methods.METHODS", [counting])
         compress(plan, str(tmp_path / "store"))
     assert len(searched) == 4  # once for each norm, not for each of its readers
     store = open_store(str(tmp_path / "store"))
@@ -281,8 +282,9 @@ def test_an_input_scale_reaches_the_engine(tmp_path: Path) -> None:
 
 
 def trials_of(plan: Plan) -> dict[str, list[Trial]]:
-    reports = list(map(run_trials, trial_jobs(plan, spreadable(plan))))
-    return {report.name: [Trial(**trial) for trial in report.report["trials"]] for report in reports}
+    tensors = {tensor.source.name: tensor for tensor in spreadable(plan)}
+    reports = map(run_trials, trial_jobs(plan, tensors.values()))
+    return {report.name: trials_with_errors(tensors[report.name], report) for report in reports}
 
 
 @pytest.mark.parametrize("bits", [1.6, 2.25, 3.0])
@@ -314,7 +316,7 @@ def test_more_bits_cost_less_error(tiny_model: Path, statistics: Statistics) -> 
         total = 0.0
         for name, own in trials.items():
             planes, block = settings[name].get("planes", 1), settings[name].get("block", 128)
-            (trial,) = [trial for trial in own if (trial.planes, trial.block) == (planes, block)]
+            (trial,) = [trial for trial in own if (trial.settings.planes, trial.settings.block) == (planes, block)]
             total += trial.error * plan.checkpoint.tensors[name].shape[0] * plan.checkpoint.tensors[name].shape[1]
         return total
 

@@ -9,12 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from bincompress.compression.recipe import check_settings, load_recipe
-from bincompress.errors import RecipeError
-from bincompress.methods import dbllm
+from bincompress.compression.recipe import load_recipe
+from bincompress.methods import Binarized, dbllm, make_settings
 from bincompress.methods.rounding.coefficients import from_float16
-from bincompress.records import Binarized, Settings, Weight
 from bincompress.store.store import open_store
+from bincompress.tensors.weight import Weight
 from cpu_kernels.quantize.dual_planes import TRIALS, rounding_steps
 from tests.conftest import Run, as_weight
 
@@ -23,13 +22,13 @@ NAME = "model.layers.1.mlp.down_proj.weight"
 
 def ones(found: Binarized, cols: int) -> np.ndarray:
     """The {0, 1} planes, (2, rows, cols)."""
-    bits = np.unpackbits(found.planes.view(np.uint8), axis=2, count=cols, bitorder="little")
+    bits = np.unpackbits(found.tensor.planes.view(np.uint8), axis=2, count=cols, bitorder="little")
     return bits.reshape(2, -1, cols)
 
 
 def scales(found: Binarized, cols: int) -> np.ndarray:
     """a1 and a2 of every weight, float32 (2, rows, cols)."""
-    return np.repeat(from_float16(found.coef, found.coef_exponent), found.block, axis=2)[:, :, :cols]
+    return np.repeat(from_float16(found.tensor.numbers, found.tensor.exponent), found.tensor.block, axis=2)[:, :, :cols]
 
 
 @st.composite
@@ -41,7 +40,7 @@ def weights(draw: st.DrawFn) -> Weight:
 
 @given(weights(), st.sampled_from([64, "row"]))
 def test_planes_are_those_of_the_formulas(weight: Weight, block: int | str) -> None:
-    found = dbllm.binarize(weight, Settings("dbllm", block=block))  # type: ignore[arg-type]
+    found = dbllm.binarize(weight, make_settings("dbllm", block=block))  # type: ignore[arg-type]
     cols = weight.shape[1]
     w, (a1, a2) = weight.float32(), scales(found, cols)
     b1 = (w - (a1 + a2) / 2 > 0).astype(np.float32)
@@ -66,8 +65,8 @@ def test_the_start_is_rounding_to_two_bits() -> None:
                 step = levels @ block / (levels @ levels)
                 fits.append((np.sum((block - step * levels) ** 2), step))
             assert steps[row, unit] == pytest.approx(min(fits)[1], rel=1e-5)
-    found = dbllm.binarize(as_weight(w, "F32"), Settings("dbllm", block=64))
-    a1, a2 = from_float16(found.coef, found.coef_exponent)
+    found = dbllm.binarize(as_weight(w, "F32"), make_settings("dbllm", block=64))
+    a1, a2 = from_float16(found.tensor.numbers, found.tensor.exponent)
     assert np.array_equal(a1, -2 * a2)
 
 
@@ -82,7 +81,7 @@ def test_only_two_scales_are_stored_and_the_formula_gives_the_levels(
     assert attributes["terms"] == [0, 1, 2]
     assert attributes["mix"] == [[0.5, 0.5], [0.5, 0.0], [0.0, 0.5]]
     assert arrays["coef"].shape == (2, 64, 3)
-    found = Binarized(arrays["planes"], arrays["coef"], (0, 1, 2), 64, 0, 0, 0, 0, attributes["coef_exponent"])
+    found = Binarized(store.read_packed(NAME), 0, 0, 0, 0)
     b1, b2 = ones(found, 160)
     a1, a2 = scales(found, 160)
     from bincompress.tensors.dequantize import dequantize
@@ -105,13 +104,12 @@ def test_the_report_tells_zeros_and_saved_additions(run: Run, tiny_model: Path, 
 
 
 def test_a_matrix_of_zeros_has_empty_planes() -> None:
-    found = dbllm.binarize(as_weight(np.zeros((2, 70)), "BF16"), Settings("dbllm", block=64))
-    assert not found.planes.any()
+    found = dbllm.binarize(as_weight(np.zeros((2, 70)), "BF16"), make_settings("dbllm", block=64))
+    assert not found.tensor.planes.any()
     assert found.squared_error == 0
 
 
 def test_block_64_unless_given() -> None:
-    assert load_recipe(None, {"method": "dbllm"}).defaults.block == 64
-    assert load_recipe(None, {"method": "dbllm", "block": "row"}).defaults.block == "row"
-    with pytest.raises(RecipeError, match="per row or row-block, found block matrix"):
-        check_settings(Settings("dbllm", block="matrix"), "w", (4, 64))
+    assert load_recipe(None, {"method": "dbllm"}).settings_for("w").block == 64
+    assert load_recipe(None, {"method": "dbllm", "block": "row"}).settings_for("w").block == "row"
+    assert "per row or row-block, found block matrix" in make_settings("dbllm", block="matrix").problem((4, 64))

@@ -11,10 +11,10 @@ import pytest
 import tokenizers
 import torch
 
-from bincompress.compression.job import make_jobs, run_job
+from bincompress.compression.job import run_job
 from bincompress.compression.plan import make_plan
 from bincompress.compression.recipe import load_recipe
-from bincompress.compression.run import compress
+from bincompress.compression.run import compress, make_jobs
 from bincompress.distillation.decoder import Cache, TorchDecoder
 from bincompress.distillation.loss import deviation_aware
 from bincompress.distillation.model import Predictions, Student, teacher_weights
@@ -35,6 +35,7 @@ from bincompress.store.store import begin_store, open_store
 from bincompress.store.verify import verify
 from bincompress.tensors.dequantize import dequantize
 from bincompress.tensors.float8 import from_float8
+from bincompress.tensors.packed import PackedTensor
 from tests.conftest import EVERY_METHOD, Run, tiny_config, tiny_tensors, write_model
 from tests.test_model_transformers import CASES, VOCAB, random_model, their_logits
 
@@ -140,7 +141,21 @@ def test_products_of_planes_columns_and_eight_bit_scales() -> None:
         "coef": random.integers(100, 250, (3, rows, 2), np.uint8),
         "in_scale": random.uniform(0.5, 2, cols).astype(np.float32),
     }
-    stored = StoredMatrix("w", (rows, cols), arrays, (1, 3, 6), block, None, -2, {})
+    stored = StoredMatrix(
+        "w",
+        "",
+        PackedTensor(
+            arrays["planes"],
+            arrays["coef"],
+            (1, 3, 6),
+            block,
+            (rows, cols),
+            -2,
+            None,
+            arrays["column_planes"],
+            arrays["in_scale"],
+        ),
+    )
     matrix = TrainedMatrix(stored, CPU)
 
     def signs(plane: np.ndarray) -> np.ndarray:

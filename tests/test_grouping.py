@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from bincompress.methods import METHODS
-from bincompress.methods.rounding import matrix_groups
-from bincompress.records import Settings
+from bincompress.methods import make_settings, method_named
+from bincompress.methods.rounding import whole_matrix
 from bincompress.sources.checkpoint import open_checkpoint, read_weight
 from cpu_kernels.quantize.group_units import group_units
 from cpu_kernels.quantize.grouping import exact_groups, merged_groups
@@ -87,10 +86,10 @@ def test_with_lambda_a_split_of_equal_magnitudes_can_be_better() -> None:
 def test_halving_finds_the_same_cost_as_the_table(values: list[int], most: int) -> None:
     ordered = np.sort(np.array(values, np.float64))
     sums = prefixes([ordered[ordered == value] for value in np.unique(ordered)])
-    table = matrix_groups.exact_limits(*sums, 0.3, most)
+    table = whole_matrix.exact_limits(*sums, 0.3, most)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matrix_groups, "_TABLE_LIMIT", 0)
-        halved = matrix_groups.exact_limits(*sums, 0.3, most)
+        patch.setattr(whole_matrix, "_TABLE_LIMIT", 0)
+        halved = whole_matrix.exact_limits(*sums, 0.3, most)
 
     def cost(limits: NDArray[np.int64]) -> float:
         return cost_of(ordered, [int(sums[0][i]) for i in limits], 0.3)
@@ -123,8 +122,8 @@ def test_merged_matrix_assigns_by_rank_even_where_equal_magnitudes_are_parted(
 ) -> None:
     random = np.random.default_rng(3)
     values = random.integers(1, 6, (6, 20)) * random.choice([-1.0, 1.0], (6, 20))
-    settings = Settings("wgm", groups=7, block="matrix", solver=solver, window=window)  # type: ignore[arg-type]
-    found = METHODS["wgm"](as_weight(values, dtype), settings)
+    settings = make_settings("wgm", groups=7, block="matrix", solver=solver, window=window)  # type: ignore[arg-type]
+    found = method_named("wgm").binarize(as_weight(values, dtype), settings)
     ordered = np.sort(np.abs(values).reshape(-1))
     limits = plain_merging(ordered, 7, window, 0.0)
     assert found.squared_error == pytest.approx(cost_of(ordered, limits, 0.0), abs=1e-6)
@@ -169,7 +168,11 @@ def test_normalized_lambda_spans_from_every_weight_its_own_group_to_one_group() 
     weight = as_weight(values, "F32")
 
     def groups(share: float) -> int:
-        return METHODS["wgm"](weight, Settings("wgm", groups=64, block="matrix", lam=share, lam_normalized=True)).groups
+        return (
+            method_named("wgm")
+            .binarize(weight, make_settings("wgm", groups=64, block="matrix", lam=share, lam_normalized=True))
+            .groups
+        )
 
     assert groups(0.0) > 30
     assert groups(1.0) <= 2
@@ -184,8 +187,8 @@ def test_exact_is_never_above_the_papers_algorithms_on_a_trained_model() -> None
         weight = read_weight(source)
 
         def error(solver: str, weight=weight) -> float:  # type: ignore[no-untyped-def]
-            settings = Settings("wgm", groups=32, block="matrix", solver=solver, window=64)  # type: ignore[arg-type]
-            return METHODS["wgm"](weight, settings).squared_error
+            settings = make_settings("wgm", groups=32, block="matrix", solver=solver, window=64)  # type: ignore[arg-type]
+            return method_named("wgm").binarize(weight, settings).squared_error
 
         exact = error("exact")
         assert exact <= error("windowed"), source.name

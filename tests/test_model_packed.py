@@ -16,21 +16,21 @@ from bincompress.compression.recipe import Override, Recipe, load_recipe
 from bincompress.compression.run import compress
 from bincompress.errors import BincompressError, DamagedError, StoreError
 from bincompress.inference.load import TooLittleMemoryError, default_sampling, load_decoder
+from bincompress.methods import Settings
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.decoder import Decoder
 from bincompress.model.errors import ConfigError, UnsupportedModelError
 from bincompress.model.lowering import MOST_PLANES, lower
 from bincompress.model.packed_linear import ActivationSettings, PackedEmbedding, StackedLinear
-from bincompress.records import Settings
 from bincompress.sources.checkpoint import open_checkpoint
 from bincompress.store.export import export
 from bincompress.store.store import let_go, open_store
 from bincompress.tensors.dequantize import dequantize
-from bincompress.tensors.packed import Packed, assemble
+from bincompress.tensors.packed import PackedTensor, assemble
 from cpu_kernels.matmul.activations import quantize
 from cpu_kernels.matmul.prepacking import prepack_rows
 from cpu_kernels.matmul.products import multiply
-from cpu_kernels.reference.planes import planes as reference
+from cpu_kernels.reference import planes as reference
 from tests.conftest import EVERY_METHOD, tiny_config, tiny_tensors, write_model
 
 IDS = np.random.default_rng(3).integers(0, 96, 40)
@@ -68,9 +68,10 @@ def close(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.max(np.abs(found - expected)) / np.max(np.abs(expected)))
 
 
-@pytest.mark.parametrize("settings", EVERY_METHOD, ids=lambda s: f"{s.method}-{s.groups}-{s.block}-{s.solver}-{s.bits}")
+@pytest.mark.parametrize("settings", EVERY_METHOD, ids=lambda s: "-".join(map(str, s.record().values())))
 def test_any_method_runs(settings: Settings, tiny_model: Path, tmp_path: Path) -> None:
-    store = stored(tiny_model, tmp_path / "store", Recipe(defaults=settings, embeddings="8bit"))
+    recipe = Recipe(settings.method, tuple(settings.all_values().items()), embeddings="8bit")
+    store = stored(tiny_model, tmp_path / "store", recipe)
     expected = dequantized_logits(store, tmp_path / "float")
     assert close(logits(load_decoder(store, 1, EXACT).decoder), expected) < 1e-5
     for per in ("segment", "token"):
@@ -159,8 +160,7 @@ def test_products_of_planes_are_lowered_to_plain_planes() -> None:
     planes = np.stack([reference.pack_bits(random.random((3, 70)) < 0.5) for _ in range(3)])
     terms = (0, 1, 3, 6, 7)
     coef = random.standard_normal((5, 3, 2)).astype(np.float32)
-    empty = np.empty(0, np.uint64), np.empty(0, np.float32)
-    lowered = lower(Packed(planes, coef, 0, None, terms, 64, (3, 70), *empty, {}))
+    lowered = lower(PackedTensor(planes, coef, terms, 64, (3, 70)))
     assert lowered is not None
     assert lowered.part.offset is not None
     assert not np.any(lowered.part.planes[:, :, -1] >> np.uint64(6))
@@ -169,7 +169,7 @@ def test_products_of_planes_are_lowered_to_plain_planes() -> None:
     weights = lowered.part.offset[:, units] + np.einsum("prc,prc->rc", lowered.part.scale[:, :, units], signs)
     np.testing.assert_allclose(weights, reference.expand(planes, coef, terms, 64, 70), atol=1e-6)
     many = tuple(range(1, MOST_PLANES + 2))
-    assert lower(Packed(planes, np.ones((len(many), 3, 2), np.float32), 0, None, many, 64, (3, 70), *empty, {})) is None
+    assert lower(PackedTensor(planes, np.ones((len(many), 3, 2), np.float32), many, 64, (3, 70))) is None
 
 
 def test_uniform_levels_share_one_scale(tiny_model: Path, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_uniform_levels_share_one_scale(tiny_model: Path, tmp_path: Path) -> Non
 
 def test_numbers_of_a_whole_matrix_are_factors_of_its_planes(tiny_model: Path, tmp_path: Path) -> None:
     """So that the stream holds float16 scales, all 1, and no kernel for float32 ones is compiled."""
-    store = open_store(stored(tiny_model, tmp_path / "store", Recipe(defaults=Settings(groups=8, block="matrix"))))
+    store = open_store(stored(tiny_model, tmp_path / "store", Recipe(values=(("groups", 8), ("block", "matrix")))))
     packed = store.read_packed("model.layers.0.mlp.up_proj.weight")
     lowered = lower(packed)
     assert lowered is not None
@@ -297,7 +297,7 @@ def test_stores_that_cannot_run(tiny_model: Path, tmp_path: Path, monkeypatch: p
         load_decoder(store, 1, ActivationSettings())
 
 
-def packed_tensor(**changes: object) -> Packed:
+def packed_tensor(**changes: object) -> PackedTensor:
     """Assemble one plane of 2 x 200 with a number for each row and block of 128, but for the changes."""
     attributes = {"shape": [2, 200], "block": 128, "terms": [1], "mix": None, "coef_exponent": 0}
     arrays = {"planes": np.zeros((1, 2, 4), np.uint64), "coef": np.ones((1, 2, 2), np.float16)}

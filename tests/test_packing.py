@@ -5,22 +5,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bincompress.methods import METHODS
+from bincompress.methods import Binarized, Settings, make_settings, method_named
 from bincompress.methods.rounding.coefficients import from_float16, to_float16, unwalsh, walsh
-from bincompress.records import Binarized, Settings
 from cpu_kernels.quantize.counting import MAGNITUDES, count_magnitudes, find_zeros, greatest_magnitude
 from cpu_kernels.quantize.packing import pack_by_table, pack_codes, pack_signs, pack_two, words_for
 from cpu_kernels.quantize.uniform_levels import block_ranges, nearest_levels
 from cpu_kernels.quantize.unpacking import expand, widen
-from cpu_kernels.reference.planes import planes as reference
+from cpu_kernels.reference import planes as reference
 from tests.conftest import EVERY_METHOD, as_weight
 
 shapes = st.tuples(st.integers(1, 5), st.sampled_from([1, 7, 63, 64, 65, 100, 127, 128, 129, 200, 257]))
 
 
 def coefficients(found: Binarized) -> np.ndarray:
-    coef = np.ldexp(found.coef.astype(np.float32), found.coef_exponent)
-    return coef if found.mix is None else np.einsum("ti,irb->trb", np.array(found.mix, np.float32), coef)
+    coef = np.ldexp(found.tensor.numbers.astype(np.float32), found.tensor.exponent)
+    return coef if found.tensor.mix is None else np.einsum("ti,irb->trb", np.array(found.tensor.mix, np.float32), coef)
 
 
 def test_bit_i_of_word_j_is_column_64_j_plus_i() -> None:
@@ -35,10 +34,10 @@ def test_bit_i_of_word_j_is_column_64_j_plus_i() -> None:
 def test_a_golden_row_of_two_planes() -> None:
     """Literal bytes: a change of them is a change of the format."""
     values = np.array([[0.5, -0.5, 2.0, -2.0, 0.5, 2.0]])
-    found = METHODS["wgm"](as_weight(values, "BF16"), Settings("wgm", block=64))
-    assert found.planes.tolist() == [[[0b110101]], [[0b100110]]]
-    assert found.coef.view(np.uint16).reshape(-1).tolist() == [0x3D00, 0x3A00]
-    assert (found.coef_exponent, found.terms, found.block) == (0, (1, 2), 64)
+    found = method_named("wgm").binarize(as_weight(values, "BF16"), make_settings("wgm", block=64))
+    assert found.tensor.planes.tolist() == [[[0b110101]], [[0b100110]]]
+    assert found.tensor.numbers.view(np.uint16).reshape(-1).tolist() == [0x3D00, 0x3A00]
+    assert (found.tensor.exponent, found.tensor.terms, found.tensor.block) == (0, (1, 2), 64)
 
 
 @given(shapes, st.integers(0, 2**32 - 1), st.sampled_from(["BF16", "F16", "F32"]))
@@ -144,26 +143,26 @@ def test_float16_coefficients_hold_any_scale(scale: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-@pytest.mark.parametrize("settings", EVERY_METHOD, ids=lambda s: f"{s.method}-{s.groups}-{s.block}-{s.solver}-{s.bits}")
+@pytest.mark.parametrize("settings", EVERY_METHOD, ids=lambda s: "-".join(map(str, s.record().values())))
 @pytest.mark.parametrize("shape", [(5, 200), (33, 64), (3, 1), (1, 129)])
 def test_every_method_says_its_true_error(settings: Settings, dtype: str, shape: tuple[int, int]) -> None:
     values = np.random.default_rng(5).standard_normal(shape) * 0.02
     values[0, : shape[1] // 50] = 0.0
     weight = as_weight(values, dtype)
-    found = METHODS[settings.method](weight, settings)
+    found = method_named(settings.method).binarize(weight, settings)
     coef = coefficients(found)
-    stored = reference.expand(found.planes, coef, found.terms, found.block, shape[1])
-    stored.reshape(-1)[found.listed_index.astype(np.int64)] = found.listed_value
+    stored = reference.expand(found.tensor.planes, coef, found.tensor.terms, found.tensor.block, shape[1])
+    stored.reshape(-1)[found.tensor.listed_index.astype(np.int64)] = found.tensor.listed_value
     exact = weight.float32().astype(np.float64)
     assert found.squared_norm == pytest.approx(float(np.sum(exact**2)), rel=1e-9)
     assert found.squared_error == pytest.approx(
         float(np.sum((exact - stored) ** 2)), rel=1e-3, abs=1e-6 * found.squared_norm
     )
     if shape[1] % 64:
-        assert not np.any(found.planes[:, :, -1] >> np.uint64(shape[1] % 64))
+        assert not np.any(found.tensor.planes[:, :, -1] >> np.uint64(shape[1] % 64))
     expanded = np.empty(shape, np.float32)
-    expand(found.planes, coef, np.array(found.terms, np.uint64), found.block, expanded)
-    expanded.reshape(-1)[found.listed_index.astype(np.int64)] = found.listed_value
+    expand(found.tensor.planes, coef, np.array(found.tensor.terms, np.uint64), found.tensor.block, expanded)
+    expanded.reshape(-1)[found.tensor.listed_index.astype(np.int64)] = found.tensor.listed_value
     np.testing.assert_array_equal(expanded, stored)
 
 
@@ -172,9 +171,11 @@ def test_zeros_stay_zero_in_a_whole_matrix(groups: int) -> None:
     values = np.random.default_rng(0).standard_normal((40, 70))
     values[:, ::5] = 0.0
     for part in (values, np.where(np.arange(70) == 3, 0.0, values + 10)):
-        found = METHODS["wgm"](as_weight(part, "BF16"), Settings("wgm", groups=groups, block="matrix"))
-        stored = reference.expand(found.planes, coefficients(found), found.terms, found.block, 70)
-        stored.reshape(-1)[found.listed_index.astype(np.int64)] = found.listed_value
+        found = method_named("wgm").binarize(
+            as_weight(part, "BF16"), make_settings("wgm", groups=groups, block="matrix")
+        )
+        stored = reference.expand(found.tensor.planes, coefficients(found), found.tensor.terms, found.tensor.block, 70)
+        stored.reshape(-1)[found.tensor.listed_index.astype(np.int64)] = found.tensor.listed_value
         zero = as_weight(part, "BF16").float32() == 0
         assert np.all(np.abs(stored[zero]) < 1e-6)
         assert found.notes["zeros"] == np.count_nonzero(zero)
@@ -182,16 +183,16 @@ def test_zeros_stay_zero_in_a_whole_matrix(groups: int) -> None:
 
 def test_a_matrix_of_zeros_packs_to_zeros() -> None:
     for settings in EVERY_METHOD:
-        found = METHODS[settings.method](as_weight(np.zeros((3, 70)), "BF16"), settings)
+        found = method_named(settings.method).binarize(as_weight(np.zeros((3, 70)), "BF16"), settings)
         assert found.squared_error == found.squared_norm == 0.0
-        assert not np.any(found.coef)
+        assert not np.any(found.tensor.numbers)
 
 
 def test_the_papers_own_figure_is_nominal_and_leaves_the_groups_out() -> None:
     weight = as_weight(np.random.default_rng(0).standard_normal((64, 256)), "BF16")
-    found = METHODS["wgm"](weight, Settings("wgm", groups=32, block="matrix"))
+    found = method_named("wgm").binarize(weight, make_settings("wgm", groups=32, block="matrix"))
     assert found.nominal_bits == 1 + 16 * 32 / (64 * 256)
-    assert found.planes.nbytes * 8 / weight.bits.size == 6
+    assert found.tensor.planes.nbytes * 8 / weight.bits.size == 6
 
 
 def test_float16_numbers_are_widened_and_scaled_as_numpy_does() -> None:

@@ -7,7 +7,7 @@ import pytest
 from bincompress.compression.plan import make_plan, packed_bytes
 from bincompress.compression.recipe import load_kept_weights, load_recipe
 from bincompress.errors import RecipeError
-from bincompress.records import Settings
+from bincompress.methods import Settings, make_settings
 from bincompress.sources.checkpoint import open_checkpoint
 
 
@@ -46,8 +46,8 @@ def test_later_overrides_win_and_options_win_over_defaults(tiny_model: Path) -> 
     method = "keep"
     """
     found = planned(tiny_model, text, block="row")
-    assert found["model.layers.0.mlp.up_proj.weight"] == Settings(groups=4, block="row")
-    assert found["model.layers.1.mlp.down_proj.weight"] == Settings(groups=8, block="row")
+    assert found["model.layers.0.mlp.up_proj.weight"] == make_settings("wgm", groups=4, block="row")
+    assert found["model.layers.1.mlp.down_proj.weight"] == make_settings("wgm", groups=8, block="row")
     assert found["model.layers.0.mlp.down_proj.weight"].method == "keep"
 
 
@@ -66,12 +66,12 @@ def test_later_overrides_win_and_options_win_over_defaults(tiny_model: Path) -> 
             "[defaults]\nmethod = 'wgn'",
             "unknown method 'wgn'; known: billm, dbellquant, dbllm, keep, uniform, wgm, xnor",
         ),
-        ("[defaults]\ngroups = 0", "groups 0: expected 1 to 256"),
-        ("[defaults]\ngroups = 257", "groups 257: expected 1 to 256"),
-        ("[defaults]\nblock = 100", "block 100: expected one of 64, 128, 256, row, matrix"),
-        ("[defaults]\nlambda = -1.0", "lambda -1.0: expected a number of at least 0"),
-        ("[defaults]\nsolver = 'best'", "unknown solver 'best'; known: exact, greedy, windowed"),
-        ("[defaults]\nsolver = 'windowed'", r"window 512: 2 groups in a unit of 128 weights need a window of 1 to 64"),
+        ("[defaults]\ngroups = 0", "groups: expected 1 to 256, found 0"),
+        ("[defaults]\ngroups = 257", "groups: expected 1 to 256, found 257"),
+        ("[defaults]\nblock = 100", "block: expected one of 64, 128, 256, row, matrix, found 100"),
+        ("[defaults]\nlambda = -1.0", "lambda: expected at least 0, found -1.0"),
+        ("[defaults]\nsolver = 'best'", "solver: expected one of exact, greedy, windowed, found 'best'"),
+        ("[defaults]\nsolver = 'windowed'", r"window 512: 2 groups in a block of 128 weights need a window of 1 to 64"),
         ("[defaults]\nembeddings = '3bit'", "embeddings: expected one of keep, 4bit, 8bit"),
         ("[[tensor]]\npattern = '*.norm.weight'\nmethod = 'wgm'", "only matrices can be packed"),
         ("[[tensor]]\npattern = 'lm_head*'\nmethod = 'uniform'\nblock = 'matrix'", "1 to 8 bits per row or row-block"),
@@ -105,7 +105,12 @@ def test_kept_weights_are_checked(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "bits"),
-    [(Settings(), 2.25), (Settings("xnor"), 1.125), (Settings("uniform", bits=4), 4.25), (Settings(groups=4), 3.5)],
+    [
+        (make_settings("wgm"), 2.25),
+        (make_settings("xnor"), 1.125),
+        (make_settings("uniform", bits=4), 4.25),
+        (make_settings("wgm", groups=4), 3.5),
+    ],
 )
 def test_expected_bits(settings: Settings, bits: float) -> None:
     assert 8 * packed_bytes(settings, 256, 1024) / (256 * 1024) == bits

@@ -17,17 +17,18 @@ from bincompress.calibration.collect import choose_samples, run_in_threads, text
 from bincompress.calibration.statistics import Statistics
 from bincompress.compression.plan import Plan, make_plan
 from bincompress.compression.recipe import load_recipe
+from bincompress.compression.records import Job, JobReport
 from bincompress.compression.run import Outcome, compress
 from bincompress.compression.runner import Processes, run_local
 from bincompress.compression.sequential import in_sequence
 from bincompress.errors import StoreError, TensorError
 from bincompress.inference.evaluate import evaluate
 from bincompress.inference.load import load_decoder
-from bincompress.methods.rounding.asymmetric import aimed
-from bincompress.methods.rounding.compensation import curvature
+from bincompress.methods import Inputs
+from bincompress.methods.rounding.asymmetric import asymmetric_target
+from bincompress.methods.rounding.curvature import curvature
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.packed_linear import ActivationSettings
-from bincompress.records import Inputs, Job, JobReport
 from bincompress.sources.checkpoint import open_checkpoint
 from bincompress.store.store import open_store
 from tests.conftest import Run, tiny_config, tiny_tensors, write_model
@@ -120,15 +121,15 @@ def test_the_aim_is_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
     lack = (exact_x - x) @ weights.T + stream
     hessian, drift, lack_mean = ((a.T @ x / len(x)).astype(np.float32) for a in (x, exact_x - x, lack))
     monkeypatch.setattr("bincompress.methods.rounding.asymmetric._SHARE", 1.0)
-    monkeypatch.setattr("bincompress.methods.rounding.compensation._DAMPING", 1e-9)
+    monkeypatch.setattr("bincompress.methods.rounding.curvature._DAMPING", 1e-9)
     known, absmax = curvature(hessian), np.abs(x).max(axis=0)
     for inputs, outputs in (
         (Inputs("x", hessian, absmax, drift=drift), exact_x @ weights.T),
         (Inputs("x", hessian, absmax, lack=lack_mean), exact_x @ weights.T + stream),
     ):
         expected = np.linalg.lstsq(x, outputs, rcond=None)[0].T
-        np.testing.assert_allclose(aimed(weights, known, inputs), expected, rtol=1e-3, atol=1e-4)
-    assert aimed(weights, known, Inputs("x", hessian, absmax)) is weights
+        np.testing.assert_allclose(asymmetric_target(weights, known, inputs), expected, rtol=1e-3, atol=1e-4)
+    assert asymmetric_target(weights, known, Inputs("x", hessian, absmax)) is weights
 
 
 @pytest.mark.parametrize("options", [ONE_PLANE, BELLS, {"compensate": True}])

@@ -22,7 +22,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.core.sync import sync
 
 from bincompress.errors import DamagedError, StoreError
-from bincompress.records import Inputs
+from bincompress.methods import Inputs
 from bincompress.store.store import array_hash, is_local
 from bincompress.store.zarr_access import zarr_store
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bincompress.commands.running import Placement, Rate, placement_options, run_plans
+from bincompress.commands.running import Rate, placement_options, run_bar
 from bincompress.commands.shared import kernels_announced, print_json
 
 if TYPE_CHECKING:
+    from bincompress.compression.placement import Placement
     from bincompress.compression.plan import Plan
 
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Show what would be done: jobs, bytes, memory, core-hours.")
 @click.option("--rate", type=Rate(), help="--dry-run: source bytes a second of one core.  [default: measured here]")
 @click.option("--overwrite", is_flag=True, help="Replace stores made with other settings.")
-@click.option("--archive", is_flag=True, help="Code the arrays with zstd: smaller, slower to load.")
+@click.option("--archive", is_flag=True, help="Compress the arrays with zstd: smaller, slower to load.")
 @click.option("--verbose", "-v", is_flag=True, help="A line per tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
@@ -39,38 +40,21 @@ def command(
       bincompress batch models.toml --workers 8
       bincompress batch models.toml --runner ray --address auto --events events.jsonl
     """
-    from bincompress.compression.manifest import read_manifest
-    from bincompress.compression.plan import make_plan
-    from bincompress.compression.recipe import load_recipe
-    from bincompress.sources.hub import open_source
+    from bincompress import api
 
-    plans = {
-        entry.store: make_plan(
-            open_source(entry.source, headers_only=dry_run), load_recipe(entry.recipe, {}), archive=archive
-        )
-        for entry in read_manifest(manifest)
-    }
     if dry_run:
-        _show(plans, rate, as_json)
+        _show(api.plan_batch(manifest, archive=archive), rate, as_json)
         return
-    outcomes = run_plans(plans, placement, overwrite=overwrite, verbose=verbose, quiet=as_json)
+    with run_bar(verbose, as_json) as progress:
+        results = api.batch(manifest, archive=archive, overwrite=overwrite, placement=placement, progress=progress)
     if as_json:
-        print_json(
-            {
-                store: {
-                    "done": outcome.done,
-                    "unchanged": outcome.unchanged,
-                    "failures": outcome.failures,
-                    "complete": outcome.complete,
-                }
-                for store, outcome in outcomes.items()
-            }
-        )
+        shown = ("done", "unchanged", "failures", "complete")
+        print_json({store: {name: getattr(result, name) for name in shown} for store, result in results.items()})
     else:
-        for store, outcome in outcomes.items():
-            failed = f", {len(outcome.failures)} FAILED" if outcome.failures else ""
-            click.echo(f"{store}: {outcome.done} tensors done, {outcome.unchanged} were complete already{failed}")
-    if not all(outcome.complete for outcome in outcomes.values()):
+        for store, result in results.items():
+            failed = f", {len(result.failures)} FAILED" if result.failures else ""
+            click.echo(f"{store}: {result.done} tensors done, {result.unchanged} were complete already{failed}")
+    if not all(result.complete for result in results.values()):
         sys.exit(1)
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import click
 
 from bincompress.commands.shared import kernels_announced, print_json
-
-if TYPE_CHECKING:
-    from bincompress.calibration.collect import LayerRunner
 
 
 @click.command()
@@ -36,13 +33,13 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Replace statistics made with other settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
-    source: str, stats: str, text: Path, samples: int, context: int, threads: int | None, runner: str,
-    address: str | None, overwrite: bool, as_json: bool,
+    source: str, stats: str, text: Path, samples: int, context: int, threads: int | None,
+    runner: Literal["local", "ray"], address: str | None, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Run SOURCE over a text and collect into STATS what its linear layers read.
+    """Run SOURCE over a text and collect the statistics of its linear layers' inputs into STATS.
 
     SOURCE is a checkpoint folder or a Hub id; STATS is a path or an fsspec URL. The checkpoint is read one decoder
-    layer at a time. The same command goes on where an interrupted one stopped.
+    layer at a time. The same command resumes after the last completed layer of an interrupted one.
 
     \b
     Examples:
@@ -51,43 +48,22 @@ def command(
     """
     from tqdm import tqdm
 
-    from bincompress.calibration.collect import calibrate, choose_samples
-    from bincompress.sources.hub import open_source
-    from bincompress.sources.text import read_text
+    from bincompress import api
 
-    run_layer = _runner(runner, threads, address, stats)
-    checkpoint = open_source(source)
-    chosen = choose_samples(checkpoint, read_text(text), samples, context)
     with kernels_announced(), tqdm(desc="calibrate", unit="part", disable=True if as_json else None) as bar:
 
         def on_part(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        found = calibrate(
-            checkpoint, chosen, stats, runner=run_layer, overwrite=overwrite,
-            progress=on_part,
+        found = api.calibrate(
+            source, stats, text, samples=samples, context=context, runner=runner, threads=threads, address=address,
+            overwrite=overwrite, progress=on_part,
         )  # fmt: skip
-    inputs = found.attributes["inputs"]
     if as_json:
-        print_json({"stats": stats, "tokens": int(chosen.size), "tensors": len(inputs), "inputs": inputs})
+        print_json({"stats": stats, "tokens": found.tokens, "tensors": len(found.inputs), "inputs": found.inputs})
         return
     click.echo(
-        f"{stats}: inputs of {len(inputs)} matrices ({len(set(inputs.values()))} distinct) over {chosen.size:,} tokens"
+        f"{stats}: inputs of {len(found.inputs)} matrices ({len(set(found.inputs.values()))} distinct) over "
+        f"{found.tokens:,} tokens"
     )
-
-
-def _runner(kind: str, threads: int | None, address: str | None, stats: str) -> LayerRunner:
-    from bincompress.calibration.collect import run_in_threads
-    from bincompress.errors import BincompressError
-    from bincompress.inference.load import usable_threads
-
-    if kind == "local":
-        if address is not None:
-            raise BincompressError("--address is for --runner ray; the local runner takes --threads")
-        return run_in_threads(threads or usable_threads())
-    if threads is not None:
-        raise BincompressError("--threads is for --runner local; on a cluster every part is one core's work")
-    from jobs.calibration import run_on_ray
-
-    return run_on_ray(address, stats)

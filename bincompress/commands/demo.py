@@ -20,29 +20,24 @@ def command(store: str) -> None:
     """
     from importlib.resources import as_file, files
 
-    from bincompress.commands.running import Placement, run_plans
+    from bincompress import api
+    from bincompress.commands.running import run_bar
     from bincompress.commands.verify import check
-    from bincompress.compression.plan import make_plan
-    from bincompress.compression.recipe import load_recipe
     from bincompress.inference.warmup import compiling_ahead
-    from bincompress.reporting.inspection import inspect, table
-    from bincompress.sources.checkpoint import open_checkpoint
-    from bincompress.store.store import open_store
+    from bincompress.reporting.inspection import table
     from cpu_kernels.jit.compiler import announce
 
     # The packed model's kernels are compiled beside those that pack it.
     with compiling_ahead() as ahead, announce(lambda _: ahead()):
-        with as_file(files("bincompress") / "demo_model") as folder:
+        with as_file(files("bincompress") / "demo_model") as folder, run_bar(verbose=False, quiet=False) as progress:
             # So small a model bears two planes only with calibration; with eight groups a matrix it still writes
             # sentences.
-            recipe = load_recipe(None, {"groups": 8, "block": "matrix", "embeddings": "8bit"})
-            plan = make_plan(open_checkpoint(Path(folder)), recipe)
-            outcome = run_plans({store: plan}, Placement(), overwrite=False, verbose=False, quiet=False)[store]
-        click.echo(table(inspect(open_store(store))))
+            result = api.compress(Path(folder), store, groups=8, block="matrix", embeddings="8bit", progress=progress)
+        click.echo(table({"tensors": result.tensors, "total": result.total}))
         problems = check(store, quiet=False)
         for name, problem in problems.items():
             click.echo(f"{name}: {problem}", err=True)
-        if problems or not outcome.complete:
+        if problems or not result.complete:
             sys.exit(1)
         click.echo(f"\nverified: every tensor of {store} is as it was written. The packed model writes:\n")
         _write_text(store)

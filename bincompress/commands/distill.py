@@ -62,29 +62,16 @@ def command(
     """
     from tqdm import tqdm
 
-    from bincompress.errors import BincompressError
-    from bincompress.sources.hub import open_source
-
-    try:
-        from bincompress.distillation.run import Places, distill
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise BincompressError(
-            "distillation needs PyTorch, which is not installed: pip install 'bincompress[distill]'"
-        ) from None
+    from bincompress import api
     from bincompress.distillation.settings import DistillSettings
+    from bincompress.errors import BincompressError
 
-    try:
-        content = text.read_text("utf-8") if text is not None else None
-    except (OSError, ValueError) as error:
-        raise BincompressError(f"{text}: not readable as UTF-8 text: {error}") from None
-    places = Places(**{key: options.pop(key) for key in _PLACES}, work=work, cached_logits=cache_logits)
-    if data_free and content is not None:
+    if data_free and text is not None:
         raise BincompressError(
             "expected either --text FILE or --data-free; --written-tokens N adds the teacher's own to a text"
         )
     written = (_WRITTEN_TOKENS if data_free else 0) if written_tokens is None else written_tokens
+    places = {key: options.pop(key) for key in _PLACES} | {"work": work, "cached_logits": cache_logits}
     settings = DistillSettings(**options, written_tokens=written)
     with tqdm(total=settings.steps, desc="distill", unit="step", disable=True if as_json else None) as bar:
 
@@ -93,16 +80,16 @@ def command(
             at, held_out = progress.judged[-1]
             bar.set_postfix_str(f"loss {progress.losses[-1]:.4f}, held-out perplexity {held_out:.3f} at {at}")
 
-        found = distill(
-            store, open_source(teacher), content, out, settings, places,
-            overwrite=overwrite, on_step=on_step,
+        found = api.distill(
+            store, teacher, out, text=text, settings=settings, overwrite=overwrite, on_step=on_step,
             on_written=lambda done, total: bar.set_postfix_str(f"the teacher has written {done:,} of {total:,} tokens"),
+            **places,
         )  # fmt: skip
     if as_json:
         print_json({"store": out, **found.record()})
         return
     if found.resumed_at:
-        click.echo(f"went on from step {found.resumed_at}")
+        click.echo(f"resumed at step {found.resumed_at}")
     if found.stopped:
         click.echo(f"stopped at step {found.steps}: {found.stopped}")
     click.echo(

@@ -23,6 +23,6 @@ def command(store: str, folder: Path) -> None:
 
     opened = open_store(store)
     total = 2 * inspect(opened)["total"]["weights"]
-    with byte_bar(total, "export", hidden=False) as bar, kernels_announced(None if bar.disable else bar):
+    with byte_bar(total, "export", hidden=False) as bar, kernels_announced(bar.write):
         export(opened, folder, lambda name, size: bar.update(size))
     click.echo(f"{folder}: written; load it with AutoModelForCausalLM.from_pretrained({str(folder)!r})")

@@ -15,10 +15,12 @@ def print_json(found: Any) -> None:
 
 
 @contextlib.contextmanager
-def kernels_announced(bar: Any = None, ahead: Callable[[], None] = lambda: None) -> Iterator[None]:
+def kernels_announced(
+    say: Callable[[str], None] = lambda line: click.echo(line, err=True), ahead: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Say once, on standard error, when kernels are compiled instead of loaded: it takes seconds and happens once.
 
-    ahead: called then, to compile others meanwhile.
+    say: writes a line. ahead: called then, to compile others meanwhile.
     """
     from cpu_kernels.jit.compiler import announce
 
@@ -29,11 +31,7 @@ def kernels_announced(bar: Any = None, ahead: Callable[[], None] = lambda: None)
         if not told:
             told = True
             ahead()
-            message = "compiling kernels for this CPU (once; later runs load them from the cache) ..."
-            if bar is None:
-                click.echo(message, err=True)
-            else:
-                bar.write(message)
+            say("compiling kernels for this CPU (once; later runs load them from the cache) ...")
 
     with announce(tell):
         yield

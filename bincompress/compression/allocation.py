@@ -6,49 +6,43 @@ independent jobs, and kept in the statistics store, so that another target needs
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import threadpoolctl
 
 from bincompress.calibration.statistics import open_statistics
-from bincompress.compression.job import check_finite
 from bincompress.compression.plan import Plan, PlannedTensor, packed_bytes
+from bincompress.compression.prepare import check_finite
 from bincompress.compression.recipe import Override, Recipe
+from bincompress.compression.records import Job, JobReport, failed_report
 from bincompress.errors import BincompressError, RecipeError
-from bincompress.methods.rounding.codebook import Rounding, sum_of_planes
-from bincompress.methods.rounding.compensation import compensate, curvature
-from bincompress.methods.rounding.initial_scales import of_planes
-from bincompress.records import Block, Job, JobReport, Settings
+from bincompress.methods import Settings, method_named
+from bincompress.methods.declaration import CompensatedSettings
 from bincompress.sources.checkpoint import read_weight
 
 _CHECKSUM_BYTES = 8  # of a matrix's two arrays
-# One plane gains little from smaller blocks, several planes much.
-_CANDIDATES: tuple[tuple[int, Block], ...] = (
-    (1, "row"), (1, 128), (1, 64), (2, 256), (2, 128), (2, 64), (3, 256), (3, 128), (3, 64), (4, 128),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Trial:
     """What one choice of settings for a matrix costs."""
 
-    planes: int
-    block: Block
+    settings: Settings
     nbytes: int
     error: float  # of the outputs, relative and squared
-
-    def settings(self, base: Settings) -> Settings:
-        """Return settings like `base` with this choice."""
-        return replace(base, method="xnor", planes=self.planes, block=self.block)
 
 
 def spreadable(plan: Plan) -> list[PlannedTensor]:
     """Return the tensors whose bits can be chosen: those with error compensation; raises RecipeError if none is."""
-    found = [tensor for tensor in plan.tensors if tensor.inputs_hash and tensor.settings.method in ("wgm", "xnor")]
+    found = [tensor for tensor in plan.tensors if tensor.inputs_hash and _trials(tensor.settings)]
     if not found:
         raise RecipeError("--target-bits spreads bits by what errors cost: give --compensate and --stats too")
     return found
+
+
+def _trials(settings: Settings) -> Sequence[CompensatedSettings]:
+    return method_named(settings.method).trials(settings) if settings.calibrated else ()
 
 
 def trial_jobs(plan: Plan, tensors: Iterable[PlannedTensor]) -> list[Job]:
@@ -61,35 +55,38 @@ def trial_jobs(plan: Plan, tensors: Iterable[PlannedTensor]) -> list[Job]:
 
 
 def run_trials(job: Job) -> JobReport:
-    """Try a matrix with every candidate; the report holds the trials as JSON, or the error."""
+    """Try a matrix with every choice of settings; the report holds each one's error as JSON."""
     try:
-        return JobReport(job.name, "done", 0.0, job.source.nbytes, {"trials": _trials(job)})
+        return JobReport(job.name, "done", 0.0, job.source.nbytes, {"errors": _errors(job)})
     except BincompressError as error:
-        return JobReport(job.name, "failed", 0.0, 0, error=str(error), fatal=True)
+        return failed_report(job, str(error), fatal=True)
 
 
-def _trials(job: Job) -> list[dict[str, Any]]:
+def trials_of(tensor: PlannedTensor, report: JobReport) -> list[Trial]:
+    """Return a tensor's trials with the errors that `run_trials` found."""
+    rows, cols = tensor.source.shape
+    return [
+        Trial(settings, packed_bytes(settings, rows, cols) + _CHECKSUM_BYTES, error)
+        for settings, error in zip(_trials(tensor.settings), report.report["errors"], strict=True)
+    ]
+
+
+def _errors(job: Job) -> list[float]:
+    """Return the relative squared error of the outputs for every trial, without refinement; kept in the statistics."""
+    tried = [replace(settings, refine=0) for settings in _trials(job.settings)]
     statistics = open_statistics(job.statistics)
-    key = f"{job.inputs_hash}-{job.settings.scale_bits}-{job.source.offset}"
-    known = statistics.read_trials(job.name, key)
-    if known is not None:
-        return known
-    threadpoolctl.threadpool_limits(1, user_api="blas")
-    weight = read_weight(job.source)
-    check_finite(job.name, weight)
-    weights, inputs = weight.float32(), statistics.read(job.name)
-    costs = curvature(inputs.hessian, job.name)
-    rounding = Rounding(job.settings.scale_bits, float(abs(weights).max(initial=0.0)))
-    rows, cols = weight.shape
-    found = []
-    for planes, block in _CANDIDATES:
-        wide = block if isinstance(block, int) else cols
-        done = compensate(weights, costs, sum_of_planes(planes), wide, of_planes(planes), rounding, 0)
-        trial = Trial(planes, block, 0, float(f"{done.cost:.5g}"))
-        nbytes = packed_bytes(trial.settings(job.settings), rows, cols) + _CHECKSUM_BYTES
-        found.append(asdict(replace(trial, nbytes=nbytes)))
-    statistics.write_trials(job.name, key, found)
-    return found
+    key = f"{job.inputs_hash}-{job.source.offset}"
+    known = {str(trial["settings"]): trial["error"] for trial in statistics.read_trials(job.name, key) or []}
+    if not all(str(settings.record()) in known for settings in tried):
+        threadpoolctl.threadpool_limits(1, user_api="blas")
+        weight, inputs = read_weight(job.source), statistics.read(job.name)
+        check_finite(job.name, weight)
+        for settings in tried:
+            found = method_named(settings.method).binarize(weight, settings, inputs)
+            known[str(settings.record())] = found.notes["output_error"]
+        trials = [{"settings": settings, "error": error} for settings, error in known.items()]
+        statistics.write_trials(job.name, key, trials)
+    return [known[str(settings.record())] for settings in tried]
 
 
 def spread(plan: Plan, trials: Mapping[str, Sequence[Trial]], target_bits: float) -> Recipe:
@@ -98,7 +95,7 @@ def spread(plan: Plan, trials: Mapping[str, Sequence[Trial]], target_bits: float
     The average is over all matrices in binary planes, those with fixed settings included. Raises RecipeError where no
     choice spends so little.
     """
-    binary = [tensor for tensor in plan.tensors if tensor.packed and tensor.settings.method != "uniform"]
+    binary = [tensor for tensor in plan.tensors if tensor.packed and method_named(tensor.settings.method).binary]
     weights = {t.source.name: t.source.shape[0] * t.source.shape[1] for t in binary}
     fixed = sum(t.expected_bytes + _CHECKSUM_BYTES for t in binary if t.source.name not in trials)
     budget = target_bits * sum(weights.values()) / 8 - fixed
@@ -111,15 +108,17 @@ def spread(plan: Plan, trials: Mapping[str, Sequence[Trial]], target_bits: float
     chosen = _cheapest(trials, weights, budget)
     settings = {t.source.name: t.settings for t in binary}
     overrides = [
-        Override(name, tuple(_changes(settings[name], trial.settings(settings[name])).items()))
+        Override(name, tuple(_changes(settings[name], trial.settings).items()))
         for name, trial in sorted(chosen.items())
     ]
     return replace(plan.recipe, overrides=(*plan.recipe.overrides, *overrides))
 
 
 def _changes(before: Settings, after: Settings) -> dict[str, Any]:
-    old, new = asdict(before), asdict(after)
-    return {key: value for key, value in new.items() if value != old[key]} or {"method": after.method}
+    """Return what an override has to say to turn settings into others."""
+    old, new = before.all_values(), after.all_values()
+    changed = {key: value for key, value in new.items() if key not in old or value != old[key]}
+    return ({"method": after.method} if before.method != after.method or not changed else {}) | changed
 
 
 def _cheapest(trials: Mapping[str, Sequence[Trial]], weights: Mapping[str, int], budget: float) -> dict[str, Trial]:

@@ -12,10 +12,12 @@ import numpy as np
 
 from bincompress.compression.job import run_job
 from bincompress.compression.plan import PlannedTensor
+from bincompress.compression.records import Job
 from bincompress.errors import TensorError
-from bincompress.records import Job, Settings, TensorSource
+from bincompress.methods import KEEP, Settings
 from bincompress.sources.checkpoint import ITEM_BYTES
 from bincompress.store.store import begin_store
+from bincompress.tensors.weight import TensorSource
 
 _SAMPLE_WEIGHTS = (1 << 18, 1 << 21)  # two sizes part what a job costs from what a weight costs
 _SAMPLE_COLS = 1024  # where error compensation is timed
@@ -103,7 +105,7 @@ def _job_seconds(folder: Path, settings: Settings, dtype: str, shape: tuple[int,
     _write_sample(file, shape, dtype)
     source = TensorSource("sample.weight", dtype, shape, str(file), 0, file.stat().st_size)
     statistics = _sample_statistics(folder, shape[1]) if settings.calibrated else ""
-    kind = "plain" if settings.method == "keep" else "packed"
+    kind = "plain" if settings == KEEP else "packed"
     times: list[float] = []
     while len(times) < _REPEATS and sum(times) < _ENOUGH_SECONDS:
         store = f"{folder}/store-{len(times)}"

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal
 
+from bincompress.compression.records import JobReport
 from bincompress.errors import BincompressError
-from bincompress.records import JobReport
 
 
 @dataclass(frozen=True)

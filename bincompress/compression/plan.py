@@ -3,16 +3,19 @@
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import xxhash
 
-from bincompress.compression.recipe import KEEP, Recipe, check_settings
+from bincompress.compression.recipe import Recipe
+from bincompress.compression.records import Shared
 from bincompress.errors import RecipeError
-from bincompress.records import Settings, Shared, TensorSource
+from bincompress.methods import KEEP, Settings, embeddings, method_named
+from bincompress.model.config import ModelConfig, parse
 from bincompress.sources.checkpoint import ITEM_BYTES, Checkpoint, check_shapes
 from bincompress.sources.hub import source_record
+from bincompress.tensors.weight import TensorSource
 
 if TYPE_CHECKING:
     from bincompress.calibration.statistics import Statistics
@@ -22,8 +25,6 @@ _EMBEDDINGS = ("*embed_tokens.weight", "*wte.weight", "*word_embeddings.weight")
 _HEADS = ("*lm_head.weight",)
 _KEPT = ("*norm*", "*.mlp.gate.weight", "*router*", "*position*")  # small, and every error in them is multiplied
 
-# Bytes a weight beside its own and its planes' bytes, at the height of a job (measured with `benchmarks/memory.py`).
-_SCRATCH = {"exact": 0.6, "greedy": 80.0, "windowed": 8.0}
 _BASE_BYTES = 250 << 20  # Python, NumPy, Numba and Zarr, kernels loaded
 
 
@@ -43,7 +44,7 @@ class PlannedTensor:
     @property
     def packed(self) -> bool:
         """Whether planes are made of it."""
-        return self.settings.method != KEEP
+        return self.settings != KEEP
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,6 @@ def make_plan(
 
 def _decoder_linears(checkpoint: Checkpoint) -> frozenset[str]:
     """Return the matrices whose inputs a run layer after layer collects."""
-    from bincompress.model.config import parse
-
     config = parse(checkpoint.config)
     return frozenset(
         tensor for layer in range(config.layers) for group in config.inputs_of_layer(layer).values() for tensor in group
@@ -148,7 +147,9 @@ def _with_inputs(tensor: PlannedTensor, statistics: "Statistics | None", known: 
         )
     if name not in known if statistics is None else not statistics.knows(name):
         where = "the text" if statistics is None else statistics.url
-        raise RecipeError(f"{name}: {where} tells nothing of its inputs; compensate only the decoder's linears")
+        raise RecipeError(
+            f"{name}: {where} has no statistics for its inputs; only the decoder's linear layers can be compensated"
+        )
     rows, cols = tensor.source.shape
     # The matrix in float32 as it is worked on, the Hessian with its factor and inverse in float64, and what a chunk
     # of rows takes.
@@ -158,34 +159,44 @@ def _with_inputs(tensor: PlannedTensor, statistics: "Statistics | None", known: 
 
 
 def _folded(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...]) -> tuple[PlannedTensor, ...]:
-    """Note for every norm into which a transformation can be folded, and for its readers, who shares it.
+    """Note for every norm into which a channel scale can be folded, and for its readers, who shares it.
 
-    It can be where all matrices that read the norm are transformed with the same settings.
+    It can be where all matrices that read the norm have the same settings, of a method that scales channels.
     """
-    if not any(tensor.settings.method == "dbellquant" for tensor in tensors):
+    if not any(_scales_channels(tensor) for tensor in tensors):
         return tensors
-    from bincompress.model.config import parse
-
     config = parse(checkpoint.config)
-    names = config.declaration.names
     planned = {tensor.source.name: tensor for tensor in tensors}
-    for layer in range(config.layers):
-        for norm, parts in ((names.input_norm, names.qkv), (names.post_norm, names.gate_up)):
-            readers = [planned[names.of_layer(layer, f"{part}.weight")] for part in parts]
-            first, own = readers[0], planned[names.of_layer(layer, norm)]
-            if first.settings.method != "dbellquant" or any(t.settings != first.settings for t in readers):
-                continue
-            members = tuple(t.source for t in readers)
-            shared = Shared(members, first.settings)
-            extra = sum(member.nbytes for member in members)
-            for tensor in (own, *readers):
-                # The norm is divided by the scale, and kept in float32 then.
-                size = 4 * math.prod(own.source.shape) if tensor is own else tensor.expected_bytes
-                planned[tensor.source.name] = replace(
-                    tensor, shared=shared, inputs_hash=first.inputs_hash, expected_bytes=size,
-                    peak_memory=tensor.peak_memory + extra,
-                )  # fmt: skip
+    for norm, readers in _norms_with_readers(config, planned):
+        first = readers[0]
+        if not _scales_channels(first) or any(reader.settings != first.settings for reader in readers):
+            continue
+        shared = Shared(tuple(reader.source for reader in readers), first.settings)
+        extra = sum(member.nbytes for member in shared.members)
+        for tensor in (norm, *readers):
+            # The norm is divided by the scale, and kept in float32 then.
+            size = 4 * math.prod(norm.source.shape) if tensor is norm else tensor.expected_bytes
+            planned[tensor.source.name] = replace(
+                tensor, shared=shared, inputs_hash=first.inputs_hash, expected_bytes=size,
+                peak_memory=tensor.peak_memory + extra,
+            )  # fmt: skip
     return tuple(planned.values())
+
+
+def _scales_channels(tensor: PlannedTensor) -> bool:
+    return tensor.packed and method_named(tensor.settings.method).channel_scale is not None
+
+
+def _norms_with_readers(
+    config: ModelConfig, planned: Mapping[str, PlannedTensor]
+) -> list[tuple[PlannedTensor, list[PlannedTensor]]]:
+    """Return each layer's norms with the matrices that read their outputs."""
+    names = config.declaration.names
+    return [
+        (planned[names.of_layer(layer, norm)], [planned[names.of_layer(layer, f"{part}.weight")] for part in parts])
+        for layer in range(config.layers)
+        for norm, parts in ((names.input_norm, names.qkv), (names.post_norm, names.gate_up))
+    ]
 
 
 def _digest(parts: Iterable[str]) -> str:
@@ -218,14 +229,9 @@ def kind_of(source: TensorSource) -> Kind:
 
 def _planned(source: TensorSource, recipe: Recipe, kept: tuple[tuple[int, int], ...]) -> PlannedTensor:
     kind = kind_of(source)
-    if kind == "linear":
-        base = recipe.defaults
-    elif kind == "other" or recipe.embeddings == KEEP:
-        base = Settings(method=KEEP)
-    else:
-        base = Settings(method="uniform", bits=int(recipe.embeddings[0]), block=128)
-    settings = recipe.settings_for(source.name, base)
-    if settings.method == KEEP:
+    base = KEEP if kind == "other" else embeddings()[recipe.embeddings]
+    settings = recipe.settings_for(source.name, None if kind == "linear" else base)
+    if settings == KEEP:
         if kept:
             raise RecipeError(f"{source.name}: single weights are to be kept, but the whole tensor is")
         memory = _BASE_BYTES + 2 * min(source.nbytes, 512 << 20) + source.nbytes
@@ -235,54 +241,21 @@ def _planned(source: TensorSource, recipe: Recipe, kept: tuple[tuple[int, int], 
     if source.dtype not in ITEM_BYTES:
         raise RecipeError(f"{source.name}: dtype {source.dtype} cannot be packed; expected {', '.join(ITEM_BYTES)}")
     rows, cols = source.shape
-    check_settings(settings, source.name, (rows, cols))
+    problem = settings.problem((rows, cols))
+    if problem:
+        raise RecipeError(f"{source.name}: {problem}")
     for row, col in kept:
         if row >= rows or col >= cols:
             raise RecipeError(f"{source.name}: kept weight ({row}, {col}) lies outside its shape [{rows}, {cols}]")
     expected = packed_bytes(settings, rows, cols) + 12 * len(kept)
-    scratch = _SCRATCH[settings.solver] * rows * cols
-    if source.dtype == "F32" and settings.block == "matrix":
-        scratch += 48 * rows * cols  # sorted distinct values and their prefix sums
+    scratch = method_named(settings.method).scratch_bytes(settings, source.dtype) * rows * cols
     memory = int(_BASE_BYTES + source.nbytes + 2 * expected + scratch)
     return PlannedTensor(source, kind, settings, kept, expected, memory)
 
 
 def packed_bytes(settings: Settings, rows: int, cols: int) -> int:
     """Return the bytes of planes and coefficients of a matrix, without listed weights."""
-    if settings.method == "uniform":
-        planes, stored = settings.bits, 2
-    elif settings.method == "dbllm":
-        planes, stored = 2, 2
-    elif settings.method == "wgm":
-        planes = 1 + (settings.groups - 1).bit_length()
-        stored = 1 << (planes - 1)
-    elif settings.method == "billm":
-        planes, stored = 2, 7
-    else:
-        planes = stored = settings.plane_count
-    plane_bytes = 8 * planes * rows * math.ceil(cols / 64)
-    if settings.block == "matrix":
-        return plane_bytes + 4 * stored
-    block = settings.block if isinstance(settings.block, int) else cols
-    return plane_bytes + settings.scale_bits // 8 * stored * rows * math.ceil(cols / block)
-
-
-def settings_record(settings: Settings) -> dict[str, Any]:
-    """Return the settings that matter to a method's bytes, as JSON."""
-    everything = asdict(settings)
-    if settings.calibrated:
-        own = {"wgm": ["groups"], "xnor": ["planes"], "billm": [], "dbllm": [], "dbellquant": ["planes", "epsilon"]}[
-            settings.method
-        ]
-        chosen = {key: everything[key] for key in ("method", *own, "block", "scale_bits", "compensate", "refine")}
-        return {**chosen, "compensate": True, **({"planes": settings.plane_count} if "planes" in own else {})}
-    used = {
-        "keep": ["method"],
-        "uniform": ["method", "bits", "block"],
-        "dbllm": ["method", "block"],
-        "xnor": ["method", "block"],
-        "wgm": ["method", "groups", "solver", "window", "lam", "lam_normalized", "block"],
-    }[settings.method]
-    if settings.solver != "windowed" and "window" in used:
-        used.remove("window")
-    return {key: everything[key] for key in used}
+    size = method_named(settings.method).size(settings)
+    plane_bytes = 8 * size.planes * rows * math.ceil(cols / 64)
+    blocks = 1 if settings.block == "matrix" else rows * math.ceil(cols / settings.block_columns(cols))
+    return plane_bytes + settings.coefficient_bytes * size.coefficients * blocks

@@ -16,25 +16,21 @@ method = "keep"
 
 import fnmatch
 import tomllib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from bincompress.errors import RecipeError
-from bincompress.records import Settings
+from bincompress.methods import KEEP, METHODS, Settings, checked, embeddings, method_named, options
+from bincompress.methods.declaration import CompensatedSettings
 
-KEEP = "keep"
-EMBEDDINGS = ("keep", "4bit", "8bit")
-_MOST_PLANES = 4
-_BLOCKS = (64, 128, 256, "row", "matrix")
-_USUAL_BLOCK = {"dbllm": 64}  # where a method's paper has another than 128
-_SOLVERS = ("exact", "greedy", "windowed")
-_TYPES: dict[str, tuple[type, ...]] = {
-    "method": (str,), "groups": (int,), "solver": (str,), "window": (int,), "lam": (int, float),
-    "lam_normalized": (bool,), "block": (int, str), "bits": (int,), "planes": (int,), "scale_bits": (int,),
-    "compensate": (bool,), "refine": (int,), "epsilon": (int, float),
-}  # fmt: skip
+# How version 1 of the store lists the settings of a recipe; those that came later follow.
+_ORDER = (
+    "groups", "solver", "window", "lam", "lam_normalized", "block", "bits", "planes", "scale_bits", "compensate",
+    "refine", "epsilon",
+)  # fmt: skip
+_NOT_GIVEN = {"planes": 0}  # what version 1 writes in place of a method's own default
 
 
 @dataclass(frozen=True)
@@ -42,37 +38,62 @@ class Override:
     """Settings for the tensors whose names match a pattern."""
 
     pattern: str
-    changes: tuple[tuple[str, Any], ...]
+    changes: tuple[tuple[str, Any], ...]  # by name, "method" among them
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides how a checkpoint is packed."""
 
-    defaults: Settings = field(default_factory=Settings)
-    embeddings: str = KEEP
+    method: str = METHODS[0].name
+    values: tuple[tuple[str, Any], ...] = ()  # settings of all tensors that are packed, by name
+    embeddings: str = KEEP.method
     overrides: tuple[Override, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """Return the recipe as JSON, for the store."""
+        known = options()
+        given, own = dict(self.values), {} if self.method == KEEP.method else method_named(self.method).options()
+        ordered = [name for name in _ORDER if name in known] + [name for name in known if name not in _ORDER]
+        usual = {name: own.get(name, known[name][0][1]).default for name in ordered}
+        defaults = {name: given.get(name, _NOT_GIVEN.get(name, usual[name])) for name in ordered}
         return {
-            "defaults": asdict(self.defaults),
+            "defaults": {"method": self.method, **defaults},
             "embeddings": self.embeddings,
             "tensor": [{"pattern": o.pattern, **dict(o.changes)} for o in self.overrides],
         }
 
-    def settings_for(self, name: str, base: Settings) -> Settings:
-        """Return the settings of one tensor: `base`, changed by every override that matches its name."""
+    def settings_for(self, name: str, base: Settings | None = None) -> Settings:
+        """Return the settings of one tensor: those of all, changed by every override that matches its name.
+
+        base: settings to begin with in place of the recipe's own. Raises RecipeError where a value is not one that the
+        tensor's method takes.
+        """
+        if base is None:
+            method, values = self.method, dict(self.values)
+        else:
+            method, values = base.method, base.all_values()
         for override in self.overrides:
             if fnmatch.fnmatchcase(name, override.pattern):
-                base = _changed(base, dict(override.changes), override.pattern)
-        return base
+                changes = dict(override.changes)
+                method = changes.pop("method", method)
+                values.update(changes)
+        if method == KEEP.method:
+            return KEEP
+        # What other tensors' methods have stands among the values too.
+        known = method_named(method, name).options()
+        return checked(method, {key: value for key, value in values.items() if key in known}, name)
+
+    def methods(self) -> list[str]:
+        """Return the names of all methods that tensors of this recipe can have."""
+        named = [str(dict(override.changes).get("method", "")) for override in self.overrides]
+        return [name for name in (self.method, embeddings()[self.embeddings].method, *named) if name]
 
 
-def load_recipe(path: Path | None, options: dict[str, Any], keep: tuple[str, ...] = ()) -> Recipe:
+def load_recipe(path: Path | None, given: Mapping[str, Any], keep: Iterable[str] = ()) -> Recipe:
     """Return the recipe of a TOML file (or none), with the command line's options over its defaults.
 
-    options: settings by name, and "embeddings". keep: patterns of tensors to leave as they are, applied last.
+    given: settings by name, and "embeddings". keep: patterns of tensors to leave as they are, applied last.
     Raises RecipeError naming the key, what was expected and what was found.
     """
     found: dict[str, Any] = {}
@@ -85,110 +106,69 @@ def load_recipe(path: Path | None, options: dict[str, Any], keep: tuple[str, ...
     defaults, tensors = found.get("defaults", {}), found.get("tensor", [])
     if not isinstance(defaults, dict) or not isinstance(tensors, list) or not all(isinstance(t, dict) for t in tensors):
         raise RecipeError(f"{path}: expected a [defaults] table and [[tensor]] tables")
-    merged = _with_block({**defaults, **options})
-    embeddings = merged.pop("embeddings", KEEP)
-    if embeddings not in EMBEDDINGS:
-        raise RecipeError(f"embeddings: expected one of {', '.join(EMBEDDINGS)}, found {embeddings!r}")
+    where = f"{path or 'options'}"
+    merged = {**defaults, **given}
+    chosen = merged.pop("embeddings", KEEP.method)
+    if chosen not in embeddings():
+        raise RecipeError(f"embeddings: expected one of {', '.join(embeddings())}, found {chosen!r}")
+    merged = _level(merged, where)
     overrides = []
     for number, tensor in enumerate(tensors, 1):
         pattern = tensor.get("pattern")
-        where = f"{path}: [[tensor]] number {number}"
+        here = f"{path}: [[tensor]] number {number}"
         if not isinstance(pattern, str):
-            raise RecipeError(f'{where}: expected a pattern, such as pattern = "*.down_proj.weight"')
-        changes = _with_block({key: value for key, value in tensor.items() if key != "pattern"})
-        _changed(Settings(), changes, where)
+            raise RecipeError(f'{here}: expected a pattern, such as pattern = "*.down_proj.weight"')
+        changes = _level({key: value for key, value in tensor.items() if key != "pattern"}, here)
         overrides.append(Override(pattern, tuple(changes.items())))
-    overrides += [Override(pattern, (("method", KEEP),)) for pattern in keep]
-    return Recipe(_changed(Settings(), merged, f"{path or 'options'}"), embeddings, tuple(overrides))
+    overrides += [Override(pattern, (("method", KEEP.method),)) for pattern in keep]
+    method = str(merged.pop("method", METHODS[0].name))
+    recipe = Recipe(method, tuple(merged.items()), chosen, tuple(overrides))
+    _refuse_unused(recipe, where)
+    return recipe
 
 
-def _with_block(given: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with the block of their method's paper, where they name such a method and no block."""
-    usual = _USUAL_BLOCK.get(str(given.get("method")))
-    return given if usual is None or "block" in given else {**given, "block": usual}
+def _level(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return one table's settings, each checked for its kind, with those that its method has in its own way."""
+    # The field is `lam` because `lambda` is a word of Python; recipes write either.
+    changes = {key.replace("-", "_").replace("lambda", "lam"): value for key, value in given.items()}
+    known = options()
+    _known(changes, {"method", *known}, where)
+    method = changes.get("method")
+    if method is not None and not isinstance(method, str):
+        raise RecipeError(f"{where}: method: expected str, found {method!r}")
+    if method not in (None, KEEP.method):
+        changes |= {key: value for key, value in _own_defaults(str(method), where).items() if key not in changes}
+    for key, value in changes.items():
+        problems = [(option.flag[2:], option.problem(value)) for _, option in known.get(key, ())]
+        if problems and all(problem for _, problem in problems):
+            raise RecipeError(f"{where}: {problems[0][0]}: {problems[0][1]}")
+    return changes
 
 
-def _known(found: dict[str, Any], names: set[str], where: str) -> None:
+def _own_defaults(method: str, where: str) -> dict[str, Any]:
+    """Return the defaults that a method has in place of those that methods share, as its paper has another block."""
+    shared = {one.name: one.default for one in fields(CompensatedSettings)}
+    own = method_named(method, where).options()
+    return {name: own[name].default for name in own if name in shared and own[name].default != shared[name]}
+
+
+def _refuse_unused(recipe: Recipe, where: str) -> None:
+    """Refuse settings that none of the recipe's methods has: they would change nothing."""
+    methods = {name for name in recipe.methods() if name != KEEP.method}
+    used = {key for name in methods for key in method_named(name, where).options()}
+    for key, _ in recipe.values:
+        if key not in used:
+            owners = ", ".join(method.name for method, _ in options()[key])
+            raise RecipeError(
+                f"{where}: {key.replace('_', '-')} is a setting of {owners}, and no tensor has such a method; leave it "
+                "out, or choose the method"
+            )
+
+
+def _known(found: Mapping[str, Any], names: set[str], where: str) -> None:
     for key in found:
         if key not in names:
             raise RecipeError(f"{where}: unknown key {key!r}; known: {', '.join(sorted(names))}")
-
-
-def _changed(base: Settings, changes: dict[str, Any], where: str) -> Settings:
-    # The field is `lam` because `lambda` is a word of Python; recipes write either.
-    changes = {key.replace("-", "_").replace("lambda", "lam"): value for key, value in changes.items()}
-    _known(changes, {field.name for field in fields(Settings)}, where)
-    for key, value in changes.items():
-        if not isinstance(value, _TYPES[key]) or (isinstance(value, bool) and bool not in _TYPES[key]):
-            kinds = " or ".join(kind.__name__ for kind in _TYPES[key])
-            raise RecipeError(f"{where}: {key}: expected {kinds}, found {value!r}")
-    return replace(base, **changes)
-
-
-def check_settings(settings: Settings, name: str, shape: tuple[int, int]) -> None:
-    """Raise RecipeError where settings are unknown, out of range or cannot be met by a matrix of this shape."""
-    from bincompress.methods import METHODS
-
-    def refuse(text: str) -> None:
-        raise RecipeError(f"{name}: {text}")
-
-    if settings.method not in METHODS:
-        refuse(f"unknown method {settings.method!r}; known: {', '.join(sorted([*METHODS, KEEP]))}")
-    if settings.block not in _BLOCKS:
-        refuse(f"block {settings.block!r}: expected one of {', '.join(map(str, _BLOCKS))}")
-    if settings.method == "uniform":
-        if settings.block == "matrix" or not 1 <= settings.bits <= 8:
-            refuse(f"method uniform takes 1 to 8 bits per row or row-block, found {settings.bits} per {settings.block}")
-        return
-    if settings.method == "dbllm" and settings.block == "matrix":
-        refuse("method dbllm takes scales per row or row-block, found block matrix")
-    _check_calibrated(settings, refuse)
-    if settings.method != "wgm":
-        return
-    if not 1 <= settings.groups <= 256:
-        refuse(f"groups {settings.groups}: expected 1 to 256")
-    if settings.solver not in _SOLVERS:
-        refuse(f"unknown solver {settings.solver!r}; known: {', '.join(_SOLVERS)}")
-    if not 0 <= settings.lam < float("inf"):
-        refuse(f"lambda {settings.lam}: expected a number of at least 0")
-    rows, cols = shape
-    unit = rows * cols if settings.block == "matrix" else cols if settings.block == "row" else int(settings.block)
-    if settings.solver == "windowed" and not 1 <= settings.window <= max(1, min(unit, rows * cols) // settings.groups):
-        refuse(
-            f"window {settings.window}: {settings.groups} groups in a unit of {unit:,} weights need a window of 1 to "
-            f"{max(1, unit // settings.groups):,}; try --window {max(1, unit // settings.groups // 8)}"
-        )
-
-
-def _check_calibrated(settings: Settings, refuse: Callable[[str], None]) -> None:
-    """Refuse what only works with, or does not work with, error compensation."""
-    most = 2 if settings.method == "dbellquant" else _MOST_PLANES
-    if not 1 <= settings.plane_count <= most:
-        refuse(f"planes {settings.planes}: expected 1 to {most}")
-    if not 0 <= settings.epsilon <= 1:
-        refuse(f"epsilon {settings.epsilon}: expected 0 to 1")
-    if settings.scale_bits not in (8, 16):
-        refuse(f"scale bits {settings.scale_bits}: expected 8 or 16")
-    if settings.refine < 0:
-        refuse(f"refine {settings.refine}: expected at least 0 rounds")
-    if not settings.calibrated:
-        few = settings.scale_bits == 8
-        found = {"--refine": settings.refine, "--scale-bits 8": few, "--planes": settings.planes > 1}
-        for option, used in found.items():
-            if used:
-                refuse(f"{option} is a part of error compensation: give --compensate and --stats too")
-        return
-    if settings.block == "matrix":
-        refuse("error compensation works on rows and row-blocks, not on a whole matrix; choose another --block")
-    if settings.method in ("billm", "dbllm") and settings.scale_bits == 8:
-        refuse(f"8-bit scales have no sign, and {settings.method}'s coefficients do")
-    if settings.method == "wgm":
-        if settings.groups not in (1, 2, 4, 8, 16):
-            refuse(f"groups {settings.groups}: with error compensation 1, 2, 4, 8 or 16")
-        if settings.scale_bits == 8 and settings.groups > 2:
-            refuse("8-bit scales are for one or two groups (more have coefficients of both signs)")
-        if settings.solver != "exact" or settings.lam:
-            refuse("error compensation finds its groups by itself; leave --solver and --lambda out")
 
 
 def load_kept_weights(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from bincompress.compression.job import largest_first, make_jobs
+from bincompress.compression.job import largest_first
 from bincompress.compression.plan import Plan
+from bincompress.compression.records import Job, JobReport
 from bincompress.compression.runner import run_local
 from bincompress.errors import StoreError
-from bincompress.records import Job, JobReport
 from bincompress.store.store import Store, begin_store, is_local
 
 Runner = Callable[[Sequence[Job]], Generator[JobReport, None, None]]
@@ -82,6 +82,27 @@ def compress_all(
             finished = opened[store].finish(causes)
             outcomes[store] = Outcome(counts[store]["done"], counts[store]["unchanged"], failed, finished)
     return outcomes
+
+
+def make_jobs(plan: Plan, store: str, run_id: str) -> list[Job]:
+    """Return a job per tensor, the largest first."""
+    jobs = [
+        Job(
+            store,
+            t.source.name,
+            t.source,
+            t.settings,
+            t.kept,
+            plan.archive,
+            run_id,
+            t.peak_memory,
+            plan.statistics if t.inputs_hash else "",
+            t.inputs_hash,
+            t.shared,
+        )
+        for t in plan.tensors
+    ]
+    return largest_first(jobs)
 
 
 def _begin(plan: Plan, store: str, run_id: str, overwrite: bool) -> Store:

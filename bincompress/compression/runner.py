@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 
 from bincompress.compression.job import run_job
-from bincompress.records import Job, JobReport
+from bincompress.compression.records import Job, JobReport, failed_report
 
 
 class Processes:
@@ -68,7 +68,7 @@ def run_local(
                     yield from _run_pool([job], alone, work, died, [])
                 if died:
                     error = f"{job.name}: its worker process died twice (out of memory?); try fewer --workers"
-                    yield JobReport(job.name, "failed", 0.0, 0, error=error, store=job.store)
+                    yield failed_report(job, error)
             waiting = rest
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from bincompress.calibration.collect import Calibration, begin_calibration, over_parts
 from bincompress.calibration.layer_forward import INPUTS, Walk
 from bincompress.calibration.statistics import Statistics, begin_statistics, statistics_at
+from bincompress.compression.records import Job, JobReport, failed_report
 from bincompress.compression.run import Runner
 from bincompress.errors import StoreError, TensorError
 from bincompress.model.checkpoint_source import CheckpointSource
@@ -24,7 +25,6 @@ from bincompress.model.decoder import read_layer
 from bincompress.model.linear import DenseLinear, Embedding, Floats
 from bincompress.model.packed_linear import PackedEmbedding
 from bincompress.model.steps import Layer
-from bincompress.records import Job, JobReport
 from bincompress.sources.checkpoint import Checkpoint
 from bincompress.store.store import Store, open_store
 from bincompress.tensors.dequantize import dequantize
@@ -99,8 +99,8 @@ class _Sequence:
         failed = config.declaration.names.embedding if config.declaration.names.embedding in lost else ""
         first, streams = self._resumed(found)
         for layer in range(config.layers):
-            ahead = layer >= first and not failed
-            both = _Both(self.work, self.store, layer, streams) if ahead else None
+            to_do = layer >= first and not failed
+            both = _Both(self.work, self.store, layer, streams) if to_do else None
             for number, (key, tensors) in enumerate(config.inputs_of_layer(layer).items()):
                 ready = by_input.get(key, [])
                 if failed:
@@ -257,9 +257,8 @@ def _reader(job: Job) -> str:
     return job.shared.members[0].name if job.shared is not None else job.name
 
 
-def _not_begun(job: Job, failed: str) -> JobReport:
-    error = f"{job.name}: not begun, as it is calibrated on what {failed} gives, which failed"
-    return JobReport(job.name, "failed", 0.0, 0, error=error, store=job.store)
+def _not_begun(job: Job, cause: str) -> JobReport:
+    return failed_report(job, f"{job.name}: not begun, as it is calibrated on what {cause} gives, which failed")
 
 
 class _SoFar:

@@ -13,9 +13,9 @@ from bincompress.distillation.loss import deviation_aware
 from bincompress.distillation.settings import DistillSettings
 from bincompress.distillation.student import StoredMatrix, TrainedMatrix
 from bincompress.model.config import ModelConfig
-from bincompress.records import Weight
 from bincompress.sources.checkpoint import Checkpoint, read_weight
 from bincompress.store.store import Store
+from bincompress.tensors.weight import Weight
 
 _LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}  # items of a chunk of logits
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bincompress.compression.tensor_report import six_digits
 from bincompress.distillation.model import Student
 from bincompress.distillation.settings import DistillError
 from bincompress.errors import StoreError
-from bincompress.methods import dbllm
-from bincompress.records import Binarized, Weight
+from bincompress.methods import method_named
 from bincompress.sources.checkpoint import Checkpoint, read_weight
 from bincompress.store.store import Store, begin_store, is_local
 from bincompress.tensors.dequantize import dequantize
+from bincompress.tensors.weight import Weight
 
 _ERROR_ROWS = 512  # whose weights are float64 at once
 
@@ -69,7 +71,7 @@ def _write_tensor(source: Store, store: Store, name: str, student: Student, teac
             attributes |= {"dtype": "float32"}
         hashes, stored = store.write_plain(name, weight, shape, archive)
         bits = 8.0 * stored / max(1, weight.bits.size)
-        report = {**attributes["report"], "stored_bytes": stored, "stored_bits": rounded(bits)}
+        report = {**attributes["report"], "stored_bytes": stored, "stored_bits": six_digits(bits)}
         if name in norms:
             report["nominal_bits"] = 32.0
         attributes |= {"hashes": hashes, "report": report}
@@ -84,20 +86,15 @@ def _write_packed(
     matrix = student.matrices[name]
     stored = matrix.stored
     coef, exponent = stored.rounded(matrix.values())
-    arrays: dict[str, Any] = {**stored.arrays, "planes": matrix.planes, "coef": coef}
-    found = Binarized(
-        terms=stored.terms, block=stored.block, squared_error=0.0, squared_norm=0.0, nominal_bits=0.0, groups=0,
-        coef_exponent=exponent, mix=stored.mix, **arrays,
-    )  # fmt: skip
-    hashes, nbytes = store.write_packed(name, found, archive)
+    tensor = replace(stored.tensor, planes=matrix.planes, numbers=coef, exponent=exponent)
+    hashes, nbytes = store.write_packed(name, tensor, archive)
     attributes = {**attributes, "coef_exponent": exponent, "hashes": hashes}
     # Its error can be told only when it can be read back.
     store.commit(name, {**attributes, "report": {}})
     error, norm = _squared_error(store, name, teacher, _folded_scale(source, name, teacher))
-    report = {**attributes["report"], "stored_bytes": nbytes, "squared_error": rounded(error)}
-    report |= {"squared_norm": rounded(norm), "relative_error": rounded(error / norm if norm else 0.0)}
-    if attributes["method"] == "dbllm":
-        report |= dbllm.sparsity(matrix.planes, stored.shape[1])
+    report = {**attributes["report"], "stored_bytes": nbytes, "squared_error": six_digits(error)}
+    report |= {"squared_norm": six_digits(norm), "relative_error": six_digits(error / norm if norm else 0.0)}
+    report |= method_named(attributes["method"]).describe_planes(matrix.planes, stored.tensor.shape[1])
     return {**attributes, "report": report}
 
 
@@ -127,14 +124,9 @@ def _squared_error(store: Store, name: str, teacher: Checkpoint, scale: NDArray[
 
 
 def choose_planes(student: Student, teacher: Checkpoint, device: torch.device) -> None:
-    """Give every dbllm matrix the planes that the paper's formulas choose for its scales as they are now."""
+    """Give every matrix the planes nearest to its weight for its scales as they are now, where its method can."""
     for name, matrix in student.matrices.items():
-        if matrix.stored.attributes["method"] == "dbllm":
-            large, small = matrix.values()
-            weight = read_weight(teacher.tensors[name])
-            matrix.set_planes(dbllm.choose_planes(weight, large, small, matrix.stored.block), device)
-
-
-def rounded(value: float) -> float:
-    """Return six significant digits, so that the last bit of a sum does not change a store's bytes."""
-    return float(f"{value:.6g}")
+        choose = method_named(matrix.stored.method).choose_planes
+        if choose is not None:
+            planes = choose(read_weight(teacher.tensors[name]), matrix.values(), matrix.stored.tensor.block)
+            matrix.set_planes(planes, device)

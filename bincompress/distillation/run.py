@@ -15,9 +15,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from bincompress.compression.run import exclusive
+from bincompress.compression.tensor_report import six_digits
 from bincompress.distillation.decoder import TorchDecoder
 from bincompress.distillation.model import Predictions, Student, teacher_weights
-from bincompress.distillation.result import choose_planes, rounded, write_store
+from bincompress.distillation.result import choose_planes, write_store
 from bincompress.distillation.settings import DistillError, DistillSettings
 from bincompress.distillation.teacher import Teacher, write_text
 from bincompress.distillation.train import Checkpoints, OnStep, Progress, Training, perplexity, writable
@@ -210,9 +211,9 @@ def _record(
         "best_step": progress.best_step,
         "stopped": progress.stopped,
         "planes_rechosen": progress.rechosen,
-        "teacher_perplexity": rounded(reference),
-        "losses": {"every": step, "mean": [rounded(sum(part) / len(part)) for part in losses]},
-        "held_out": [[at, rounded(found)] for at, found in progress.judged],
+        "teacher_perplexity": six_digits(reference),
+        "losses": {"every": step, "mean": [six_digits(sum(part) / len(part)) for part in losses]},
+        "held_out": [[at, six_digits(found)] for at, found in progress.judged],
     }
 
 

@@ -16,47 +16,38 @@ from torch import Tensor
 from bincompress.methods.rounding.coefficients import to_float16
 from bincompress.store.store import Store
 from bincompress.tensors.float8 import from_float8, to_float8
+from bincompress.tensors.packed import PackedTensor
 
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A packed tensor's arrays as the store has them, with the attributes that the formula needs."""
+    """A packed tensor as the store has it, with the method that made it."""
 
     name: str
-    shape: tuple[int, int]
-    arrays: dict[str, NDArray[Any]]
-    terms: tuple[int, ...]
-    block: int
-    mix: tuple[tuple[float, ...], ...] | None
-    exponent: int
-    attributes: dict[str, Any]
+    method: str
+    tensor: PackedTensor
 
     @classmethod
     def read(cls, store: Store, name: str) -> "StoredMatrix":
         """Read a packed tensor; raises DamagedError or StoreError where it is not whole."""
-        attributes = store.read_packed(name, check_hashes=True).attributes
-        rows, cols = attributes["shape"]
-        mix = attributes["mix"]
-        return cls(
-            name, (rows, cols), dict(store.stored_arrays(name)), tuple(attributes["terms"]), int(attributes["block"]),
-            None if mix is None else tuple(tuple(row) for row in mix), int(attributes["coef_exponent"]), attributes,
-        )  # fmt: skip
+        method = str(store.complete_attributes(name)["method"])
+        return cls(name, method, store.read_packed(name, check_hashes=True))
 
     def coefficients(self) -> NDArray[np.float32]:
         """Return the stored coefficients (stored, rows or 1, blocks or 1) as values."""
-        coef = self.arrays["coef"]
-        if coef.dtype == np.uint8:
-            return from_float8(coef, self.exponent)
-        return np.ldexp(coef.astype(np.float32), self.exponent)
+        numbers, exponent = self.tensor.numbers, self.tensor.exponent
+        if numbers.dtype == np.uint8:
+            return from_float8(numbers, exponent)
+        return np.ldexp(numbers.astype(np.float32), exponent)
 
     def rounded(self, values: NDArray[np.float32]) -> tuple[NDArray[Any], int]:
         """Return coefficients in the form in which they are stored, with their exponent."""
-        dtype = self.arrays["coef"].dtype
+        dtype, exponent = self.tensor.numbers.dtype, self.tensor.exponent
         if dtype == np.uint8:
-            return to_float8(np.ldexp(values.astype(np.float64), -self.exponent)), self.exponent
+            return to_float8(np.ldexp(values.astype(np.float64), -exponent)), exponent
         if dtype == np.float16:
             return to_float16(values.astype(np.float64))
-        return np.ldexp(values, -self.exponent).astype(dtype), self.exponent
+        return np.ldexp(values, -exponent).astype(dtype), exponent
 
 
 class TrainedMatrix:
@@ -64,31 +55,27 @@ class TrainedMatrix:
 
     def __init__(self, stored: StoredMatrix, device: torch.device) -> None:
         self.stored = stored
-        cols = stored.shape[1]
-        self._block = stored.block if stored.arrays["coef"].shape[2] > 1 else cols
+        tensor, cols = stored.tensor, stored.tensor.shape[1]
+        self._block = tensor.block if tensor.numbers.shape[2] > 1 else cols
         self._blocks = -(-cols // self._block)
-        self.set_planes(stored.arrays["planes"], device)
-        columns = stored.arrays.get("column_planes", np.empty((0, 0), np.uint64))
-        self._columns = [self._blocked(_signs(plane[None], cols).to(device)) for plane in columns]
+        self.set_planes(tensor.planes, device)
+        self._columns = [self._blocked(_signs(plane[None], cols).to(device)) for plane in tensor.column_planes]
         base = torch.from_numpy(stored.coefficients().copy()).to(device)
         unit = base.square().mean((0, 2), keepdim=True).sqrt()
         self._base = base
         self._unit = torch.where(unit > 0, unit, unit.mean().clamp_min(1e-12))
-        self._mix = None if stored.mix is None else torch.tensor(stored.mix, device=device)
-        scale = stored.arrays.get("in_scale")
-        self._in_scale = None if scale is None else torch.from_numpy(scale.astype(np.float32)).to(device)
-        self._listed = torch.from_numpy(stored.arrays.get("listed_index", np.empty(0)).astype(np.int64)).to(device)
-        self._listed_value = torch.from_numpy(
-            stored.arrays.get("listed_value", np.empty(0, np.float32)).astype(np.float32)
-        ).to(device)
+        self._mix = None if tensor.mix is None else torch.tensor(tensor.mix, device=device)
+        self._in_scale = None if tensor.in_scale is None else torch.from_numpy(tensor.in_scale.copy()).to(device)
+        self._listed = torch.from_numpy(tensor.listed_index.astype(np.int64)).to(device)
+        self._listed_value = torch.from_numpy(tensor.listed_value.copy()).to(device)
         self._levels = None
-        if stored.arrays["coef"].dtype == np.uint8:
-            self._levels = torch.from_numpy(from_float8(np.arange(256, dtype=np.uint8), stored.exponent)).to(device)
+        if tensor.numbers.dtype == np.uint8:
+            self._levels = torch.from_numpy(from_float8(np.arange(256, dtype=np.uint8), tensor.exponent)).to(device)
         self.moved = torch.zeros_like(base, requires_grad=True)  # the trained parameter
 
     def set_planes(self, planes: NDArray[np.uint64], device: torch.device) -> None:
         """Take other planes (planes, rows, words)."""
-        cols = self.stored.shape[1]
+        cols = self.stored.tensor.shape[1]
         self.planes = planes
         self._rows = [self._blocked(_signs(plane, cols).to(device)) for plane in planes]
 
@@ -113,7 +100,7 @@ class TrainedMatrix:
     def weight(self) -> Tensor:
         """Return the matrix (rows, cols), float32, without gradient."""
         with torch.no_grad():
-            rows, cols = self.stored.shape
+            rows, cols = self.stored.tensor.shape
             result = torch.zeros(rows, self._blocks, self._block, device=self._base.device)
             for coef, signs in self._parts(self._of_terms()):
                 result.addcmul_(signs.expand_as(result).to(result.dtype), coef[:, :, None].expand_as(result))
@@ -136,7 +123,7 @@ class TrainedMatrix:
     def _parts(self, terms: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every term's coefficients (rows or 1, blocks) and product of planes (rows or 1, blocks, block)."""
         planes = [*self._rows, *self._columns]
-        for coef, mask in zip(terms, self.stored.terms, strict=True):
+        for coef, mask in zip(terms, self.stored.tensor.terms, strict=True):
             signs = torch.ones(1, 1, 1, dtype=torch.int8, device=terms.device)
             for number, plane in enumerate(planes):
                 if mask >> number & 1:

@@ -5,15 +5,18 @@ row-block. A salient weight is offset +- a +- b; another one is offset +- scale,
 for the small ("concentrated") and for the large ("sparse") weights of the row-block.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bincompress.errors import TensorError
+from bincompress.methods.declaration import Binarized, CompensatedSettings, Method, Size
+from bincompress.methods.inputs import Inputs
 from bincompress.methods.rounding import calibrated
-from bincompress.methods.rounding.codebook import Form
-from bincompress.records import Binarized, Inputs, Settings, Weight
+from bincompress.methods.rounding.codebook import Codebook
+from bincompress.tensors.weight import Weight
 
 Floats = NDArray[np.float64]
 _SALIENT = 1  # the bit of a salient column in the column plane
@@ -35,15 +38,37 @@ def _mix() -> tuple[tuple[float, ...], ...]:
     return tuple(rows)
 
 
-FORM = Form(planes=2, terms=(0, 4, 1, 5, 2, 6, 3, 7), mix=_mix(), column_planes=1)
+CODEBOOK = Codebook(planes=2, terms=(0, 4, 1, 5, 2, 6, 3, 7), mix=_mix(), column_planes=1)
 
 
-def binarize(weight: Weight, settings: Settings, inputs: Inputs | None = None) -> Binarized:
+@dataclass(frozen=True)
+class BillmSettings(CompensatedSettings):
+    """How BiLLM rounds a tensor; always with error compensation."""
+
+    method: ClassVar[str] = "billm"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether statistics of the layer's inputs are needed: always."""
+        return True
+
+    def record(self) -> dict[str, Any]:
+        """Return what matters to the bytes, as JSON."""
+        return self.calibrated_record()
+
+    def problem(self, shape: tuple[int, int]) -> str:
+        """Return what is wrong beyond single values; empty if nothing."""
+        if self.scale_bits == 8:
+            return "8-bit scales have no sign, and billm's coefficients do"
+        return super().problem(shape)
+
+
+def binarize(weight: Weight, settings: BillmSettings, inputs: Inputs | None = None) -> Binarized:
     """Return the planes of BiLLM's method with error compensation; nominal bits: 1 + the share of salient columns."""
     if inputs is None:
         raise TensorError("billm needs statistics of the layer's inputs; give --stats")
-    found = calibrated.binarize(weight, settings, inputs, FORM, start, 2, 1.0)
-    salient = int(np.bitwise_count(found.column_planes).sum())
+    found = calibrated.binarize(weight, settings, inputs, calibrated.Scheme(CODEBOOK, start, 2, 1.0))
+    salient = int(np.bitwise_count(found.tensor.column_planes).sum())
     share = salient / weight.shape[1]
     return replace(found, nominal_bits=1.0 + share, notes={**found.notes, "salient_columns": salient})
 
@@ -113,3 +138,11 @@ def _split(weights: Floats, importance: Floats) -> Floats:
             halves = (mean_s + mean_c, scale_s + scale_c, mean_s - mean_c, scale_s - scale_c)
             coef = np.concatenate(halves, axis=1) / 2
     return coef
+
+
+METHOD = Method(
+    summary="BiLLM: salient columns get two residual planes, the rest a split by magnitude (arXiv 2402.04291)",
+    settings=BillmSettings,
+    binarize=binarize,
+    size=lambda settings: Size(2, 7),
+)

@@ -7,18 +7,22 @@ compensation, and from the best the scale is fitted to the planes in closed form
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bincompress.errors import TensorError
+from bincompress.methods.declaration import Binarized, CompensatedSettings, Method, Size, option
+from bincompress.methods.inputs import Inputs
 from bincompress.methods.rounding import calibrated
-from bincompress.methods.rounding.asymmetric import aimed
+from bincompress.methods.rounding.asymmetric import asymmetric_target
 from bincompress.methods.rounding.codebook import Rounding, sum_of_planes, values_of
-from bincompress.methods.rounding.compensation import Curvature, compensate, curvature
+from bincompress.methods.rounding.compensation import compensate
+from bincompress.methods.rounding.curvature import Curvature
 from bincompress.methods.rounding.initial_scales import of_planes
-from bincompress.records import Binarized, Inputs, Settings, Weight
+from bincompress.tensors.weight import Weight
 
 Floats = NDArray[np.float64]
 _BLOCK = 128  # columns of a bell's row-block, as the paper has it
@@ -31,7 +35,25 @@ BELLS_REACH = 4.0  # of the histograms for the report, in mean magnitudes
 _PAYS = 4.0  # what a stored bit a weight lowers the error by: a factor of four
 
 
-def binarize(weight: Weight, settings: Settings, inputs: Inputs | None = None) -> Binarized:
+@dataclass(frozen=True)
+class DbellquantSettings(CompensatedSettings):
+    """How DBellQuant transforms and rounds a tensor; always with error compensation."""
+
+    method: ClassVar[str] = "dbellquant"
+    planes: int = option(2, "planes, each with its own scale; more than one with error compensation", least=1, most=2)
+    epsilon: float = option(0.85, "weight of the inputs' size in the first channel scale", least=0, most=1)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether statistics of the layer's inputs are needed: always."""
+        return True
+
+    def record(self) -> dict[str, Any]:
+        """Return what matters to the bytes, as JSON."""
+        return self.calibrated_record("planes", "epsilon")
+
+
+def binarize(weight: Weight, settings: DbellquantSettings, inputs: Inputs | None = None) -> Binarized:
     """Return the planes of the transformed weights, the transformation folded into the norm or stored as in_scale.
 
     inputs.channel_scale: what the columns are multiplied by and the norm's weight divided by, found by `channel_scale`
@@ -54,36 +76,36 @@ def binarize(weight: Weight, settings: Settings, inputs: Inputs | None = None) -
     found = _transformed(weight, settings, inputs, scale)
     if found.notes["output_error"] * worth >= plain.notes["output_error"]:
         return unpaid
-    in_scale = (1.0 / scale).astype(np.float32)
+    tensor = replace(found.tensor, in_scale=(1.0 / scale).astype(np.float32))
     notes = {"transformation": "in_scale", "bells": bells(weight, scale)}
-    return replace(found, in_scale=in_scale, notes={**found.notes, **notes})
+    return replace(found, tensor=tensor, notes={**found.notes, **notes})
 
 
-def _transformed(weight: Weight, settings: Settings, inputs: Inputs, scale: NDArray[np.float32]) -> Binarized:
-    planes, cols = settings.plane_count, weight.shape[1]
-    block = settings.block if isinstance(settings.block, int) else cols
-    nominal = 1.0 + 16.0 * planes * -(-cols // block) / cols
-    return calibrated.binarize(
-        weight, settings, inputs, sum_of_planes(planes), of_planes(planes), planes, nominal, scale
-    )
+def _transformed(weight: Weight, settings: DbellquantSettings, inputs: Inputs, scale: NDArray[np.float32]) -> Binarized:
+    planes, cols = settings.planes, weight.shape[1]
+    nominal = 1.0 + 16.0 * planes * -(-cols // settings.block_columns(cols)) / cols
+    scheme = calibrated.Scheme(sum_of_planes(planes), of_planes(planes), planes, nominal)
+    return calibrated.binarize(weight, settings, inputs, scheme, scale)
 
 
-def channel_scale(members: Sequence[Weight], inputs: Inputs, settings: Settings) -> NDArray[np.float32]:
+def channel_scale(members: Sequence[Weight], inputs: Inputs, settings: DbellquantSettings) -> NDArray[np.float32]:
     """Return the scale of every input channel, float32 (cols), positive, rounded to bfloat16.
 
-    members: the matrices that read the input. Source: papers 2's LTDB; starts at its formula for settings.epsilon. Of
-    all that the search passes, no transformation at all included, the one is taken with which error compensation costs
-    least, on rows spread evenly over the members.
+    members: the matrices that read the input. Source: the paper's learnable transformation (LTDB); the search starts at
+    its formula for settings.epsilon. Of all that the search passes, no transformation at all included, the one is taken
+    with which error compensation costs least, on rows spread evenly over the members.
     """
     return _search(members, inputs, settings)[0]
 
 
-def _search(members: Sequence[Weight], inputs: Inputs, settings: Settings) -> tuple[NDArray[np.float32], float]:
+def _search(
+    members: Sequence[Weight], inputs: Inputs, settings: DbellquantSettings
+) -> tuple[NDArray[np.float32], float]:
     """Return `channel_scale` and the share of the error without it that is left on the rows looked at."""
-    known = curvature(inputs.hessian, inputs.name)
+    known = inputs.curvature
     step = _row_step(members[0], len(members))
     near = inputs if inputs.lack is None else replace(inputs, lack=inputs.lack[::step])  # one member, no norm's
-    sample = aimed(np.concatenate([_sampled(member, len(members)) for member in members]), known, near)
+    sample = asymmetric_target(np.concatenate([_sampled(member, len(members)) for member in members]), known, near)
     weights = sample.astype(np.float64)
     starts = [formula(weights, inputs.absmax, epsilon) for epsilon in (settings.epsilon, *_EXPONENTS)]
     passed = [scale for start in starts for scale in list(descend(weights, start))[:: _STEPS // 2]]
@@ -117,15 +139,15 @@ def _as_bfloat16(values: Floats) -> NDArray[np.float32]:
 
 
 def _rounded(
-    weights: NDArray[np.float32], known: Curvature, scale: Floats, settings: Settings
+    weights: NDArray[np.float32], known: Curvature, scale: Floats, settings: DbellquantSettings
 ) -> tuple[Floats, Floats, float]:
     """Return a scale, the weights that its planes stand for (before scaling back), and what their errors cost."""
     narrow = scale.astype(np.float32)
     scaled = weights * narrow
-    form, block = sum_of_planes(settings.plane_count), _BLOCK if settings.block == "row" else int(settings.block)
+    codebook, block = sum_of_planes(settings.planes), _BLOCK if settings.block == "row" else int(settings.block)
     rounding = Rounding(settings.scale_bits, float(np.abs(scaled).max(initial=0.0)))
-    found = compensate(scaled, known.scaled(narrow), form, block, of_planes(settings.plane_count), rounding, 0)
-    return scale, values_of(form, found.codes, found.coef, block).astype(np.float64), found.cost
+    found = compensate(scaled, known.scaled(narrow), codebook, block, of_planes(settings.planes), rounding, 0)
+    return scale, values_of(codebook, found.codes, found.coef, block).astype(np.float64), found.cost
 
 
 def _fitted(weights: Floats, values: Floats, scale: Floats, known: Curvature) -> Floats:
@@ -201,3 +223,13 @@ def bell_loss(weights: Floats) -> float:
     """Return the paper's loss of transformed weights: mean squared distance to the nearer target, relative to it."""
     aim = targets(weights)
     return float(np.mean(((weights - aim) / aim) ** 2))
+
+
+METHOD = Method(
+    summary="input channels scaled so that weights form two bells, then error compensation (arXiv 2507.01027)",
+    settings=DbellquantSettings,
+    binarize=binarize,
+    size=lambda settings: Size(settings.planes, settings.planes),
+    channel_scale=channel_scale,
+    histograms={"bells": BELLS_REACH},
+)

@@ -4,17 +4,20 @@ The store knows planes of +1 and -1, so b = (1 + plane) / 2: two terms of half a
 offset. Both follow from the two scales by `mix`, and only these are stored.
 """
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bincompress.methods.declaration import Binarized, Block, CompensatedSettings, Method, Size, option
+from bincompress.methods.inputs import Inputs
 from bincompress.methods.rounding import calibrated
-from bincompress.methods.rounding.codebook import Form
+from bincompress.methods.rounding.codebook import Codebook
 from bincompress.methods.rounding.coefficients import from_float16, to_float16
 from bincompress.methods.rounding.initial_scales import Found
-from bincompress.records import Binarized, Inputs, Settings, Weight
+from bincompress.tensors.packed import PackedTensor
+from bincompress.tensors.weight import Weight
 from cpu_kernels.quantize.dual_planes import dual_planes, rounding_steps
 from cpu_kernels.quantize.packing import pack_codes, words_for
 
@@ -23,51 +26,64 @@ MIX = ((0.5, 0.5), (0.5, 0.0), (0.0, 0.5))
 _CHUNK = 1 << 21  # weights that are float32 at once
 
 
-def binarize(weight: Weight, settings: Settings, inputs: Inputs | None = None) -> Binarized:
+@dataclass(frozen=True)
+class DbllmSettings(CompensatedSettings):
+    """How a tensor becomes two {0, 1} planes."""
+
+    method: ClassVar[str] = "dbllm"
+    block: Block = option(64, "columns of a row that share scales, a whole row, or the whole matrix")  # as the paper
+
+    def record(self) -> dict[str, Any]:
+        """Return what matters to the bytes, as JSON."""
+        return self.calibrated_record() if self.calibrated else {"method": self.method, "block": self.block}
+
+    def problem(self, shape: tuple[int, int]) -> str:
+        """Return what is wrong beyond single values; empty if nothing."""
+        if self.block == "matrix":
+            return "method dbllm takes scales per row or row-block, found block matrix"
+        if self.calibrated and self.scale_bits == 8:
+            return "8-bit scales have no sign, and dbllm's coefficients do"
+        return super().problem(shape)
+
+
+def binarize(weight: Weight, settings: DbllmSettings, inputs: Inputs | None = None) -> Binarized:
     """Return two {0, 1} planes and their scales per row-block or row, from rounding to 2 bits.
 
     The levels of rounding with a step s are -s, 0, s and 2 s, so a1 = 2 s and a2 = -s; s is the step of least squared
-    error. coef (2, rows, blocks): a1 and a2. inputs: those of the layer, where settings.compensate asks for them; the
-    planes and scales then start from that step, block by block, and are found with error compensation.
+    error. Stored numbers (2, rows, blocks): a1 and a2. inputs: those of the layer, where settings.compensate asks for
+    them; the planes and scales then start from that step, block by block, and are found with error compensation.
     """
     rows, cols = weight.shape
-    block = settings.block if isinstance(settings.block, int) else cols
+    block = settings.block_columns(cols)
     if inputs is not None:
         nominal = 2.0 + 32.0 * -(-cols // block) / cols
-        found = calibrated.binarize(weight, settings, inputs, Form(2, TERMS, MIX), _start, 4, nominal)
-        return replace(found, notes={**found.notes, **sparsity(found.planes, cols)})
+        scheme = calibrated.Scheme(Codebook(2, TERMS, MIX), _start, 4, nominal)
+        found = calibrated.binarize(weight, settings, inputs, scheme)
+        return replace(found, notes={**found.notes, **sparsity(found.tensor.planes, cols)})
     steps = np.empty((rows, -(-cols // block)), np.float32)
     norm = 0.0
     for part in _parts(rows, cols):
         values = weight.float32(part)
         steps[part] = _steps(values, block, steps.shape[1])
         norm += float(np.sum(np.square(values, dtype=np.float64)))
-    coef, exponent = to_float16(np.stack([2.0 * steps, -steps]).astype(np.float64))
-    large, small = from_float16(coef, exponent)
-    planes, error = _chosen(weight, large, small, block)
+    numbers, exponent = to_float16(np.stack([2.0 * steps, -steps]).astype(np.float64))
+    planes, error = _chosen(weight, from_float16(numbers, exponent), block)
     return Binarized(
-        planes=planes,
-        coef=coef,
-        coef_exponent=exponent,
-        terms=TERMS,
-        mix=MIX,
-        block=block,
+        PackedTensor(planes, numbers, TERMS, block, (rows, cols), exponent, MIX),
         squared_error=error,
         squared_norm=norm,
-        nominal_bits=2.0 + 16.0 * coef.size / (rows * cols),
+        nominal_bits=2.0 + 16.0 * numbers.size / (rows * cols),
         groups=4,
         notes=sparsity(planes, cols),
     )
 
 
-def choose_planes(
-    weight: Weight, large: NDArray[np.float32], small: NDArray[np.float32], block: int
-) -> NDArray[np.uint64]:
-    """Return the planes (2, rows, words) that the paper's formulas choose for scales a1 and a2, each (rows, blocks).
+def choose_planes(weight: Weight, scales: NDArray[np.float32], block: int) -> NDArray[np.uint64]:
+    """Return the planes (2, rows, words) that the paper's formulas choose for scales a1 and a2, (2, rows, blocks).
 
     b1 = H(w - (a1 + a2) / 2) and b2 = H(-(w - a1 * b1 - a2 / 2)), H the unit step with H(0) = 0.
     """
-    return _chosen(weight, large, small, block)[0]
+    return _chosen(weight, scales, block)[0]
 
 
 def sparsity(planes: NDArray[np.uint64], cols: int) -> dict[str, Any]:
@@ -97,18 +113,26 @@ def _steps(values: NDArray[np.float32], block: int, blocks: int) -> NDArray[np.f
     return found
 
 
-def _chosen(
-    weight: Weight, large: NDArray[np.float32], small: NDArray[np.float32], block: int
-) -> tuple[NDArray[np.uint64], float]:
+def _chosen(weight: Weight, scales: NDArray[np.float32], block: int) -> tuple[NDArray[np.uint64], float]:
     rows, cols = weight.shape
     planes = np.empty((2, rows, words_for(cols)), np.uint64)
     error = 0.0
     for part in _parts(rows, cols):
         values = np.ascontiguousarray(weight.float32(part))
         codes = np.empty(values.shape, np.uint8)
-        scales = np.ascontiguousarray(large[part]), np.ascontiguousarray(small[part])
-        error += dual_planes(values, block, *scales, codes)
+        large, small = (np.ascontiguousarray(own[part]) for own in scales)
+        error += dual_planes(values, block, large, small, codes)
         packed = np.empty((2, values.shape[0], planes.shape[2]), np.uint64)
         pack_codes(codes.reshape(-1), cols, packed)
         planes[:, part] = packed
     return planes, error
+
+
+METHOD = Method(
+    summary="two planes of {0, 1}, one scale positive, one negative, from rounding to 2 bits (arXiv 2402.11960)",
+    settings=DbllmSettings,
+    binarize=binarize,
+    size=lambda settings: Size(2, 2),
+    describe_planes=sparsity,
+    choose_planes=choose_planes,
+)

@@ -1,17 +1,24 @@
 """WGM, dynamic grouping (arXiv 2509.03054): sorted magnitudes in groups, each weight its sign times its group's mean.
 
-A unit is the whole matrix (the paper), a row, or a row-block. Two groups are two planes whose sum and difference carry
-the large and the small weights; 2 ** q groups are the sign plane and q planes that spell the group, with the Walsh
-transform of the group scales as coefficients, so that every case is the one formula of the store.
+A whole matrix (the paper), a row, or a row-block shares its groups. Two groups are two planes whose sum and difference
+carry the large and the small weights; 2 ** q groups are the sign plane and q planes that spell the group, with the
+Walsh transform of the group scales as coefficients, so that every case is the one formula of the store.
 """
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from bincompress.methods.rounding import calibrated, matrix_groups
-from bincompress.methods.rounding.codebook import Form, sum_of_planes
+from bincompress.methods import xnor
+from bincompress.methods.declaration import Binarized, CompensatedSettings, Method, Size, option
+from bincompress.methods.inputs import Inputs
+from bincompress.methods.rounding import calibrated, whole_matrix
+from bincompress.methods.rounding.codebook import Codebook, sum_of_planes
 from bincompress.methods.rounding.coefficients import from_float16, sign_terms, to_float16, unwalsh, walsh
 from bincompress.methods.rounding.initial_scales import of_groups, of_planes
-from bincompress.records import Binarized, Inputs, Settings, Weight
+from bincompress.tensors.packed import PackedTensor
+from bincompress.tensors.weight import Weight
 from cpu_kernels.quantize.counting import find_zeros
 from cpu_kernels.quantize.group_units import group_units
 from cpu_kernels.quantize.packing import pack_codes, pack_signs, pack_two, words_for
@@ -19,35 +26,81 @@ from cpu_kernels.quantize.two_groups import split_blocks
 
 _CHUNK = 1 << 21  # weights whose float32 patterns and codes exist at once
 _NETWORKS = (64, 128, 256)  # blocks that the side-by-side sort serves
+_SCRATCH = {"exact": 0.6, "greedy": 80.0, "windowed": 8.0}  # bytes a weight, measured
+_COMPENSATED_GROUPS = (1, 2, 4, 8, 16)
 
 
-def binarize(weight: Weight, settings: Settings, inputs: Inputs | None = None) -> Binarized:
-    """Return the planes and scales of WGM for the units that settings.block names.
+@dataclass(frozen=True)
+class WgmSettings(CompensatedSettings):
+    """How the magnitudes of a tensor are grouped."""
+
+    method: ClassVar[str] = "wgm"
+    groups: int = option(2, "at most so many groups of magnitudes in a block", least=1, most=256)
+    solver: Literal["exact", "greedy", "windowed"] = option(
+        "exact", "the exact optimum, or the paper's algorithm 2 or 3"
+    )
+    window: int = option(512, "magnitudes in a starting group of the windowed solver")
+    lam: float = option(0.0, "weight of 1/size in a group's cost", flag="--lambda", least=0)
+    lam_normalized: bool = option(
+        False, "lambda is a share between the paper's l_min and l_max", flag="--lambda-normalized"
+    )
+
+    def record(self) -> dict[str, Any]:
+        """Return what matters to the bytes, as JSON."""
+        if self.calibrated:
+            return self.calibrated_record("groups")
+        window = ("window",) if self.solver == "windowed" else ()
+        return {
+            "method": self.method, **self.values("groups", "solver", *window, "lam", "lam_normalized", "block")
+        }  # fmt: skip
+
+    def problem(self, shape: tuple[int, int]) -> str:
+        """Return what is wrong beyond single values; empty if nothing."""
+        if self.calibrated:
+            if self.groups not in _COMPENSATED_GROUPS:
+                return f"groups {self.groups}: with error compensation 1, 2, 4, 8 or 16"
+            if self.scale_bits == 8 and self.groups > 2:
+                return "8-bit scales are for one or two groups (more have coefficients of both signs)"
+            if self.solver != "exact" or self.lam:
+                return "error compensation finds its groups by itself; leave --solver and --lambda out"
+        elif self.lam == float("inf"):
+            return f"lambda {self.lam}: expected a number"
+        rows, cols = shape
+        size = rows * cols if self.block == "matrix" else self.block_columns(cols)
+        most = max(1, size // self.groups)
+        if self.solver == "windowed" and not 1 <= self.window <= max(1, min(size, rows * cols) // self.groups):
+            return (
+                f"window {self.window}: {self.groups} groups in a block of {size:,} weights need a window of 1 to "
+                f"{most:,}; try --window {max(1, most // 8)}"
+            )
+        return super().problem(shape)
+
+
+def binarize(weight: Weight, settings: WgmSettings, inputs: Inputs | None = None) -> Binarized:
+    """Return the planes and scales of WGM for the blocks that settings.block names.
 
     inputs: those of the layer, where settings.compensate asks for error compensation.
     """
     if inputs is not None:
         return _compensated(weight, settings, inputs)
     if settings.block == "matrix":
-        return matrix_groups.binarize(weight, settings)
-    cols = weight.shape[1]
-    block = settings.block if isinstance(settings.block, int) else cols
+        return whole_matrix.binarize(weight, settings)
+    block = settings.block_columns(weight.shape[1])
     if settings.groups == 2 and settings.solver == "exact" and block in _NETWORKS:
         return _two_groups(weight, settings, block)
-    return _grouped_units(weight, settings, block)
+    return _grouped_blocks(weight, settings, block)
 
 
-def _compensated(weight: Weight, settings: Settings, inputs: Inputs) -> Binarized:
+def _compensated(weight: Weight, settings: WgmSettings, inputs: Inputs) -> Binarized:
     groups, cols = settings.groups, weight.shape[1]
-    block = settings.block if isinstance(settings.block, int) else cols
-    nominal = 1.0 + 16.0 * groups * -(-cols // block) / cols
+    nominal = 1.0 + 16.0 * groups * -(-cols // settings.block_columns(cols)) / cols
     if groups <= 2:
-        form, start = sum_of_planes(groups), of_planes(groups)
+        codebook, start = sum_of_planes(groups), of_planes(groups)
     else:
         depth = index_planes(groups)
-        form = Form(1 + depth, tuple(1 | subset << 1 for subset in range(1 << depth)))
-        start = of_groups(form, groups)
-    return calibrated.binarize(weight, settings, inputs, form, start, groups, nominal)
+        codebook = Codebook(1 + depth, tuple(1 | subset << 1 for subset in range(1 << depth)))
+        start = of_groups(codebook, groups)
+    return calibrated.binarize(weight, settings, inputs, calibrated.Scheme(codebook, start, groups, nominal))
 
 
 def index_planes(groups: int) -> int:
@@ -55,7 +108,7 @@ def index_planes(groups: int) -> int:
     return max(0, int(groups - 1).bit_length())
 
 
-def _two_groups(weight: Weight, settings: Settings, block: int) -> Binarized:
+def _two_groups(weight: Weight, settings: WgmSettings, block: int) -> Binarized:
     rows, cols = weight.shape
     blocks = -(-cols // block)
     planes = np.empty((2, rows, words_for(cols)), np.uint64)
@@ -78,17 +131,13 @@ def _two_groups(weight: Weight, settings: Settings, block: int) -> Binarized:
     large = sizes - small
     low = small_sum / small
     high = np.where(large > 0, large_sum / np.maximum(large, 1.0), low)
-    coef, exponent = to_float16(np.stack([(high + low) / 2, (high - low) / 2]))
-    mean, half = from_float16(coef, exponent).astype(np.float64)
+    numbers, exponent = to_float16(np.stack([(high + low) / 2, (high - low) / 2]))
+    mean, half = from_float16(numbers, exponent).astype(np.float64)
     low, high = mean - half, mean + half
     error = squares - 2 * (low * small_sum + high * large_sum) + low * low * small + high * high * large
     used = int(np.sum(1 + (large > 0)))
     return Binarized(
-        planes=planes,
-        coef=coef,
-        coef_exponent=exponent,
-        terms=(1, 2),
-        block=block,
+        PackedTensor(planes, numbers, (1, 2), block, (rows, cols), exponent),
         squared_error=max(float(np.sum(error)), 0.0),
         squared_norm=float(np.sum(squares)),
         nominal_bits=1.0 + 16.0 * used / (rows * cols),
@@ -97,7 +146,7 @@ def _two_groups(weight: Weight, settings: Settings, block: int) -> Binarized:
     )
 
 
-def _grouped_units(weight: Weight, settings: Settings, block: int) -> Binarized:
+def _grouped_blocks(weight: Weight, settings: WgmSettings, block: int) -> Binarized:
     rows, cols = weight.shape
     blocks = -(-cols // block)
     most = settings.groups
@@ -129,16 +178,12 @@ def _grouped_units(weight: Weight, settings: Settings, block: int) -> Binarized:
         levels[group] = (
             np.where(size[group] > 0, total[group] / np.maximum(size[group], 1.0), empty) if group < most else empty
         )
-    coef, exponent = to_float16(walsh(levels))
-    stored = unwalsh(from_float16(coef, exponent).astype(np.float64))[:most]
+    all_numbers, exponent = to_float16(walsh(levels))
+    stored = unwalsh(from_float16(all_numbers, exponent).astype(np.float64))[:most]
     error = np.sum(squares - 2 * stored * total + stored * stored * size)
-    coef, terms = sign_terms(planes, cols, coef)
+    numbers, terms = sign_terms(planes, cols, all_numbers)
     return Binarized(
-        planes=planes,
-        coef=coef,
-        coef_exponent=exponent,
-        terms=terms,
-        block=block,
+        PackedTensor(planes, numbers, terms, block, (rows, cols), exponent),
         squared_error=max(float(error), 0.0),
         squared_norm=float(np.sum(squares)),
         nominal_bits=1.0 + 16.0 * int(np.sum(size > 0)) / (rows * cols),
@@ -151,3 +196,25 @@ def _zero_note(weight: Weight) -> dict[str, object]:
     """Tell how many zeros became a small value: the format of row-blocks has no level for them."""
     zeros = find_zeros(weight.flat, np.empty(0, np.uint64))
     return {"zeros": zeros, "zeros_as": "smallest scale of their unit (the format has no zero level)"} if zeros else {}
+
+
+def _size(settings: WgmSettings) -> Size:
+    planes = 1 + index_planes(settings.groups)
+    return Size(planes, 1 << (planes - 1))
+
+
+def _scratch_bytes(settings: WgmSettings, dtype: str) -> float:
+    # Float32 has sorted distinct values and their prefix sums.
+    return _SCRATCH[settings.solver] + (48.0 if dtype == "F32" and settings.block == "matrix" else 0.0)
+
+
+METHOD = Method(
+    summary="magnitudes in groups, each with its mean (arXiv 2509.03054); two groups are two planes",
+    settings=WgmSettings,
+    binarize=binarize,
+    size=_size,
+    # Counting the magnitudes of a whole matrix finds what is not finite.
+    finds_nonfinite=lambda settings: settings.block == "matrix" and not settings.calibrated,
+    scratch_bytes=_scratch_bytes,
+    trials=xnor.trials,
+)

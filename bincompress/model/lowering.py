@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bincompress.tensors.packed import Packed
+from bincompress.tensors.float8 import as_float16
+from bincompress.tensors.packed import PackedTensor
 from cpu_kernels.matmul.prepacking import Part
 
 MOST_PLANES = 8  # past this many terms, decoding the weights is quicker than multiplying their planes
@@ -31,7 +32,7 @@ class Lowered:
         return self.block, self.plane_weights, self.part.planes.shape[0], self.part.offset is None
 
 
-def lower(packed: Packed) -> Lowered | None:
+def lower(packed: PackedTensor) -> Lowered | None:
     """Return plain planes (terms, rows, words) with scales per row and block; None where there are too many terms."""
     rows, cols = packed.shape
     signed = [t for t, mask in enumerate(packed.terms) if mask]
@@ -39,6 +40,8 @@ def lower(packed: Packed) -> Lowered | None:
     if not 1 <= len(signed) <= MOST_PLANES or len(constant) > 1:
         return None
     planes = _planes(packed, [packed.terms[t] for t in signed])
+    # 8-bit floats are float16 numbers, too.
+    stored = as_float16(packed.numbers) if packed.numbers.dtype == np.uint8 else packed.numbers
     whole = packed.numbers.shape[1:] == (1, 1)
     block = cols if whole else min(packed.block, cols)
     if whole and not constant:
@@ -46,11 +49,11 @@ def lower(packed: Packed) -> Lowered | None:
         factors = tuple(float(packed.coef[t, 0, 0]) for t in signed)
         return Lowered(Part(planes, np.ones((rows, 1), np.float16)), block, factors)
     places, weights = _stored_numbers(packed, signed, constant)
-    if places is None or packed.numbers.dtype != np.float16:
+    if places is None or stored.dtype != np.float16:
         numbers: NDArray[Any] = packed.coef
         exponent, places, weights = 0, (signed, constant), None
     else:
-        numbers, exponent = packed.numbers, packed.exponent
+        numbers, exponent = stored, packed.exponent
     of_planes, of_offset = places
     first, last = of_planes[0], of_planes[-1] + 1
     # A selection by a list is a copy, so neighbours are taken by a slice.
@@ -62,7 +65,7 @@ def lower(packed: Packed) -> Lowered | None:
     return Lowered(Part(planes, chosen if weights is None else chosen[0], offset, exponent), block, weights)
 
 
-def _planes(packed: Packed, masks: list[int]) -> NDArray[np.uint64]:
+def _planes(packed: PackedTensor, masks: list[int]) -> NDArray[np.uint64]:
     """Return the product of planes of every mask; the stored array itself where the products are its planes."""
     stored = packed.all_planes() if len(packed.column_planes) else packed.planes
     if masks == [1 << plane for plane in range(stored.shape[0])]:
@@ -83,7 +86,7 @@ Places = tuple[list[int], list[int]]  # which of the stored numbers are the plan
 
 
 def _stored_numbers(
-    packed: Packed, signed: list[int], constant: list[int]
+    packed: PackedTensor, signed: list[int], constant: list[int]
 ) -> tuple[Places | None, tuple[float, ...] | None]:
     """Return which stored numbers the coefficients are, and the planes' factors where all are multiples of one.
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from bincompress.model.linear import Floats, Linear
 from bincompress.model.threads import over_ranges
 from bincompress.tensors.dequantize import dequantize
-from bincompress.tensors.packed import Packed
+from bincompress.tensors.packed import PackedTensor
 from cpu_kernels.matmul.activations import Activations, Per, quantize
 from cpu_kernels.matmul.prepacking import PackedMatrix
 from cpu_kernels.matmul.products import TokenProduct, multiply
@@ -100,7 +100,7 @@ class ScaledLinear:
 class DecodedLinear:
     """A matrix of many groups (or any, for float32 activations): rows are decoded tile by tile and multiplied."""
 
-    def __init__(self, packed: Packed, workers: Workers) -> None:
+    def __init__(self, packed: PackedTensor, workers: Workers) -> None:
         self.rows, self.cols = packed.shape
         self.nbytes = packed.planes.nbytes + packed.coef.nbytes
         self.path = "decoded float32"
@@ -147,7 +147,7 @@ class StackedLinear:
 class PackedEmbedding:
     """A packed table of token vectors, of which only the rows that are asked for are decoded."""
 
-    def __init__(self, packed: Packed) -> None:
+    def __init__(self, packed: PackedTensor) -> None:
         self._packed = packed
 
     def rows_of(self, ids: NDArray[np.int64]) -> Floats:

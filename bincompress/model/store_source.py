@@ -22,11 +22,11 @@ from bincompress.model.packed_linear import (
 )
 from bincompress.store.store import Store, let_go
 from bincompress.tensors.dequantize import dequantize
-from bincompress.tensors.packed import Packed
+from bincompress.tensors.packed import PackedTensor
 from cpu_kernels.matmul.prepacking import prepack_rows
 from cpu_kernels.parallel.workers import Workers
 
-Entry = tuple[str, Packed | None, Lowered | None]  # a tensor's name, how it is stored, and its planes
+Entry = tuple[str, PackedTensor | None, Lowered | None]  # a tensor's name, how it is stored, and its planes
 
 _ROWS_AT_ONCE = 256  # whose planes are decoded to find what listed weights differ by
 
@@ -99,7 +99,7 @@ class StoreSource:
             else:
                 yield self._noted([name for name, _, _ in entries], self._laid_out(entries))
 
-    def _read(self, name: str) -> tuple[Packed | None, Lowered | None]:
+    def _read(self, name: str) -> tuple[PackedTensor | None, Lowered | None]:
         if self._kinds[name] != "packed":
             return None, None
         packed = self._store.read_packed(name, check_hashes=True)
@@ -148,7 +148,7 @@ def _kind(entry: Entry) -> object:
     return lowered.kind if packed.in_scale is None else name
 
 
-def _differences(packed: Packed) -> Listed:
+def _differences(packed: PackedTensor) -> Listed:
     """Return what the listed weights of a matrix are above what its planes say."""
     rows, cols = np.divmod(packed.listed_index.astype(np.int64), packed.shape[1])
     difference = np.empty(rows.size, np.float32)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from bincompress.methods import KEEP, METHODS
 from bincompress.store.store import Store
 
 _SUMS = ("squared_error", "squared_norm", "stored_bytes", "weights")
@@ -10,12 +11,13 @@ _SUMS = ("squared_error", "squared_norm", "stored_bytes", "weights")
 def inspect(store: Store) -> dict[str, Any]:
     """Return `{"tensors": {name: report}, "total": {...}}`; bits are per weight, errors relative and squared."""
     tensors: dict[str, dict[str, Any]] = {}
+    hidden = {"histogram", *(name for method in METHODS for name in method.histograms)}
     for name in sorted(store.tensors()):
         attributes = store.node_attributes(name)
         if attributes.get("status") != "complete":
             tensors[name] = {"method": None, "status": "missing"}
             continue
-        report = {key: value for key, value in attributes["report"].items() if key not in ("histogram", "bells")}
+        report = {key: value for key, value in attributes["report"].items() if key not in hidden}
         shape = list(store.shape(name))
         tensors[name] = {**report, "shape": shape, "status": "complete", "seconds": store.read_log(name).get("seconds")}
     return {"tensors": tensors, "total": _total(store, list(tensors.values()))}
@@ -23,8 +25,9 @@ def inspect(store: Store) -> dict[str, Any]:
 
 def _total(store: Store, reports: list[dict[str, Any]]) -> dict[str, Any]:
     done = [report for report in reports if report["status"] == "complete"]
-    packed = [report for report in done if report["method"] != "keep"]
-    linear = [report for report in packed if report["method"] != "uniform"]
+    packed = [report for report in done if report["method"] != KEEP.method]
+    others = {method.name for method in METHODS if not method.binary}
+    linear = [report for report in packed if report["method"] not in others]
     attributes = store.attributes
     return {
         "status": attributes["status"],
@@ -75,7 +78,7 @@ def table(found: dict[str, Any]) -> str:
             lines.append((name, "", "missing", "", "", "", "", ""))
             continue
         seconds = report["seconds"]
-        kept = report["method"] == "keep"
+        kept = report["method"] == KEEP.method
         lines.append(
             (
                 name,

@@ -3,6 +3,7 @@
 import io
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from bincompress import __version__
 from bincompress.errors import BincompressError, StoreError
-from bincompress.methods.dbellquant import BELLS_REACH
+from bincompress.methods import KEEP, METHODS
 from bincompress.reporting.inspection import inspect, totals
 from bincompress.store.store import Store
 from bincompress.tensors.dequantize import dequantize
@@ -31,7 +32,7 @@ def report_page(store: Store, tensor: str | None = None) -> str:
     packed = {
         name: report
         for name, report in found["tensors"].items()
-        if report["status"] == "complete" and report["method"] != "keep"
+        if report["status"] == "complete" and report["method"] != KEEP.method
     }
     if not packed:
         raise StoreError(f"{store.url}: no packed tensor yet, so there is nothing to report")
@@ -49,7 +50,7 @@ def report_page(store: Store, tensor: str | None = None) -> str:
         "bits": _by_layer(packed, "stored_bits", "stored bits per weight"),
         "times": _times(packed),
         "histogram": _histogram(attributes, store, tensor),
-        "bells": _bells(attributes["report"]["bells"]) if "bells" in attributes["report"] else "",
+        "transformation": "".join(_histograms(attributes["report"])),
     }
     distillation = store.attributes.get("distillation")
     if distillation is not None:
@@ -165,11 +166,19 @@ def _histogram(attributes: dict[str, Any], store: Store, tensor: str) -> str:
     return _svg(figure)
 
 
-def _bells(found: dict[str, list[int]]) -> str:
+def _histograms(report: dict[str, Any]) -> Iterator[str]:
+    """Plot the histograms before and after a transformation that a method's report holds."""
+    for method in METHODS:
+        for name, reach in method.histograms.items():
+            if method.name == report["method"] and name in report:
+                yield _before_and_after(report[name], reach)
+
+
+def _before_and_after(found: dict[str, list[int]], reach: float) -> str:
     """Plot a tensor's weights before and after the transformation, in mean magnitudes of their row-blocks."""
     figure = _figure()
     for axes, (name, counts) in zip(figure.subplots(1, 2, sharey=True), found.items(), strict=True):
-        edges = np.linspace(-BELLS_REACH, BELLS_REACH, len(counts) + 1)
+        edges = np.linspace(-reach, reach, len(counts) + 1)
         density = np.array(counts, np.float64) / max(1, sum(counts)) / (edges[1] - edges[0])
         axes.stairs(density, edges, fill=True, alpha=0.4, color="C0" if name == "before" else "C2")
         for target in (-1.0, 1.0):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bincompress.errors import CheckpointError
-from bincompress.records import TensorSource, Weight
+from bincompress.tensors.weight import TensorSource, Weight
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 INDEX = "model.safetensors.index.json"

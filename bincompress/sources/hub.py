@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from bincompress.errors import CheckpointError
-from bincompress.records import TensorSource
 from bincompress.sources.checkpoint import ASSETS, INDEX, Checkpoint, open_checkpoint, read_json
 from bincompress.sources.shapes import has_only_config, open_shapes
+from bincompress.tensors.weight import TensorSource
 
 _HUB_ID = re.compile(r"(?P<id>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[\w.\-/]+))?")
 _FILES = [*ASSETS, INDEX, "*.safetensors"]

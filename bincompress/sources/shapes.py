@@ -3,8 +3,8 @@
 import math
 from pathlib import Path
 
-from bincompress.records import TensorSource
 from bincompress.sources.checkpoint import ITEM_BYTES, Checkpoint, read_json
+from bincompress.tensors.weight import TensorSource
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 

@@ -19,8 +19,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from bincompress.errors import DamagedError, StoreError
-from bincompress.records import Binarized, Weight
-from bincompress.tensors.packed import Packed, assemble
+from bincompress.tensors.packed import PackedTensor, assemble
+from bincompress.tensors.weight import DTYPE_NAMES, Weight
 
 if TYPE_CHECKING:
     import zarr
@@ -32,7 +32,6 @@ VERSION = 1
 _CHECKSUM_BYTES = 4  # of crc32c, behind the data
 _ALWAYS = ("planes", "coef")  # arrays of every packed tensor
 _ARRAYS = (*_ALWAYS, "column_planes", "in_scale", "listed_index", "listed_value")
-_PLAIN_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def is_local(url: str) -> bool:
@@ -103,15 +102,9 @@ class Store:
         self._complete.pop(name, None)
         self._access.remove(self._path(name))
 
-    def write_packed(self, name: str, found: Binarized, archive: bool) -> tuple[dict[str, str], int]:
+    def write_packed(self, name: str, packed: PackedTensor, archive: bool) -> tuple[dict[str, str], int]:
         """Write a packed tensor's arrays; returns their hashes and stored bytes. `commit` makes it count."""
-        arrays: dict[str, NDArray[Any]] = {"planes": found.planes, "coef": found.coef}
-        if found.column_planes.size:
-            arrays["column_planes"] = found.column_planes
-        if found.in_scale is not None:
-            arrays["in_scale"] = found.in_scale
-        if found.listed_index.size:
-            arrays |= {"listed_index": found.listed_index, "listed_value": found.listed_value}
+        arrays = packed.arrays()
         self.remove(name)
         path = self._path(name)
         stored = self._access.write_arrays({f"{path}/{key}": values for key, values in arrays.items()}, archive)
@@ -170,7 +163,7 @@ class Store:
         found = self.complete_attributes(name).get("hashes")
         return found if isinstance(found, dict) else {}
 
-    def read_packed(self, name: str, check_hashes: bool = False) -> Packed:
+    def read_packed(self, name: str, check_hashes: bool = False) -> PackedTensor:
         """Map or read a packed tensor and check that its arrays fit together; raises DamagedError naming it.
 
         check_hashes: hold the arrays' bytes against the hashes in the attributes, too.
@@ -204,7 +197,7 @@ class Store:
         values = self._read(name, self._path(name), node)
         if check_hashes:
             self._check_hash(name, "array", values, self.hashes(name))
-        names = {stored: dtype for dtype, stored in _PLAIN_DTYPES.items()}
+        names = {stored: dtype for dtype, stored in DTYPE_NAMES.items()}
         dtype = names.get(str(attributes.get("dtype")))
         if dtype is None or values.dtype != (np.float32 if dtype == "F32" else np.uint16):
             raise DamagedError(

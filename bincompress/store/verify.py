@@ -6,7 +6,7 @@ import numpy as np
 
 from bincompress.errors import StoreError
 from bincompress.store.store import Store, array_hash
-from bincompress.tensors.packed import Packed
+from bincompress.tensors.packed import PackedTensor
 
 
 def verify(store: Store) -> Iterator[tuple[str, str]]:
@@ -33,7 +33,7 @@ def _tensor_problem(store: Store, name: str) -> str:
     return ""
 
 
-def _packed_problem(packed: Packed, where: str) -> str:
+def _packed_problem(packed: PackedTensor, where: str) -> str:
     cols = packed.shape[1]
     last = [packed.planes[:, :, -1:], packed.column_planes[:, None, -1:]]
     if cols % 64 and any(np.any(words >> np.uint64(cols % 64)) for words in last if words.size):

@@ -3,11 +3,11 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from bincompress.tensors.packed import Packed
+from bincompress.tensors.packed import PackedTensor
 from cpu_kernels.quantize.unpacking import expand
 
 
-def dequantize(packed: Packed, rows: slice = slice(None)) -> NDArray[np.float32]:
+def dequantize(packed: PackedTensor, rows: slice = slice(None)) -> NDArray[np.float32]:
     """Return rows of a packed tensor as float32 (rows, cols), listed weights in their places."""
     first, last, _ = rows.indices(packed.shape[0])
     cols = packed.shape[1]
@@ -21,6 +21,15 @@ def dequantize(packed: Packed, rows: slice = slice(None)) -> NDArray[np.float32]
     flat = (packed.listed_index[begin:end] - np.uint64(first * cols)).astype(np.int64)
     weights.reshape(-1)[flat] = packed.listed_value[begin:end]
     return weights
+
+
+def dequantize_at(packed: PackedTensor, rows: NDArray[np.intp], cols: NDArray[np.intp]) -> NDArray[np.float32]:
+    """Return the weights at single places, one for each pair of row and column."""
+    values = np.empty(rows.size, np.float32)
+    for row in np.unique(rows):
+        here = rows == row
+        values[here] = dequantize(packed, slice(int(row), int(row) + 1))[0, cols[here]]
+    return values
 
 
 def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

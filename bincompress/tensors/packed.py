@@ -1,4 +1,4 @@
-"""What is a packed tensor once it is read: planes, the numbers of its coefficients, and how they make weights?"""
+"""What is a packed tensor: planes, the numbers of its coefficients, and how they make weights?"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,21 +22,41 @@ _NO_PLANES = np.empty((0, 0), np.uint64)
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A packed tensor as the store has it."""
+class PackedTensor:
+    """A matrix as planes and coefficients (the formula of docs/format.md), as a method makes it and the store has it.
+
+    The coefficient of term t is 2 ** exponent * sum over i of mix[t][i] * numbers[i]; without a mix, that of
+    numbers[t].
+    """
 
     planes: NDArray[np.uint64]  # (planes, rows, words)
-    numbers: NDArray[Any]  # float16, or float32 for a whole matrix (stored, rows or 1, blocks or 1)
-    exponent: int  # coefficients are 2 ** exponent times the numbers, or times what `mix` makes of them
-    mix: tuple[tuple[float, ...], ...] | None  # (terms, stored)
-    terms: tuple[int, ...]
-    block: int
+    numbers: NDArray[
+        Any
+    ]  # float16 or 8-bit floats (stored, rows, blocks), or float32 (stored, 1, 1) for a whole matrix
+    terms: tuple[int, ...]  # bit masks over planes, column planes after them
+    block: int  # columns that share coefficients
     shape: tuple[int, int]
-    listed_index: NDArray[np.uint64]  # flat places of weights kept as they are
-    listed_value: NDArray[np.float32]
-    attributes: dict[str, Any]
+    exponent: int = 0
+    mix: tuple[tuple[float, ...], ...] | None = None  # (terms, stored)
     column_planes: NDArray[np.uint64] = field(default_factory=lambda: _NO_PLANES)  # (planes, words)
-    in_scale: NDArray[np.float32] | None = None  # (cols,): what the formula's columns are to be multiplied by
+    in_scale: NDArray[np.float32] | None = None  # (cols,): multiplies the formula's columns
+    listed_index: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))  # flat, ascending
+    listed_value: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))  # exact values
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays to be stored, by their names in the store."""
+        found: dict[str, NDArray[Any]] = {"planes": self.planes, "coef": self.numbers}
+        if self.column_planes.size:
+            found["column_planes"] = self.column_planes
+        if self.in_scale is not None:
+            found["in_scale"] = self.in_scale
+        if self.listed_index.size:
+            found |= {"listed_index": self.listed_index, "listed_value": self.listed_value}
+        return found
+
+    def attributes(self) -> dict[str, Any]:
+        """Return what the formula needs beside the arrays, as JSON; the block and the shape stand with the method."""
+        return {"terms": list(self.terms), "mix": self.mix, "coef_exponent": self.exponent}
 
     @cached_property
     def coef(self) -> NDArray[np.float32]:
@@ -56,7 +76,7 @@ class Packed:
         return np.concatenate([planes, shared])
 
 
-def assemble(attributes: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Packed:
+def assemble(attributes: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> PackedTensor:
     """Return the packed tensor of a store's attributes and arrays, by their names in it.
 
     Raises ValueError where they do not fit together or to the format, KeyError or TypeError where an attribute is
@@ -96,10 +116,8 @@ def assemble(attributes: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> 
         raise ValueError("listed weights are not in ascending order")
     if index.size and int(index[-1]) >= rows * cols:
         raise ValueError("listed weights lie outside the matrix")
-    if numbers.dtype == np.uint8:
-        numbers = as_float16(numbers)
-    return Packed(
-        planes, numbers, exponent, mix, terms, block, (rows, cols), index, value, attributes, column_planes, in_scale
+    return PackedTensor(
+        planes, numbers, terms, block, (rows, cols), exponent, mix, column_planes, in_scale, index, value
     )
 
 
@@ -123,6 +141,8 @@ def _factors(mix: Any, stored: int) -> tuple[tuple[float, ...], ...] | None:
 
 def _scaled(numbers: NDArray[Any], exponent: int) -> NDArray[np.float32]:
     """Return numbers * 2 ** exponent as float32."""
+    if numbers.dtype == np.uint8:
+        numbers = as_float16(numbers)
     if numbers.dtype != np.float16 or numbers.size < _SCALED_BY_KERNEL:
         return np.asarray(np.ldexp(numbers.astype(np.float32), exponent))
     result = np.empty(numbers.shape, np.float32)

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bincompress.methods.rounding.compensation import Curvature
-from bincompress.records import Inputs
+from bincompress.methods.inputs import Inputs
+from bincompress.methods.rounding.curvature import Curvature
 
 Floats = NDArray[np.float32]
 _SHARE = 0.4  # of the step: 0.3 to 0.5 do equally well, the whole step a quarter worse
 
 
-def aimed(weights: Floats, known: Curvature, inputs: Inputs) -> Floats:
+def asymmetric_target(weights: Floats, known: Curvature, inputs: Inputs) -> Floats:
     """Return the weights (rows, cols) that come nearest to the unquantized outputs on the inputs as they are now.
 
     Without inputs.drift and inputs.lack the inputs are what they were, and so are the weights.

@@ -1,4 +1,4 @@
-"""Which values can a weight of a row-block take? A form: planes, terms and what is stored of their coefficients."""
+"""Which values can a weight of a row-block take? A codebook: planes, terms and what is stored of their coefficients."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +12,7 @@ from cpu_kernels.quantize.compensation import look_up
 
 
 @dataclass(frozen=True)
-class Form:
+class Codebook:
     """The formula of the store for one row-block, seen from a weight's code, whose bit p is its bit in plane p.
 
     Column planes come after the planes: their bits are the column's own.
@@ -41,9 +41,9 @@ class Form:
         return int(self.features.shape[1])
 
 
-def sum_of_planes(planes: int) -> Form:
-    """Return the form of so many planes, each with a scale of its own."""
-    return Form(planes, tuple(1 << plane for plane in range(planes)))
+def sum_of_planes(planes: int) -> Codebook:
+    """Return the codebook of so many planes, each with a scale of its own."""
+    return Codebook(planes, tuple(1 << plane for plane in range(planes)))
 
 
 class Rounding:
@@ -68,19 +68,21 @@ class Rounding:
         return to_float16(coef.astype(np.float64))
 
 
-def levels_of(form: Form, coef: NDArray[np.float32]) -> NDArray[np.float32]:
+def levels_of(codebook: Codebook, coef: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return what each code stands for, (rows, codes), for the coefficients (rows, coefs) of one block."""
     # Summed in the order of the coefficients, without the fused steps of a matrix product: the bits of a level are
     # the same wherever it is computed.
-    levels = np.zeros((coef.shape[0], form.features.shape[0]), np.float32)
-    for number in range(form.coefs):
-        levels += coef[:, number, None] * form.features[None, :, number]
+    levels = np.zeros((coef.shape[0], codebook.features.shape[0]), np.float32)
+    for number in range(codebook.coefs):
+        levels += coef[:, number, None] * codebook.features[None, :, number]
     return levels
 
 
-def values_of(form: Form, codes: NDArray[np.uint8], coef: NDArray[np.float32], block: int) -> NDArray[np.float32]:
+def values_of(
+    codebook: Codebook, codes: NDArray[np.uint8], coef: NDArray[np.float32], block: int
+) -> NDArray[np.float32]:
     """Return the weights (rows, cols) that codes and coefficients (rows, blocks, coefs) stand for."""
     values = np.empty(codes.shape, np.float32)
     for unit, first in enumerate(range(0, codes.shape[1], block)):
-        look_up(codes, levels_of(form, coef[:, unit]), first, min(first + block, codes.shape[1]), values)
+        look_up(codes, levels_of(codebook, coef[:, unit]), first, min(first + block, codes.shape[1]), values)
     return values

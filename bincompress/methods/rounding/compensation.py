@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bincompress.errors import TensorError
-from bincompress.methods.rounding.codebook import Form, Rounding, levels_of, values_of
+from bincompress.methods.rounding.codebook import Codebook, Rounding, levels_of, values_of
+from bincompress.methods.rounding.curvature import Curvature
 from cpu_kernels.quantize.compensation import move_weights, normal_equations, round_block, solve_each, spread
 
 Floats = NDArray[np.float32]
@@ -22,8 +22,6 @@ Floats = NDArray[np.float32]
 # (rows, coefs) and each column's own bits (cols).
 Start = Callable[[Floats, NDArray[np.float64]], tuple[NDArray[np.float64], NDArray[np.uint8]]]
 
-_DAMPING = 0.01  # of the mean of H's diagonal, as GPTQ has it
-_MOST_DAMPING = 1e3
 _STEP = 128  # columns whose errors wait for one matrix product; also a stretch that stays in the first-level cache
 _STRETCH = 512  # columns that one matrix product frees of the errors before them: BLAS is a quarter slower with fewer
 _PASSES = 3  # over the columns of a step before the others hear of its moves
@@ -32,24 +30,6 @@ _MOST_ROWS = 4096  # of a chunk; fixed by the shape alone, so that the same matr
 _RIDGE = 1e-6  # of the normal equations' mean diagonal
 _MANY = 256  # unknowns of a system from which on LAPACK is as fast; with 48 it takes 2.5 times as long
 _ENOUGH = 1e-4  # a round that lowers the cost by a smaller share is the last
-
-
-@dataclass(frozen=True)
-class Curvature:
-    """What an error costs: H damped, float32 (cols, cols), and the upper factor U with H^-1 = U^T U."""
-
-    hessian: Floats
-    factor: Floats
-    damping: float  # share of the mean diagonal that was added
-
-    @property
-    def importance(self) -> NDArray[np.float64]:
-        """What rounding each column costs when the later ones make up for it, (cols,)."""
-        return 1.0 / np.diag(self.factor).astype(np.float64) ** 2
-
-    def scaled(self, scale: Floats) -> "Curvature":
-        """Return what errors cost where the columns are multiplied by a scale (cols) and the inputs divided by it."""
-        return Curvature(self.hessian / np.outer(scale, scale), self.factor * scale, self.damping)
 
 
 @dataclass(frozen=True)
@@ -65,70 +45,18 @@ class Rounded:
     rounds: int  # of refinement that were made
 
 
-def curvature(hessian: Floats, name: str = "") -> Curvature:
-    """Damp and factorise H (cols, cols); the damping is raised tenfold until the factorisation succeeds.
-
-    Raises TensorError where H is not finite or no damping helps.
-    """
-    exact = hessian.astype(np.float64)
-    mean = float(np.trace(exact)) / len(exact)
-    if not np.isfinite(exact).all() or mean < 0:
-        raise TensorError(f"{name}: its Hessian is not that of any inputs (not finite or negative); calibrate again")
-    mean = mean or 1.0  # inputs that are all zero: every rounding costs the same
-    damping = _DAMPING
-    while damping < _MOST_DAMPING:
-        # Reversed, the lower factor of H becomes the upper one of its inverse.
-        damped = np.ascontiguousarray(exact[::-1, ::-1])
-        damped[np.diag_indices_from(damped)] += damping * mean
-        try:
-            # The factorisation needs float64; its inverse, well conditioned by then, is kept in float32 anyway.
-            factor = _inverse(_cholesky(damped))[::-1, ::-1]
-        except np.linalg.LinAlgError:
-            damping *= 10
-            continue
-        if np.isfinite(factor).all():
-            return Curvature(exact.astype(np.float32), np.ascontiguousarray(factor), damping)
-        damping *= 10
-    raise TensorError(f"{name}: its Hessian cannot be factorised even with {damping:g} times its mean added")
-
-
-def _cholesky(matrix: NDArray[np.float64]) -> Floats:
-    """Return the lower factor of a matrix, found in float64 by matrix products: in two thirds of LAPACK's time."""
-    lower = np.zeros_like(matrix)
-    for first in range(0, len(matrix), _STEP):
-        last = first + _STEP
-        panel = matrix[first:, first:last] - lower[first:, :first] @ lower[first:last, :first].T
-        corner = np.linalg.cholesky(panel[:_STEP])
-        lower[first:last, first:last] = corner
-        lower[last:, first:last] = panel[_STEP:] @ np.linalg.inv(corner).T
-    return lower.astype(np.float32)
-
-
-def _inverse(lower: Floats) -> Floats:
-    """Return the inverse of a lower triangle, by halves: a sixth of the work that a general inverse takes."""
-    size = len(lower)
-    if size <= _STEP:
-        return np.tril(np.linalg.inv(lower))
-    half = size // 2
-    found = np.zeros_like(lower)
-    found[:half, :half] = _inverse(lower[:half, :half])
-    found[half:, half:] = _inverse(lower[half:, half:])
-    found[half:, :half] = -found[half:, half:] @ (lower[half:, :half] @ found[:half, :half])
-    return found
-
-
 def compensate(
-    weights: Floats, inputs: Curvature, form: Form, block: int, start: Start, rounding: Rounding, refine: int
+    weights: Floats, inputs: Curvature, codebook: Codebook, block: int, start: Start, rounding: Rounding, refine: int
 ) -> Rounded:
-    """Round weights (rows, cols) to levels of `form` with error compensation and up to `refine` rounds of refinement.
+    """Round weights (rows, cols) with error compensation and up to `refine` rounds of refinement.
 
-    block: columns per set of coefficients. Source: GPTQ algorithm 1 with scales found block by block; refinement after
-    papers 2 and 3's shared need, see the README's "Calibrated binarization".
+    block: columns per set of coefficients. Source: GPTQ (arXiv 2210.17323), algorithm 1, with scales found block by
+    block; the refinement alternates least squares for the scales and coordinate descent over the weights.
     """
     rows, cols = weights.shape
     blocks = -(-cols // block)
     codes = np.empty((rows, cols), np.uint8)
-    coef = np.empty((rows, blocks, form.coefs), np.float32)
+    coef = np.empty((rows, blocks, codebook.coefs), np.float32)
     column_bits = np.zeros(cols, np.uint8)
     working = weights.copy()  # and, in columns that are rounded, their errors
     stretch = block * max(1, _STRETCH // block)
@@ -139,23 +67,23 @@ def compensate(
             working[:, first:after] -= working[:, :first] @ inputs.factor[:first, first:after]
         found, column_bits[first:last] = start(working[:, first:last], inputs.importance[first:last])
         coef[:, unit] = rounding(found)
-        levels = levels_of(form, coef[:, unit])
+        levels = levels_of(codebook, coef[:, unit])
         for begin in range(first, last, _STEP):
             part = slice(begin, min(last, begin + _STEP))
             columns = np.ascontiguousarray(working[:, part])
             chosen, errors = np.empty(columns.shape, np.uint8), np.empty(columns.shape, np.float32)
             factor = np.ascontiguousarray(inputs.factor[part, part])
-            round_block(columns, factor, levels, column_bits[part], form.planes, chosen, errors)
+            round_block(columns, factor, levels, column_bits[part], codebook.planes, chosen, errors)
             codes[:, part], working[:, part] = chosen, errors
             working[:, part.stop : after] -= errors @ inputs.factor[part, part.stop : after]
     del working
     before = cost = size = 0.0
     rounds = 0
-    step = min(rows, _chunk_rows(form.coefs, blocks, cols) if refine else _MOST_ROWS)
-    room = np.empty(step * blocks * form.coefs * cols if refine else 0, np.float32)
+    step = min(rows, _chunk_rows(codebook.coefs, blocks, cols) if refine else _MOST_ROWS)
+    room = np.empty(step * blocks * codebook.coefs * cols if refine else 0, np.float32)
     for row in range(0, rows, step):
         chunk = slice(row, row + step)
-        state = _State(weights[chunk], inputs.hessian, form, block, codes[chunk], coef[chunk], column_bits, room)
+        state = _State(weights[chunk], inputs.hessian, codebook, block, codes[chunk], coef[chunk], column_bits, room)
         done = _refine(state, rounding, refine)
         before, cost, size = before + done.before, cost + done.after, size + state.size
         rounds = max(rounds, done.rounds)
@@ -172,10 +100,10 @@ class _State:
     """Some rows on their way: codes and coefficients, and w H, which pulls at the rounded weights."""
 
     def __init__(
-        self, weights: Floats, hessian: Floats, form: Form, block: int, codes: NDArray[np.uint8], coef: Floats,
+        self, weights: Floats, hessian: Floats, codebook: Codebook, block: int, codes: NDArray[np.uint8], coef: Floats,
         column_bits: NDArray[np.uint8], room: Floats,
     ) -> None:  # fmt: skip
-        self.weights, self.hessian, self.form, self.block = weights, hessian, form, block
+        self.weights, self.hessian, self.codebook, self.block = weights, hessian, codebook, block
         self.codes, self.coef, self.column_bits = codes.copy(), coef.copy(), column_bits
         self.room = room
         self.pulled = weights @ hessian
@@ -187,22 +115,22 @@ class _State:
         Found once and kept up to date: a round changes a few codes in a hundred, and both the scales' equations and,
         after a refit, the gradient follow from these without another product with all of H.
         """
-        coefs, rows, cols = self.form.coefs, *self.codes.shape
+        coefs, rows, cols = self.codebook.coefs, *self.codes.shape
         shape = len(self.starts()), rows, coefs, cols
         found = self.room[: np.prod(shape)].reshape(shape)
         for product, first in zip(found, self.starts(), strict=True):
             last = min(cols, first + self.block)
             signs = np.empty((rows, coefs, last - first), np.float32)
-            spread(self.codes, self.form.features, first, last, signs)
+            spread(self.codes, self.codebook.features, first, last, signs)
             np.matmul(signs.reshape(rows * coefs, -1), self.hessian[first:last], out=product.reshape(-1, cols))
         return found
 
     @cached_property
     def equations(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Least squares for all m scales of each row: the matrices (rows, m, m) and right sides (rows, m)."""
-        rows, coefs = len(self.weights), len(self.starts()) * self.form.coefs
+        rows, coefs = len(self.weights), len(self.starts()) * self.codebook.coefs
         normal, wanted = np.empty((rows, coefs, coefs)), np.empty((rows, coefs))
-        normal_equations(self.products, self.pulled, self.codes, self.form.features, self.block, normal, wanted)
+        normal_equations(self.products, self.pulled, self.codes, self.codebook.features, self.block, normal, wanted)
         return normal, wanted
 
     @cached_property
@@ -218,7 +146,7 @@ class _State:
     @property
     def values(self) -> Floats:
         """The rounded weights."""
-        return values_of(self.form, self.codes, self.coef, self.block)
+        return values_of(self.codebook, self.codes, self.coef, self.block)
 
     def starts(self) -> range:
         return range(0, self.weights.shape[1], self.block)
@@ -253,7 +181,7 @@ def _refit(state: _State, rounding: Rounding) -> tuple[float, float]:
 
     Returns the cost before and after, which the normal equations tell.
     """
-    coefs, rows = state.form.coefs, len(state.weights)
+    coefs, rows = state.codebook.coefs, len(state.weights)
     blocks = len(state.starts())
     normal, wanted = state.equations
 
@@ -296,10 +224,10 @@ def _turn(state: _State, turned: NDArray[np.bool_]) -> None:
 
 def _flip(state: _State, more: bool) -> float:
     """Go over the columns once, moving weights to better levels; returns how much less they cost."""
-    levels = np.stack([levels_of(state.form, coef) for coef in state.coef.transpose(1, 0, 2)], axis=1)
+    levels = np.stack([levels_of(state.codebook, coef) for coef in state.coef.transpose(1, 0, 2)], axis=1)
     gained: float = move_weights(
-        state.products, state.pulled, state.hessian, state.coef, levels, state.form.features, state.column_bits,
-        state.form.planes, state.block, min(_STEP, state.block), _PASSES, more, state.codes,
+        state.products, state.pulled, state.hessian, state.coef, levels, state.codebook.features, state.column_bits,
+        state.codebook.planes, state.block, min(_STEP, state.block), _PASSES, more, state.codes,
         *state.equations,
     )  # fmt: skip
     return gained

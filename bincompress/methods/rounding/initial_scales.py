@@ -7,7 +7,7 @@ Every function takes weights (rows, cols) and the importance of each column (col
 import numpy as np
 from numpy.typing import NDArray
 
-from bincompress.methods.rounding.codebook import Form, sum_of_planes
+from bincompress.methods.rounding.codebook import Codebook, sum_of_planes
 from bincompress.methods.rounding.coefficients import walsh
 from bincompress.methods.rounding.compensation import Start
 from cpu_kernels.quantize.compensation import fit_scales, split_two
@@ -38,16 +38,16 @@ def of_planes(planes: int) -> Start:
     return _fitted(sum_of_planes(planes), np.ldexp(1.0, -np.arange(planes)))
 
 
-def of_groups(form: Form, groups: int) -> Start:
+def of_groups(codebook: Codebook, groups: int) -> Start:
     """Return the start for so many groups of magnitudes (a power of two), coefficients in Walsh order."""
-    return _fitted(form, walsh(2.5 * (np.arange(groups) + 0.5) / groups))
+    return _fitted(codebook, walsh(2.5 * (np.arange(groups) + 0.5) / groups))
 
 
-def _fitted(form: Form, shape: NDArray[np.float64]) -> Start:
+def _fitted(codebook: Codebook, shape: NDArray[np.float64]) -> Start:
     def start(weights: NDArray[np.float32], importance: NDArray[np.float64]) -> Found:
         squares = weights.astype(np.float64) ** 2 @ importance / importance.sum()
         coef = np.sqrt(squares)[:, None] * shape
-        fit_scales(np.ascontiguousarray(weights), np.ascontiguousarray(importance), form.features, _STEPS, coef)
+        fit_scales(np.ascontiguousarray(weights), np.ascontiguousarray(importance), codebook.features, _STEPS, coef)
         return coef, np.zeros(weights.shape[1], np.uint8)
 
     return start

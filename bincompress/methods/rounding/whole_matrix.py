@@ -1,4 +1,4 @@
-"""WGM with the whole matrix as one unit, as the paper runs it: by distinct magnitudes instead of single weights.
+"""WGM with one set of groups for a whole matrix, as the paper runs it: by distinct magnitudes, not single weights.
 
 A 16-bit float has at most 32,640 finite magnitudes, so one pass that counts them holds everything that the objective
 needs; float32 weights are sorted. The exact solver keeps equal magnitudes in one group; the paper's two merging
@@ -6,12 +6,15 @@ algorithms may part them, and then the first in row-major order are in the lower
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bincompress.methods.declaration import Binarized
 from bincompress.methods.rounding.coefficients import sign_terms, unwalsh, walsh
-from bincompress.records import Binarized, Settings, Weight
+from bincompress.tensors.packed import PackedTensor
+from bincompress.tensors.weight import Weight
 from cpu_kernels.quantize.counting import MAGNITUDES, count_magnitudes, find_zeros
 from cpu_kernels.quantize.group_units import assign_groups
 from cpu_kernels.quantize.grouping import cost_rows, exact_groups, merged_groups
@@ -20,6 +23,21 @@ from cpu_kernels.quantize.packing import pack_by_table, pack_codes, pack_signs, 
 _CHUNK = 1 << 21  # weights whose codes exist at once
 _TABLE_LIMIT = 1 << 28  # bytes of the exact solver's table of choices; past it, limits are found by halving
 _LISTED_BYTES = 12  # of a weight kept in a list: its index and its value
+
+
+class Grouping(Protocol):
+    """The settings of the grouping: see `wgm.WgmSettings`."""
+
+    @property
+    def groups(self) -> int: ...  # noqa: D102
+    @property
+    def solver(self) -> str: ...  # noqa: D102
+    @property
+    def window(self) -> int: ...  # noqa: D102
+    @property
+    def lam(self) -> float: ...  # noqa: D102
+    @property
+    def lam_normalized(self) -> bool: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -41,8 +59,8 @@ class Groups:
     second: NDArray[np.float64]  # sums of squares
 
 
-def binarize(weight: Weight, settings: Settings) -> Binarized:
-    """Return the planes of one unit: signs, the group of every weight, and float32 Walsh coefficients (terms, 1, 1).
+def binarize(weight: Weight, settings: Grouping) -> Binarized:
+    """Return the planes of a matrix: signs, the group of every weight, and float32 Walsh coefficients (terms, 1, 1).
 
     Raises FloatingPointError where a weight is NaN or infinite, which the count tells.
     """
@@ -86,16 +104,19 @@ def binarize(weight: Weight, settings: Settings) -> Binarized:
             _pack_codes(weight, seen, groups, zero_code, planes[1:])
         kept, terms = sign_terms(planes, cols, coef)
     return Binarized(
-        planes=planes,
-        coef=kept,
-        terms=terms,
-        block=cols,
+        PackedTensor(
+            planes,
+            kept,
+            terms,
+            cols,
+            (rows, cols),
+            listed_index=listed,
+            listed_value=np.zeros(listed.size, np.float32),
+        ),
         squared_error=max(float(np.sum(squares - 2 * stored * total + stored * stored * sizes)), 0.0),
         squared_norm=float(groups.second[-1]),
         nominal_bits=1.0 + 16.0 * number / (rows * cols),
         groups=number,
-        listed_index=listed,
-        listed_value=np.zeros(listed.size, np.float32),
         notes=notes,
     )
 
@@ -125,7 +146,7 @@ def _prefix(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate([[0.0], np.cumsum(values)])
 
 
-def _solve(seen: Magnitudes, settings: Settings) -> Groups:
+def _solve(seen: Magnitudes, settings: Grouping) -> Groups:
     """Run the solver over atoms of the sorted magnitudes and return the groups' limits with their sums."""
     positions = np.concatenate([[0], np.cumsum(seen.counts)])
     first = _prefix(seen.counts * seen.values)
@@ -150,7 +171,7 @@ def _solve(seen: Magnitudes, settings: Settings) -> Groups:
     return Groups(positions[limits], first[limits], second[limits])
 
 
-def _lambda(seen: Magnitudes, positions: NDArray[np.int64], first: NDArray[np.float64], settings: Settings) -> float:
+def _lambda(seen: Magnitudes, positions: NDArray[np.int64], first: NDArray[np.float64], settings: Grouping) -> float:
     """Return lambda for the cost in sums of squares: the normalised objective is multiplied by n."""
     size = int(positions[-1])
     if not settings.lam_normalized:

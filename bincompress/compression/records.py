@@ -1,0 +1,52 @@
+"""What travels between the driver of a run and its workers: small frozen records, paths and no data."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from bincompress.methods import Settings
+from bincompress.tensors.weight import TensorSource
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The matrices that read one norm's output, whose columns are scaled alike, and the settings that say how."""
+
+    members: tuple[TensorSource, ...]
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor's work: what to read, what to do, where to write. Paths only, so that it can travel."""
+
+    store: str
+    name: str
+    source: TensorSource
+    settings: Settings
+    kept: tuple[tuple[int, int], ...] = ()  # single weights kept exactly, (row, column)
+    archive: bool = False
+    run_id: str = ""
+    peak_memory: int = 0  # bytes, as planned; 0: not known
+    statistics: str = ""  # the store of what calibration found; empty: not needed
+    inputs_hash: str = ""  # of what it found of this tensor's inputs
+    shared: Shared | None = None  # of a norm and of the matrices that read it, where a transformation is folded into it
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """What came of a job: small, so that it can travel back."""
+
+    name: str
+    status: Literal["done", "unchanged", "failed"]
+    seconds: float
+    bytes_read: int
+    report: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+    fatal: bool = False  # the others would fail too: a full disk, a folder that cannot be written
+    store: str = ""  # where it belongs: one run may fill several stores
+    node: str = ""  # the machine that did it, where there are several
+
+
+def failed_report(job: Job, error: str, seconds: float = 0.0, fatal: bool = False) -> JobReport:
+    """Return the report of a job that failed."""
+    return JobReport(job.name, "failed", seconds, 0, error=error, fatal=fatal, store=job.store)

@@ -1,0 +1,64 @@
+"""What does the store say of a tensor, beside what is needed to read it?"""
+
+from typing import Any
+
+import numpy as np
+
+from bincompress.compression.records import Shared
+from bincompress.methods import KEEP, Binarized
+from bincompress.tensors.weight import Weight
+
+_SAMPLE = 1 << 14  # weights in a tensor's histogram
+_BINS = 100
+
+
+def packed_report(method: str, found: Binarized, weight: Weight, stored_bytes: int) -> dict[str, Any]:
+    """Return the report of a packed tensor, as JSON: bits, errors, and a histogram of the weight as it was."""
+    relative = found.squared_error / found.squared_norm if found.squared_norm else 0.0
+    return {
+        "method": method,
+        "groups": found.groups,
+        "nominal_bits": six_digits(found.nominal_bits),
+        "stored_bits": six_digits(8 * stored_bytes / weight.bits.size),
+        "stored_bytes": stored_bytes,
+        "relative_error": six_digits(relative),
+        "squared_error": six_digits(found.squared_error),
+        "squared_norm": six_digits(found.squared_norm),
+        "weights": weight.bits.size,
+        **found.notes,
+        "histogram": sample_histogram(weight),
+    }
+
+
+def kept_report(weight: Weight, stored_bytes: int, shared: Shared | None) -> dict[str, Any]:
+    """Return the report of a tensor that stays as it is, or that is a norm divided by the scale of its readers."""
+    size = max(1, weight.bits.size)
+    report = {
+        "method": KEEP.method,
+        "groups": 0,
+        "nominal_bits": 8.0 * weight.bits.nbytes / size,
+        "stored_bits": six_digits(8 * stored_bytes / size),
+        "stored_bytes": stored_bytes,
+        "relative_error": 0.0,
+        "squared_error": 0.0,
+        "squared_norm": 0.0,
+        "weights": weight.bits.size,
+    }
+    if shared is not None:
+        report["transformation"] = f"divided by the scale of {', '.join(m.name for m in shared.members)}"
+    return report
+
+
+def sample_histogram(weight: Weight) -> dict[str, Any]:
+    """Return a histogram of evenly spaced weights: the original is not in the store."""
+    sample = np.ascontiguousarray(weight.flat[:: max(1, weight.bits.size // _SAMPLE)])
+    values = Weight(sample[None], weight.dtype).float32()[0].astype(np.float64)
+    # Single weights far out would leave the bell a spike in the middle.
+    reach = min(float(np.max(np.abs(values), initial=0.0)), 6.0 * float(np.std(values))) or 1.0
+    counts, _ = np.histogram(values, bins=_BINS, range=(-reach, reach))
+    return {"low": six_digits(-reach), "high": six_digits(reach), "counts": counts.tolist()}
+
+
+def six_digits(value: float) -> float:
+    """Return six significant digits, so that the last bit of a sum does not change a store's bytes."""
+    return float(f"{value:.6g}")
