@@ -73,7 +73,7 @@ def run_job(job: Job) -> JobReport:
         weight = read_weight(job.source)
         digest = xxhash.xxh3_128_hexdigest(weight.flat.view(np.uint8).data)
         fingerprint = _fingerprint(job, digest)
-        before = store.node_attributes(job.name)
+        before = store.look_at(job.name)
         if before.get("status") == "complete" and before.get("fingerprint") == fingerprint:
             seconds = time.perf_counter() - begin
             return JobReport(job.name, "unchanged", seconds, job.source.nbytes, before["report"], store=job.store)
@@ -183,7 +183,7 @@ def check_finite(name: str, weight: Weight) -> None:
         if bad.size:
             raise TensorError(
                 f"{name}: {values[bad[0]]} at row {row}, column {bad[0]}; expected finite weights "
-                "(is the checkpoint damaged? `--keep` leaves a tensor as it is)"
+                "(is the checkpoint damaged?)"
             )
 
 
