@@ -16,7 +16,7 @@ import threadpoolctl
 import xxhash
 from numpy.typing import NDArray
 
-from bincompress.compression.plan import Plan, settings_record
+from bincompress.compression.plan import Plan, kind_of, settings_record
 from bincompress.compression.recipe import KEEP
 from bincompress.errors import BincompressError, StoreError, TensorError
 from bincompress.methods import METHODS
@@ -101,12 +101,15 @@ def _write(store: Store, job: Job, weight: Weight, fingerprint: dict[str, Any]) 
     if job.settings.method == KEEP:
         if job.shared is not None:
             weight = _divided(weight, job)
+        bad = store.check_plain(job.name, weight, job.source.shape, refuse=kind_of(job.source) == "other")
         hashes, stored = store.write_plain(job.name, weight, job.source.shape, job.archive)
         report = {
             "method": KEEP, "groups": 0, "nominal_bits": 8.0 * weight.bits.nbytes / max(1, weight.bits.size),
             "stored_bits": _rounded(8 * stored / max(1, weight.bits.size)), "stored_bytes": stored,
             "relative_error": 0.0, "squared_error": 0.0, "squared_norm": 0.0, "weights": weight.bits.size,
         }  # fmt: skip
+        if bad:
+            report["not_finite"] = bad
         if job.shared is not None:
             report["transformation"] = f"divided by the scale of {', '.join(m.name for m in job.shared.members)}"
         dtype = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[weight.dtype]
@@ -183,7 +186,7 @@ def check_finite(name: str, weight: Weight) -> None:
         if bad.size:
             raise TensorError(
                 f"{name}: {values[bad[0]]} at row {row}, column {bad[0]}; expected finite weights "
-                "(is the checkpoint damaged?)"
+                "(is the checkpoint damaged? `--keep` leaves a matrix as it is, but no program can run it)"
             )
 
 

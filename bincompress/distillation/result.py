@@ -68,6 +68,7 @@ def _write_tensor(source: Store, store: Store, name: str, student: Student, teac
             values = norms[name].detach().float().cpu().numpy()
             weight = Weight(np.ascontiguousarray(values).view(np.uint32)[None], "F32")
             attributes |= {"dtype": "float32"}
+        store.check_plain(name, weight, shape, refuse=True)
         hashes, stored = store.write_plain(name, weight, shape, archive)
         bits = 8.0 * stored / max(1, weight.bits.size)
         report = {**attributes["report"], "stored_bytes": stored, "stored_bits": rounded(bits)}

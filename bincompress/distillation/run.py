@@ -26,9 +26,10 @@ from bincompress.model.config import parse
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.sources.checkpoint import Checkpoint
 from bincompress.sources.hub import source_record
-from bincompress.store.layout import MODEL
+from bincompress.store.files import LOCK
+from bincompress.store.layout import MODEL, NEW
 from bincompress.store.lock import exclusive
-from bincompress.store.replace import check_place
+from bincompress.store.replace import Place, check_place
 from bincompress.store.store import Store, is_local, open_store
 
 _CURVE_POINTS = 200  # of the losses that a store keeps
@@ -146,9 +147,17 @@ def _check(
     if is_local(out) and Path(out).resolve() == Path(store.url).resolve():
         raise DistillError(f"{out}: is the store to distill; --out has to be another")
     place = check_place(out, MODEL, overwrite)
-    unfinished = place.attributes.get("status") != "complete" and "distillation" in place.attributes
-    if place.state == "store" and not unfinished and not overwrite:
+    if not overwrite and _is_taken(out, place):
         raise DistillError(f"{out}: exists; choose another --out, or --overwrite")
+
+
+def _is_taken(out: str, place: Place) -> bool:
+    """Return whether something lies where the result is to be: anything but what an interrupted run leaves."""
+    if place.state == "store":
+        return place.attributes.get("status") == "complete" or "distillation" not in place.attributes
+    if place.state == "empty" and is_local(out) and Path(out).exists():
+        return not any((Path(out) / name).exists() for name in (NEW, LOCK))
+    return False
 
 
 def _remove_work(work: Path) -> None:

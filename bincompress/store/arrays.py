@@ -57,12 +57,12 @@ def read_array(
     """
     check_sizes(layout, path, size or files.size)
     if layout.count == 1:  # what is read is the array
-        chunk = _chunk(files.read(f"{path}/{next(layout.parts())[0]}"), layout)
+        chunk = _chunk(files.read(f"{path}/{next(layout.parts())[0]}", layout.chunk_nbytes), layout)
         if layout.chunks == layout.shape:
             return chunk.reshape(layout.shape)
     values = np.empty(layout.shape, layout.dtype)
     for key, part in layout.parts():
-        chunk = _chunk(files.read(f"{path}/{key}"), layout).reshape(layout.chunks)
+        chunk = _chunk(files.read(f"{path}/{key}", layout.chunk_nbytes), layout).reshape(layout.chunks)
         target = values[part]
         target[...] = chunk[tuple(slice(length) for length in target.shape)]
     return values

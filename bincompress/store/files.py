@@ -3,6 +3,7 @@
 Both ask for as little as they can: an object store answers a request in a tenth of a second.
 """
 
+import inspect
 import os
 import stat
 import uuid
@@ -19,6 +20,7 @@ Bytes = bytes | memoryview
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "cos", "obs", "tos", "r2", "b2", "oci")
 # In a folder of a fresh disk, or the lock of a run: nobody's data.
 LOCK = ".bincompress.lock"
+_IN_PARTS = 32 << 20  # bytes of an object that is quicker read in parts at the same time
 _NOBODYS = (LOCK, "lost+found/")
 
 
@@ -27,8 +29,8 @@ class Files(Protocol):
 
     url: str
 
-    def read(self, key: str) -> bytes | None:
-        """Return the bytes of a key, None where it is not there."""
+    def read(self, key: str, expected: int = 0) -> bytes | None:
+        """Return the bytes of a key, None where it is not there; expected: how many there are, where that is known."""
 
     def read_many(self, keys: Sequence[str]) -> list[bytes | None]:
         """Return the bytes of several keys, at once where that saves time."""
@@ -84,7 +86,7 @@ class LocalFiles:
         self.url = str(url)
         self.root = Path(url)
 
-    def read(self, key: str) -> bytes | None:
+    def read(self, key: str, expected: int = 0) -> bytes | None:
         """See `Files`."""
         try:
             # Without Path: loading a model reads hundreds of small files.
@@ -165,6 +167,10 @@ def _size_of(path: str) -> int:
         return 0
 
 
+def _parameters(fs: Any, method: str) -> set[str]:
+    return set(inspect.signature(getattr(fs, f"_{method}", getattr(fs, method))).parameters)
+
+
 class ObjectFiles:
     """The objects below an fsspec URL."""
 
@@ -178,6 +184,9 @@ class ObjectFiles:
         except (ImportError, ValueError) as error:
             raise StoreError(f"{url}: cannot be opened: {error}") from None
         self.path = str(path).rstrip("/")
+        # s3fs asks for an object's size before it reads it, to read a large one in parts at the same time.
+        reads_in_parts = "max_concurrency" in _parameters(self._fs, "cat_file")
+        self._at_once: dict[str, Any] = {"max_concurrency": 1} if reads_in_parts else {}
 
     @property
     def is_whole_bucket(self) -> bool:
@@ -190,10 +199,10 @@ class ObjectFiles:
     def _at(self, key: str) -> str:
         return f"{self.path}/{key}".rstrip("/")
 
-    def read(self, key: str) -> bytes | None:
+    def read(self, key: str, expected: int = 0) -> bytes | None:
         """See `Files`."""
         try:
-            return bytes(self._fs.cat_file(self._at(key)))
+            return bytes(self._fs.cat_file(self._at(key), **({} if expected > _IN_PARTS else self._at_once)))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
 
@@ -204,7 +213,8 @@ class ObjectFiles:
             return [self.read(key) for key in keys]
         if len(keys) == 1:
             return [self.read(keys[0])]
-        results: dict[str, Any] = self._fs.cat([self._at(key) for key in keys], on_error="return") if keys else {}
+        paths = [self._at(key) for key in keys]
+        results: dict[str, Any] = self._fs.cat(paths, on_error="return", **self._at_once) if keys else {}
         for key in keys:
             result = results.get(self._at(key))
             if isinstance(result, Exception) and not isinstance(result, FileNotFoundError):
@@ -229,8 +239,13 @@ class ObjectFiles:
         """See `Files`."""
         start = self._at(prefix)
         self._fs.invalidate_cache(start)  # it would answer from what it has seen before
+        folder, _, name = start.rpartition("/")
+        # One listing by a prefix, where the file system has that: else it also looks for an object of this name.
+        known = folder and "prefix" in _parameters(self._fs, "find")
         try:
-            found: dict[str, Any] = self._fs.find(start, detail=True)
+            found: dict[str, Any] = (
+                self._fs.find(folder, detail=True, prefix=f"{name}/") if known else self._fs.find(start, detail=True)
+            )
         except FileNotFoundError:
             return {}
         cut = len(self.path) + 1

@@ -44,6 +44,7 @@ class Format:
 
     name: str
     lacking: str  # what is said of a place that holds none
+    another: str  # what is said of another store
     groups: tuple[str, ...]
 
     def owns(self, key: str) -> bool:
@@ -60,8 +61,18 @@ class Format:
         return not key or key.split("/")[0] in self.groups
 
 
-MODEL = Format(FORMAT, "not a bincompress store", ("tensors", "plain", "assets", "log", NODES))
-STATISTICS = Format("bincompress-statistics", "holds no statistics", ("inputs", "trials", "work"))
+MODEL = Format(
+    FORMAT,
+    "not a bincompress store",
+    "a Zarr store, but not of bincompress",
+    ("tensors", "plain", "assets", "log", NODES),
+)
+STATISTICS = Format(
+    "bincompress-statistics",
+    "holds something else, and no statistics",
+    "holds no statistics",
+    ("inputs", "trials", "work"),
+)
 
 
 @dataclass(frozen=True)

@@ -99,12 +99,9 @@ def check_place(url: str, format: Format, overwrite: bool) -> Place:
     place = look(url, format)
     if place.state == "other":
         known = place.attributes.get("format")
-        zarr = "a Zarr store, but " if known or "zarr.json" in place.owned + place.foreign else ""
+        what = f"{format.another} (its format is {known!r:.40})" if known else f"{format.lacking} ({place.others})"
         option = "--overwrite replaces nothing else; " if overwrite else ""
-        raise StoreError(
-            f"{url}: {zarr}{format.lacking}{f' (its format is {known!r:.40})' if known else ''}: there is "
-            f"{place.others}; nothing was changed: {option}choose another place"
-        )
+        raise StoreError(f"{url}: {what}; nothing was changed: {option}choose another place")
     return place
 
 

@@ -1,5 +1,6 @@
 """How is a store written? A tensor's arrays first, its attributes last: they say that it is complete."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ from bincompress.store.layout import (
     sealed,
 )
 from bincompress.store.reading import StoreReader, not_finite
+
+_LOG = logging.getLogger(__name__)
 
 
 class Store(StoreReader):
@@ -69,16 +72,24 @@ class Store(StoreReader):
         self._written[name] = {key: layout_of(values, archive) for key, values in arrays.items()}
         return {key: array_hash(values) for key, values in arrays.items()}, stored
 
+    def check_plain(self, name: str, weight: Weight, shape: tuple[int, ...], refuse: bool) -> str:
+        """Return what is not finite in a tensor that is to be kept, having said so; empty where all of it is.
+
+        refuse: raise TensorError instead.
+        """
+        problem = not_finite(weight, shape)
+        if problem and refuse:
+            raise TensorError(f"{name}: {problem} (is the checkpoint damaged?)")
+        if problem:
+            _LOG.warning(
+                "%s: %s; it is kept as it is, and `verify` and whatever loads the store will refuse it", name, problem
+            )
+        return problem
+
     def write_plain(
         self, name: str, weight: Weight, shape: tuple[int, ...], archive: bool
     ) -> tuple[dict[str, str], int]:
-        """Write a tensor as it is; returns its hash and stored bytes. `commit` makes it count.
-
-        Raises TensorError where a value of it is not finite.
-        """
-        problem = not_finite(weight, shape)
-        if problem:
-            raise TensorError(f"{name}: {problem} (is the checkpoint damaged?)")
+        """Write a tensor as it is; returns its hash and stored bytes. `commit` makes it count."""
         values = weight.bits.reshape(shape)
         if weight.dtype == "F32":
             values = values.view(np.float32)
