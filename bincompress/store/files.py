@@ -53,6 +53,11 @@ def is_local(url: str) -> bool:
     return "://" not in url
 
 
+def options_of(url: str) -> dict[str, Any]:
+    """Return what fsspec is to be told of a URL: in a folder named by one, folders are made as they are needed."""
+    return {"auto_mkdir": True} if url.split("://")[0] in ("file", "local") else {}
+
+
 def files_at(url: str) -> Files:
     """Return the files of a path or an fsspec URL; nothing is looked at yet."""
     return LocalFiles(url) if is_local(url) else ObjectFiles(url)
@@ -178,9 +183,8 @@ class ObjectFiles:
         import fsspec
 
         self.url = url
-        options = {"auto_mkdir": True} if url.split("://")[0] in ("file", "local") else {}
         try:
-            self._fs, path = fsspec.core.url_to_fs(url, **options)
+            self._fs, path = fsspec.core.url_to_fs(url, **options_of(url))
         except (ImportError, ValueError) as error:
             raise StoreError(f"{url}: cannot be opened: {error}") from None
         self.path = str(path).rstrip("/")

@@ -149,5 +149,6 @@ def _move(path: Path, target: Path) -> None:
     if path.is_dir() and target.is_dir():  # something foreign stayed in it
         for entry in path.iterdir():
             _move(entry, target / entry.name)
+        path.rmdir()
     else:
         os.replace(path, target)

@@ -10,7 +10,7 @@ import zarr
 import zarr.storage
 from zarr.storage import LocalStore
 
-from bincompress.store.files import replacing
+from bincompress.store.files import is_local, options_of, replacing
 
 
 class DirectStore(LocalStore):
@@ -39,7 +39,9 @@ class DirectStore(LocalStore):
 def zarr_store(url: str) -> Any:
     """Return zarr's view of a path or fsspec URL."""
     # zarr takes its root's name out of the paths of files wherever it stands in them, and "s/" stands in "assets/".
-    return zarr.storage.FsspecStore.from_url(url) if "://" in url else DirectStore(Path(url).resolve())
+    if is_local(url):
+        return DirectStore(Path(url).resolve())
+    return zarr.storage.FsspecStore.from_url(url, storage_options=options_of(url))
 
 
 def open_root(url: str) -> zarr.Group:
