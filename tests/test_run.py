@@ -28,8 +28,10 @@ from bincompress.compression.runner import Processes, run_local
 from bincompress.errors import StoreError
 from bincompress.reporting.inspection import inspect
 from bincompress.sources.checkpoint import open_checkpoint
-from bincompress.store import direct_store
-from bincompress.store.direct_store import write_one_chunk
+from bincompress.store import files
+from bincompress.store.arrays import read_array, write_array
+from bincompress.store.files import LocalFiles
+from bincompress.store.layout import parse_array, parse_node
 from bincompress.store.store import open_store
 from bincompress.store.verify import verify
 from tests.conftest import tiny_config, tiny_tensors, write_model
@@ -239,7 +241,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_complete(
     tiny_model: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, left = tmp_path / "store", 40_000
-    real = direct_store.replacing
+    real = files.replacing
 
     class Limited:
         def __init__(self, file: BinaryIO) -> None:
@@ -257,7 +259,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_complete(
         with real(path) as file:
             yield Limited(file)
 
-    monkeypatch.setattr(direct_store, "replacing", replacing)
+    monkeypatch.setattr(files, "replacing", replacing)
     with pytest.raises(StoreError, match=r"No space left on device; (\d+) of 21 tensors are complete: .* run the same"):
         run(tiny_model, store)
     monkeypatch.undo()
@@ -394,17 +396,31 @@ def test_stored_bits_are_the_files_bytes(tiny_model: Path, tmp_path: Path) -> No
         assert found["total"]["stored_bytes"] == total
 
 
+@pytest.mark.parametrize("archive", [False, True])
 @pytest.mark.parametrize("dtype", ["uint64", "float16", "float32", "uint16", "uint8"])
-@pytest.mark.parametrize("shape", [(3,), (2, 5), (2, 3, 4)])
-def test_a_chunk_written_straight_has_zarrs_own_bytes(
-    tmp_path: Path, tree: Tree, dtype: str, shape: tuple[int, ...]
-) -> None:
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((), 1), ((3,), 3), ((2, 5), 2), ((7, 4), 3), ((2, 3, 4), 3), ((2, 5, 4), 2), ((0, 4), 1)]
+)
+def test_arrays_written_here_have_zarrs_own_bytes(
+    tmp_path: Path, tree: Tree, dtype: str, shape: tuple[int, ...], rows: int, archive: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     values = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
-    assert write_one_chunk(tmp_path / "ours" / "a", values) == values.nbytes + 4
+    axis = 1 if len(shape) == 3 else 0
+    if values.size and rows != (shape[axis] if shape else 1):  # so small a limit that chunks have so many rows
+        monkeypatch.setattr("bincompress.store.layout.CHUNK_LIMIT", -(-values.nbytes // -(-shape[axis] // rows)))
+    chunks = tuple(rows if i == axis else size for i, size in enumerate(shape))
+    stored = write_array(LocalFiles(tmp_path / "ours"), "a", values, archive, {"x": [1, 0.5], "\u00e9": None})
+    zstd = [zarr.codecs.ZstdCodec(level=9)] if archive else []
     array = zarr.create_array(
-        zarr.storage.LocalStore(tmp_path / "zarrs"), name="a", shape=shape, chunks=shape, dtype=dtype, filters=None,
-        compressors=[zarr.codecs.Crc32cCodec()], zarr_format=3,
+        zarr.storage.LocalStore(tmp_path / "zarrs"), name="a", shape=shape, chunks=chunks, dtype=dtype, filters=None,
+        compressors=[*zstd, zarr.codecs.Crc32cCodec()], zarr_format=3, config={"write_empty_chunks": True},
     )  # fmt: skip
-    array[...] = values
+    if values.size:
+        array[...] = values
+    array.attrs.put({"x": [1, 0.5], "\u00e9": None})
     theirs = {name: content for name, content in tree(tmp_path / "zarrs").items() if name.startswith("a/")}
     assert tree(tmp_path / "ours") == theirs
+    assert stored == sum(len(content) for name, content in theirs.items() if not name.endswith("zarr.json"))
+    layout = parse_array(parse_node(theirs["a/zarr.json"]))
+    np.testing.assert_array_equal(read_array(LocalFiles(tmp_path / "zarrs"), "a", layout), values)

@@ -25,6 +25,7 @@ from bincompress.model.linear import Floats
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.sources.checkpoint import Checkpoint
 from bincompress.sources.hub import source_record
+from bincompress.store.lock import exclusive
 
 T = TypeVar("T")
 Part = TypeVar("Part")
@@ -122,7 +123,11 @@ def calibrate(
     with after its last whole layer. Raises StoreError, CheckpointError, UnsupportedModelError, or TensorError where an
     input is not finite.
     """
-    work = begin_calibration(checkpoint, samples)
+    with exclusive(url):
+        return _calibrate(begin_calibration(checkpoint, samples), url, runner, overwrite, progress)
+
+
+def _calibrate(work: Calibration, url: str, runner: LayerRunner, overwrite: bool, progress: Progress) -> Statistics:
     groups = [work.config.inputs_of_layer(layer) for layer in range(work.config.layers)]
     found = begin_statistics(url, work.record(), overwrite)
     if found.complete:
@@ -140,7 +145,7 @@ def calibrate(
             after[part] = streamed
             _add(sums, partial)
             progress(pieces * layer + number, total)
-        _write(found, groups[layer], sums, samples.size)
+        _write(found, groups[layer], sums, work.samples.size)
         stream = after
         found.write_work(f"stream-{layer + 1}", stream)
         found.remove_work(f"stream-{layer}")

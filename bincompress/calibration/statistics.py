@@ -23,10 +23,13 @@ from zarr.core.sync import sync
 
 from bincompress.errors import DamagedError, StoreError
 from bincompress.methods import Inputs
-from bincompress.store.store import array_hash, is_local
+from bincompress.store.files import is_local
+from bincompress.store.layout import STATISTICS, array_hash, group_node
+from bincompress.store.replace import BEGINNING, check_place, clear, remove
+from bincompress.store.store import difference_of
 from bincompress.store.zarr_access import zarr_store
 
-FORMAT = "bincompress-statistics"
+FORMAT = STATISTICS.name
 VERSION = 1
 _ARRAYS = ("hessian", "absmax", "drift", "lack")
 _CHUNK_LIMIT = 256 << 20
@@ -130,9 +133,7 @@ class Statistics:
 
     def remove(self) -> None:
         """Remove the store, and nothing else that may lie in its folder."""
-        for part in ("work", "trials", "inputs"):
-            sync(self.root.store.delete_dir(f"{self.root.path}/{part}".strip("/")))
-        sync(self.root.store.delete(f"{self.root.path}/zarr.json".strip("/")))
+        remove(self.url, STATISTICS)
         if is_local(self.url):
             with contextlib.suppress(OSError):
                 Path(self.url).rmdir()
@@ -172,29 +173,28 @@ def open_unfinished(url: str) -> Statistics:
 
 
 def begin_statistics(url: str, record: Mapping[str, Any], overwrite: bool) -> Statistics:
-    """Create a statistics store, or open one that an equal run began; raises StoreError where another one did."""
+    """Create a statistics store, or open one that an equal run began; raises StoreError where another one did.
+
+    overwrite: statistics in that place are removed first; what is no part of them stays (`replace`).
+    """
     wanted = {"format": FORMAT, "version": VERSION, **record}
-    found = None if overwrite else statistics_at(url)
-    if found is not None:
+    place = check_place(url, STATISTICS, overwrite)
+    if place.state == "store" and not overwrite:
+        _check_version(url, place.attributes)
         for key, value in wanted.items():
-            if found.attributes.get(key) != value:
+            if difference_of(place.attributes, {key: value}):
                 raise StoreError(
-                    f"{url}: was begun with another {key}: {found.attributes.get(key)!r:.80} there, {value!r:.80} now; "
+                    f"{url}: was begun with another {key}: {place.attributes.get(key)!r:.80} there, {value!r:.80} now; "
                     "use another place, the same settings, or --overwrite"
                 )
-        return found
-    before = statistics_at(url)
-    if before is not None:  # only statistics are replaced, never what else may lie there
-        before.remove()
-    if is_local(url) and Path(url).is_dir() and any(Path(url).iterdir()):
-        raise StoreError(f"{url}: holds something else, and no statistics; use another place")
+        return open_unfinished(url)
     try:
-        attributes = {**wanted, "status": "incomplete"}
-        root = zarr.create_group(zarr_store(url), zarr_format=3, attributes=attributes)
-        root.create_group("inputs")
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{url}: cannot be written: {error}") from None
-    return Statistics(url, root)
+        clear(place, VERSION)
+        place.files.write("inputs/zarr.json", [group_node({})])
+        place.files.write("zarr.json", [group_node({**wanted, "status": "incomplete"})])
+    except OSError as error:
+        raise StoreError(f"{url}: cannot be written: {error.strerror or error}") from None
+    return open_unfinished(url)
 
 
 def statistics_at(url: str) -> Statistics | None:
@@ -209,6 +209,15 @@ def statistics_at(url: str) -> Statistics | None:
         raise StoreError(f"{url}: not a Zarr v3 store: {error}") from None
     if root.attrs.get("format") != FORMAT:
         raise StoreError(f"{url}: holds no statistics (format {root.attrs.get('format')!r}); is it a model's store?")
-    if root.attrs.get("version") != VERSION:
-        raise StoreError(f"{url}: statistics of version {root.attrs.get('version')!r}; this program reads {VERSION}")
+    if root.attrs.get("status") == BEGINNING:
+        return None
+    _check_version(url, dict(root.attrs))
     return Statistics(url, root)
+
+
+def _check_version(url: str, attributes: Mapping[str, Any]) -> None:
+    if attributes.get("version") != VERSION:
+        raise StoreError(
+            f"{url}: statistics of version {attributes.get('version')!r}; this program reads {VERSION}: calibrate "
+            "again with --overwrite"
+        )

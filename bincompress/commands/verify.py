@@ -32,11 +32,23 @@ def check(store: str, quiet: bool) -> dict[str, str]:
     """Return the problems of a store by tensor, with a progress bar."""
     from tqdm import tqdm
 
+    from bincompress.errors import DamagedError
     from bincompress.store.store import open_store
-    from bincompress.store.verify import verify
+    from bincompress.store.verify import unsealed, verify
 
-    opened = open_store(store)
+    try:
+        opened = open_store(store)
+    except DamagedError as error:
+        return {"zarr.json": str(error)}
     results = tqdm(
-        verify(opened), total=len(opened.tensors()) + 1, desc="verify", unit="tensor", disable=True if quiet else None
+        verify(opened), total=len(opened.tensors()) + 2, desc="verify", unit="tensor", disable=True if quiet else None
     )
-    return {name: problem for name, problem in results if problem}
+    problems = {name: problem for name, problem in results if problem}
+    bare = unsealed(opened) if not problems else []
+    if bare:
+        click.echo(
+            f"note: the attributes of {len(bare)} tensors are under no hash (an earlier version wrote them): their "
+            "arrays were checked against hashes, their attributes for their form only",
+            err=True,
+        )
+    return problems

@@ -1,6 +1,8 @@
 """What happened to which job, and when? One JSON object a line, for programs that watch a run."""
 
+import contextlib
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,6 +27,7 @@ class JobEvent:
     detail: str = ""
 
 
+_LOG = logging.getLogger(__name__)
 OnEvent = Callable[[JobEvent], None]
 
 
@@ -52,12 +55,22 @@ class EventLog:
         return self
 
     def write(self, event: JobEvent) -> None:
-        """Append one event with the time (seconds since 1970)."""
-        if self._file is not None:
+        """Append one event with the time (seconds since 1970); where that fails, say so once and go on without."""
+        if self._file is None:
+            return
+        try:
             self._file.write(json.dumps({"time": round(time.time(), 3), **asdict(event)}) + "\n")
+        except OSError as error:
+            _LOG.warning("%s: cannot be written: %s; the run goes on without it", self.path, error.strerror or error)
+            self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what could not be written is tried once more
+                self._file.close()
+        self._file = None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._close()

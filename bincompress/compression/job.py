@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from bincompress.compression.fingerprint import fingerprint
+from bincompress.compression.plan import kind_of
 from bincompress.compression.prepare import binarize, divided_norm, prepare
 from bincompress.compression.records import Job, JobReport, failed_report
 from bincompress.compression.tensor_report import kept_report, packed_report
@@ -49,13 +50,14 @@ def _done(job: Job) -> tuple[Any, dict[str, Any]]:
     store = _opened(job.store, job.run_id)
     weight = read_weight(job.source)
     mark = fingerprint(job, weight)
-    before = store.node_attributes(job.name)
+    before = store.look_at(job.name)
     if before.get("status") == "complete" and before.get("fingerprint") == mark:
         return "unchanged", before["report"]
     if job.settings == KEEP:
         weight = divided_norm(job, weight)
+        bad = store.check_plain(job.name, weight, job.source.shape, refuse=kind_of(job.source) == "other")
         hashes, nbytes = store.write_plain(job.name, weight, job.source.shape, job.archive)
-        report = kept_report(weight, nbytes, job.shared)
+        report = kept_report(weight, nbytes, job.shared, bad)
         attributes: dict[str, Any] = {"dtype": weight.dtype_name, "hashes": hashes}
     else:
         found = binarize(prepare(job, weight))

@@ -2,21 +2,18 @@
 
 import contextlib
 import errno
-import os
 import uuid
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from bincompress.compression.job import largest_first
 from bincompress.compression.plan import Plan
 from bincompress.compression.records import Job, JobReport
 from bincompress.compression.runner import run_local
 from bincompress.errors import StoreError
-from bincompress.store.store import Store, begin_store, is_local
+from bincompress.store.lock import exclusive
+from bincompress.store.store import Store, begin_store, check_begin
 
 Runner = Callable[[Sequence[Job]], Generator[JobReport, None, None]]
 
@@ -59,6 +56,8 @@ def compress_all(
     with contextlib.ExitStack() as held:
         for store in plans:
             held.enter_context(exclusive(store))
+        for store, plan in plans.items():  # before any is changed
+            _refused(store, plan, overwrite)
         opened = {store: _begin(plan, store, run_id, overwrite) for store, plan in plans.items()}
         jobs = largest_first(job for store, plan in plans.items() for job in make_jobs(plan, store, run_id))
         counts: dict[str, Counter[str]] = {store: Counter() for store in plans}
@@ -105,6 +104,13 @@ def make_jobs(plan: Plan, store: str, run_id: str) -> list[Job]:
     return largest_first(jobs)
 
 
+def _refused(store: str, plan: Plan, overwrite: bool) -> None:
+    try:
+        check_begin(store, plan.record(), overwrite)
+    except OSError as error:
+        raise StoreError(f"{store}: cannot be read: {_cause(error)}") from None
+
+
 def _begin(plan: Plan, store: str, run_id: str, overwrite: bool) -> Store:
     try:
         return begin_store(store, plan.record(), plan.checkpoint.assets(), run_id, overwrite)
@@ -114,35 +120,3 @@ def _begin(plan: Plan, store: str, run_id: str, overwrite: bool) -> Store:
 
 def _cause(error: OSError) -> str:
     return f"{error.strerror or error}" + (" (free some space)" if error.errno == errno.ENOSPC else "")
-
-
-@contextlib.contextmanager
-def exclusive(store: str) -> Iterator[None]:
-    """Hold a local store for this process alone; object stores are guarded at commit instead."""
-    if not is_local(store):
-        yield
-        return
-    path = Path(store)
-    beside = path.parent / f".{path.name}.lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(beside, timeout=0)
-        lock.acquire()
-    except Timeout:
-        if not beside.exists():  # the lock waits for a file that can never be made, too
-            raise StoreError(
-                f"{store}: cannot be written: no file can be made beside it; choose another path"
-            ) from None
-        raise StoreError(
-            f"{store}: another bincompress is writing to it; wait for it to end, or use another store"
-        ) from None
-    except OSError as error:
-        raise StoreError(
-            f"{store}: cannot be written: {error.strerror or error}; choose a path you can write"
-        ) from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        lock.release()

@@ -30,7 +30,7 @@ def packed_report(method: str, found: Binarized, weight: Weight, stored_bytes: i
     }
 
 
-def kept_report(weight: Weight, stored_bytes: int, shared: Shared | None) -> dict[str, Any]:
+def kept_report(weight: Weight, stored_bytes: int, shared: Shared | None, not_finite: str = "") -> dict[str, Any]:
     """Return the report of a tensor that stays as it is, or that is a norm divided by the scale of its readers."""
     size = max(1, weight.bits.size)
     report = {
@@ -44,6 +44,8 @@ def kept_report(weight: Weight, stored_bytes: int, shared: Shared | None) -> dic
         "squared_norm": 0.0,
         "weights": weight.bits.size,
     }
+    if not_finite:
+        report["not_finite"] = not_finite
     if shared is not None:
         report["transformation"] = f"divided by the scale of {', '.join(m.name for m in shared.members)}"
     return report

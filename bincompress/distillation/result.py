@@ -1,7 +1,6 @@
 """How does a trained student become a store like any other?"""
 
-import os
-import shutil
+import contextlib
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,10 +17,13 @@ from bincompress.distillation.settings import DistillError
 from bincompress.errors import StoreError
 from bincompress.methods import method_named
 from bincompress.sources.checkpoint import Checkpoint, read_weight
+from bincompress.store.layout import MODEL, NEW, SEAL, VERSION
+from bincompress.store.replace import check_place, put_in_place, remove
 from bincompress.store.store import Store, begin_store, is_local
 from bincompress.tensors.dequantize import dequantize
 from bincompress.tensors.weight import Weight
 
+_OWN = ("format", "version", "status", "failures", SEAL)  # attributes of a root that are of that store alone
 _ERROR_ROWS = 512  # whose weights are float64 at once
 
 
@@ -30,29 +32,28 @@ def write_store(
 ) -> None:
     """Write a copy of a store with the student's coefficients and norms; it is complete, or not there.
 
-    record: the distillation, for the root's attributes; log: what differs between equal runs. A local store appears
-    under its name when all of it is written; one behind a URL is marked complete last.
+    record: the distillation, for the root's attributes; log: what differs between equal runs. A local store is written
+    within its folder first, then what it replaces is removed, and it takes that place; one behind a URL is marked
+    complete last.
     """
-    attributes = {k: v for k, v in source.attributes.items() if k not in ("format", "version", "status", "failures")}
-    plan = {**attributes, "distillation": dict(record)}
-    path = Path(url)
-    place = str(path.parent / f".{path.name}.partial") if is_local(url) else url
+    plan = {**{k: v for k, v in source.attributes.items() if k not in _OWN}, "distillation": dict(record)}
+    place = f"{url}/{NEW}" if is_local(url) else url
     try:
-        if is_local(url):
-            shutil.rmtree(place, ignore_errors=True)
-        store = begin_store(place, plan, source.read_assets(), uuid.uuid4().hex, overwrite=not is_local(url))
+        store = begin_store(place, plan, source.read_assets(), uuid.uuid4().hex, overwrite=True)
         for name in source.tensors():
-            _write_tensor(source, store, name, student, teacher, bool(attributes.get("archive")))
+            _write_tensor(source, store, name, student, teacher, bool(plan.get("archive")))
         store.write_log("distillation", log)
         if not store.finish({}):
             raise StoreError(f"{place}: not every tensor was written; is another program changing it?")
         if is_local(url):
-            os.replace(place, path)
+            put_in_place(check_place(url, MODEL, overwrite=True), VERSION)
     except OSError as error:
         raise DistillError(f"{url}: cannot be written: {error.strerror or error}; choose a path with room") from None
     finally:
         if is_local(url):
-            shutil.rmtree(place, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove(place, MODEL)
+                Path(place).rmdir()
 
 
 def _write_tensor(source: Store, store: Store, name: str, student: Student, teacher: Checkpoint, archive: bool) -> None:
@@ -69,6 +70,7 @@ def _write_tensor(source: Store, store: Store, name: str, student: Student, teac
             values = norms[name].detach().float().cpu().numpy()
             weight = Weight(np.ascontiguousarray(values).view(np.uint32)[None], "F32")
             attributes |= {"dtype": "float32"}
+        store.check_plain(name, weight, shape, refuse=True)
         hashes, stored = store.write_plain(name, weight, shape, archive)
         bits = 8.0 * stored / max(1, weight.bits.size)
         report = {**attributes["report"], "stored_bytes": stored, "stored_bits": six_digits(bits)}

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,7 +13,6 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from bincompress.compression.run import exclusive
 from bincompress.compression.tensor_report import six_digits
 from bincompress.distillation.decoder import TorchDecoder
 from bincompress.distillation.model import Predictions, Student, teacher_weights
@@ -29,7 +27,11 @@ from bincompress.model.config import parse
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.sources.checkpoint import Checkpoint
 from bincompress.sources.hub import source_record
-from bincompress.store.store import Store, is_local, open_store, remove_store
+from bincompress.store.files import LOCK
+from bincompress.store.layout import MODEL, NEW
+from bincompress.store.lock import exclusive
+from bincompress.store.replace import Place, check_place
+from bincompress.store.store import Store, is_local, open_store
 
 _CURVE_POINTS = 200  # of the losses that a store keeps
 
@@ -92,10 +94,11 @@ def distill(
     device = chosen_device(places.device)
     if places.threads is not None:
         torch.set_num_threads(places.threads)
-    work = places.work or Path(out).parent / f".{Path(out).name}.distill"
+    place = Path(out).resolve() if is_local(out) else Path()
+    work = places.work or place.parent / f".{place.name}.distill"
     with exclusive(out), _memory_named(settings):
         if overwrite:
-            shutil.rmtree(work, ignore_errors=True)
+            _remove_work(work)
         dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
         decoder = TorchDecoder(config, device, settings.context)
         predictions = Predictions(decoder, settings, device)
@@ -121,10 +124,8 @@ def distill(
         seconds = time.perf_counter() - begin
         distillation = _record(settings, fingerprint, windows, progress, reference)
         log = {"seconds": seconds, "device": _device_name(device), "torch": torch.__version__}
-        if overwrite and is_local(out) and Path(out).exists():
-            remove_store(Path(out))
         write_store(opened, out, student, teacher, distillation, log)
-        shutil.rmtree(work, ignore_errors=True)
+        _remove_work(work)
     start, best = progress.judged[0][1], progress.best_perplexity
     return Distilled(reference, start, best, progress.best_step, progress.step, progress.stopped, seconds, resumed_at)
 
@@ -144,11 +145,29 @@ def _check(
     if text is None and not settings.written_tokens:
         raise DistillError("nothing to train on: expected --text FILE, or --data-free")
     CheckpointSource(teacher, parse(teacher.config))
-    if is_local(out):
-        if Path(out).resolve() == Path(store.url).resolve():
-            raise DistillError(f"{out}: is the store to distill; --out has to be another")
-        if Path(out).exists() and not overwrite:
-            raise DistillError(f"{out}: exists; choose another --out, or --overwrite")
+    if is_local(out) and Path(out).resolve() == Path(store.url).resolve():
+        raise DistillError(f"{out}: is the store to distill; --out has to be another")
+    place = check_place(out, MODEL, overwrite)
+    if not overwrite and _is_taken(out, place):
+        raise DistillError(f"{out}: exists; choose another --out, or --overwrite")
+
+
+def _is_taken(out: str, place: Place) -> bool:
+    """Return whether something lies where the result is to be: anything but what an interrupted run leaves."""
+    if place.state == "store":
+        return place.attributes.get("status") == "complete" or "distillation" not in place.attributes
+    if place.state == "empty" and is_local(out) and Path(out).exists():
+        return not any((Path(out) / name).exists() for name in (NEW, LOCK))
+    return False
+
+
+def _remove_work(work: Path) -> None:
+    """Remove what a run keeps to go on from, and nothing else that may lie in its folder."""
+    with contextlib.suppress(OSError):
+        for path in (*work.glob("checkpoint.*"), *work.glob("written-*-*-*.*")):
+            if path.suffix in (".pt", ".npy", ".partial"):
+                path.unlink()
+        work.rmdir()
 
 
 def chosen_device(name: str) -> torch.device:

@@ -14,37 +14,63 @@ from numpy.typing import NDArray
 
 from bincompress.errors import StoreError
 from bincompress.sources.checkpoint import INDEX
+from bincompress.store.files import LOCK
+from bincompress.store.lock import exclusive
 from bincompress.store.store import Store
 from bincompress.tensors.dequantize import dequantize, to_bfloat16
 
+_PARTIAL = ".bincompress-export"  # within the folder, until all is written
+_MOVED = ".moved"  # in it, what is being moved out of it: a killed export's, to be removed
 _SHARD_BYTES = 1 << 30  # weights that are in memory at once
 
 
 def export(store: Store, folder: Path, on_tensor: Callable[[str, int], None] = lambda name, done: None) -> Path:
-    """Write config, tokenizer and safetensors shards with their index into a new folder, and return it.
+    """Write config, tokenizer and safetensors shards with their index into an empty or new folder, and return it.
 
     Packed tensors become bfloat16; the others keep their dtype. Raises StoreError where the store is not complete or
-    the folder exists with something in it. The folder appears under its name only when all of it is written.
+    the folder has something in it. Files appear under their names only when all of them are written, config.json last.
     """
     if store.attributes["status"] != "complete":
         raise StoreError(f"{store.url}: not complete; run the same `bincompress compress` again before exporting it")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder}: exists and is not an empty folder; choose another")
-    partial = folder.parent / f".{folder.name}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, content in store.read_assets().items():
-            (partial / name).write_bytes(content)
-        _write_shards(store, partial, on_tensor)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(partial, folder)
-    except OSError as error:
-        raise StoreError(f"{folder}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with exclusive(str(folder)):
+        partial = folder / _PARTIAL
+        try:
+            _make_room(folder)
+            partial.mkdir()
+            for name, content in store.read_assets().items():
+                (partial / name).write_bytes(content)
+            _write_shards(store, partial, on_tensor)
+            _put_in_place(partial, folder)
+        except OSError as error:
+            raise StoreError(f"{folder}: cannot be written: {error.strerror or error}") from None
+        finally:
+            if partial.is_dir() and not (partial / _MOVED).exists():
+                shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _make_room(folder: Path) -> None:
+    """Remove what a killed export left; raises StoreError where anything else is there."""
+    partial = folder / _PARTIAL
+    listed = partial / _MOVED
+    left = set(listed.read_text("utf-8").splitlines()) if listed.is_file() else set()
+    if any(path.name not in left and path.name not in (_PARTIAL, LOCK, "lost+found") for path in folder.iterdir()):
+        raise StoreError(f"{folder}: exists and is not an empty folder; choose another")
+    for name in left:
+        (folder / Path(name).name).unlink(missing_ok=True)
+    if partial.is_dir() and not partial.is_symlink():
+        shutil.rmtree(partial)
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    names = sorted((path.name for path in partial.iterdir()), key=lambda name: (name == "config.json", name))
+    (partial / _MOVED).write_text("\n".join(names), "utf-8")
+    for name in names:
+        os.replace(partial / name, folder / name)
+    (partial / _MOVED).unlink()
+    partial.rmdir()
 
 
 def _write_shards(store: Store, folder: Path, on_tensor: Callable[[str, int], None]) -> None:

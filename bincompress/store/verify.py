@@ -5,41 +5,82 @@ from collections.abc import Iterator
 import numpy as np
 
 from bincompress.errors import StoreError
-from bincompress.store.store import Store, array_hash
+from bincompress.store.files import nobodys
+from bincompress.store.layout import NODES, SEAL, array_hash
+from bincompress.store.reading import StoreReader, not_finite
 from bincompress.tensors.packed import PackedTensor
 
+_SHOWN = 3  # names in a message
 
-def verify(store: Store) -> Iterator[tuple[str, str]]:
-    """Yield (name, problem) for every tensor and for the assets; the problem is empty where all is well."""
-    for name in sorted(store.tensors()):
+
+def verify(store: StoreReader) -> Iterator[tuple[str, str]]:
+    """Yield (name, problem) for every tensor, for the assets and the root; the problem is empty where all is well.
+
+    Everything is read anew, from each node's own metadata. What no hash covers is in `unsealed`, and no problem.
+    """
+    own = StoreReader(store.url, store.attributes, trusting=False)
+    for name in sorted(own.tensors()):
         try:
-            yield name, _tensor_problem(store, name)
+            yield name, _tensor_problem(own, name)
         except StoreError as error:
             yield name, str(error)
     try:
-        store.read_assets()
+        own.read_assets()
         yield "assets", ""
     except (StoreError, KeyError) as error:
         yield "assets", str(error)
+    try:
+        yield "zarr.json", _root_problem(own)
+    except StoreError as error:
+        yield "zarr.json", str(error)
 
 
-def _tensor_problem(store: Store, name: str) -> str:
+def unsealed(store: StoreReader) -> list[str]:
+    """Return the complete tensors whose attributes are under no hash, as those of an earlier version are."""
+    found = store.all_attributes()
+    return [name for name, node in found.items() if node.get("status") == "complete" and SEAL not in node]
+
+
+def _root_problem(store: StoreReader) -> str:
+    """Return what is wrong with the list of tensors; empty where it is what lies there."""
+    tensors = store.tensors()
+    if not tensors:
+        return f"{store.url}: its root lists no tensors; compress this store again"
+    there = set()
+    for key in store.files.sizes():
+        parts = key.split("/")
+        if not nobodys(key) and len(parts) > 2 and parts[0] in ("tensors", "plain"):
+            there.add((parts[0], parts[1]))
+    listed = {("tensors" if kind == "packed" else "plain", name) for name, kind in tensors.items()}
+    extra = sorted(name for kind, name in there - listed)
+    if extra:
+        return f"{store.url}: its root does not list {', '.join(extra[:_SHOWN])}, which lies there"
+    nodes = store.files.read(f"{NODES}/zarr.json")
+    if nodes is not None and store.node_of(NODES).get("attributes", {}).get("tensors") != store.all_attributes():
+        return f"{store.url}: {NODES} is not what its tensors say; run the same `bincompress compress` again"
+    return ""
+
+
+def _tensor_problem(store: StoreReader, name: str) -> str:
     hashes = store.hashes(name)
     for key, values in store.stored_arrays(name):
         if array_hash(values) != hashes.get(key):
             return f"{store.url}: {name}: {key}: its bytes are not those that were written; compress this store again"
     if store.tensors()[name] == "packed":
-        return _packed_problem(store.read_packed(name), f"{store.url}: {name}")
-    return ""
+        problem = _packed_problem(store.read_packed(name))
+    else:
+        problem = not_finite(*store.read_plain(name))
+    store.check_attributes(name)
+    return f"{store.url}: {name}: {problem}" if problem else ""
 
 
-def _packed_problem(packed: PackedTensor, where: str) -> str:
+def _packed_problem(packed: PackedTensor) -> str:
     cols = packed.shape[1]
     last = [packed.planes[:, :, -1:], packed.column_planes[:, None, -1:]]
     if cols % 64 and any(np.any(words >> np.uint64(cols % 64)) for words in last if words.size):
-        return f"{where}: padding bits of a plane are not zero"
+        return "padding bits of a plane are not zero"
     if not np.all(np.isfinite(packed.coef)) or not np.all(np.isfinite(packed.listed_value)):
-        return f"{where}: a coefficient is not finite"
+        return "a coefficient is not finite"
     if packed.in_scale is not None and not (np.isfinite(packed.in_scale).all() and np.all(packed.in_scale > 0)):
-        return f"{where}: an input scale is not a positive number"
+        return "an input scale is not a positive number"
     return ""

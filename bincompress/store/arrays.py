@@ -1,0 +1,144 @@
+"""How do arrays become chunk files and arrays again? Sizes are held against the files before memory is taken."""
+
+import mmap
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from bincompress.store.files import Files
+from bincompress.store.layout import CHECKSUM_BYTES, ZSTD_LEVEL, ArrayLayout, array_node, layout_of
+
+_FREE_BYTES = 32 << 20  # of a coded chunk, whatever its file's size: an all-zero plane is coded in a few bytes
+_MOST_RATIO = 1024  # of a larger one; planes and scales are far below 10
+_FINITE_STEP = 1 << 17  # values that are looked at in one go: they stay in the cache
+
+
+def write_array(
+    files: Files, path: str, values: NDArray[Any], archive: bool, attributes: Mapping[str, Any] | None = None
+) -> int:
+    """Write an array, its metadata last, and return the bytes of its chunks.
+
+    The bytes are zarr's (a test compares them); it takes a quarter of the time and no copy of the data.
+    """
+    stored = write_chunks(files, path, values, archive)
+    files.write(f"{path}/zarr.json", [array_node(layout_of(values, archive), attributes or {})])
+    return stored
+
+
+def write_chunks(files: Files, path: str, values: NDArray[Any], archive: bool) -> int:
+    """Write an array's chunks and return their bytes."""
+    layout, stored = layout_of(values, archive), 0
+    for key, part in layout.parts():
+        chunk = values[part]
+        if chunk.shape != layout.chunks:  # the last one: a file is of a whole chunk
+            whole = np.zeros(layout.chunks, values.dtype)
+            whole[tuple(slice(size) for size in chunk.shape)] = chunk
+            chunk = whole
+        little = np.ascontiguousarray(chunk).astype(chunk.dtype.newbyteorder("<"), copy=False)
+        data: Any = little.reshape(-1).view(np.uint8).data
+        if archive:
+            data = memoryview(_zstd().encode(data))
+        checksum = google_crc32c.value(np.frombuffer(data, np.uint8)).to_bytes(CHECKSUM_BYTES, "little")
+        files.write(f"{path}/{key}", [data, checksum])
+        stored += data.nbytes + CHECKSUM_BYTES
+    return stored
+
+
+def read_array(
+    files: Files, path: str, layout: ArrayLayout, size: Callable[[str], int | None] | None = None
+) -> NDArray[Any]:
+    """Read an array and check its checksums; raises ValueError where files and layout do not fit.
+
+    size: gives a file's bytes, None where it is not there; by default each file is asked for.
+    """
+    check_sizes(layout, path, size or files.size)
+    if layout.count == 1:  # what is read is the array
+        chunk = _chunk(files.read(f"{path}/{next(layout.parts())[0]}", layout.chunk_nbytes), layout)
+        if layout.chunks == layout.shape:
+            return chunk.reshape(layout.shape)
+    values = np.empty(layout.shape, layout.dtype)
+    for key, part in layout.parts():
+        chunk = _chunk(files.read(f"{path}/{key}", layout.chunk_nbytes), layout).reshape(layout.chunks)
+        target = values[part]
+        target[...] = chunk[tuple(slice(length) for length in target.shape)]
+    return values
+
+
+def check_sizes(layout: ArrayLayout, path: str, size: Callable[[str], int | None]) -> None:
+    """Raise ValueError where a chunk's file is missing, or not of a size that justifies the memory it asks for."""
+    expected = layout.chunk_nbytes + CHECKSUM_BYTES
+    for key, _ in layout.parts():
+        found = size(f"{path}/{key}")
+        if found is None:
+            raise ValueError(f"its file {key} is missing")
+        if not layout.archive and found != expected:
+            raise ValueError(f"{found:,} bytes; expected {expected:,}")
+        if layout.archive and layout.chunk_nbytes > max(_FREE_BYTES, _MOST_RATIO * found):
+            raise ValueError(f"{found:,} bytes are said to hold {layout.chunk_nbytes:,}; expected at most "
+                             f"{_MOST_RATIO} times as many")  # fmt: skip
+
+
+def _chunk(content: bytes | None, layout: ArrayLayout) -> NDArray[Any]:
+    """Return a chunk's values, flat; raises ValueError where its checksum or its length is not what it has to be."""
+    if content is None or len(content) < CHECKSUM_BYTES:
+        raise ValueError("a file of it is missing or cut short")
+    data = memoryview(content)[:-CHECKSUM_BYTES]
+    if google_crc32c.value(np.frombuffer(data, np.uint8)) != int.from_bytes(content[-CHECKSUM_BYTES:], "little"):
+        raise ValueError("its bytes do not fit their checksum")
+    if layout.archive:
+        decoded = np.empty(layout.chunk_nbytes, np.uint8)
+        # Into memory of the size that is expected: the coded bytes say how much they need, and could say anything.
+        result = _zstd().decode(data, decoded)
+        if getattr(result, "nbytes", len(result)) != layout.chunk_nbytes:
+            raise ValueError("its coded bytes are not of its length")
+        return decoded.view(np.dtype(layout.dtype).newbyteorder("<"))
+    if len(data) != layout.chunk_nbytes:
+        raise ValueError(f"{len(data):,} bytes; expected {layout.chunk_nbytes:,}")
+    return np.frombuffer(data, np.dtype(layout.dtype).newbyteorder("<"))
+
+
+def _zstd() -> Any:
+    import numcodecs
+
+    return numcodecs.Zstd(level=ZSTD_LEVEL, checksum=False)
+
+
+def map_array(url: str, path: str, layout: ArrayLayout) -> NDArray[Any] | None:
+    """Map an array of a local folder, read-only and unchecked; None where it is not one uncompressed chunk."""
+    size = layout.nbytes
+    if layout.archive or layout.chunks != layout.shape or not size:
+        return None
+    # Without Path and np.memmap, which take 0.3 ms an array together.
+    with open(f"{url}/{path}/{next(layout.parts())[0]}", "rb", buffering=0) as file:
+        found = os.fstat(file.fileno()).st_size
+        if found != size + CHECKSUM_BYTES:
+            raise ValueError(f"{found:,} bytes; expected {size + CHECKSUM_BYTES:,}")
+        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    return np.frombuffer(mapped, np.dtype(layout.dtype).newbyteorder("<")).reshape(layout.shape)
+
+
+def let_go(values: NDArray[Any]) -> None:
+    """Let go of the memory of a mapped array, which checking its hash has filled; what is used is read again."""
+    owner: Any = values
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    mapped = owner.obj if isinstance(owner, memoryview) else None
+    # Never of an array in memory, whose contents would be lost; and not every system can.
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def first_not_finite(bits: NDArray[Any], dtype: str) -> int | None:
+    """Return the flat place of the first NaN or infinity among bit patterns of "BF16", "F16" or "F32"; else None."""
+    flat = np.ascontiguousarray(bits).reshape(-1)
+    limit = {"BF16": 0xFF00, "F16": 0xF800, "F32": 0xFF000000}[dtype]
+    for start in range(0, flat.size, _FINITE_STEP):
+        # Shifted, the sign is gone, and what is not finite has the greatest exponent.
+        shifted = flat[start : start + _FINITE_STEP] << flat.dtype.type(1)
+        if int(shifted.max()) >= limit:
+            return start + int(np.argmax(shifted >= limit))
+    return None
