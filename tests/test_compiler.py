@@ -131,7 +131,7 @@ def _calls_helper(x: int) -> int:
 
 def test_another_kernel_is_compiled_while_one_is_being_compiled(tmp_path: Path) -> None:
     # As many processes as hold a lock each: this one's must not stop the other.
-    code = "import time; from cpu_kernels import compiler, counting\n"
+    code = "import time; from cpu_kernels.jit import compiler; from cpu_kernels.quantize import counting\n"
     code += "with compiler._cache_folder('some-kernel'): print('held', flush=True); time.sleep(60)"
     environment = {**os.environ, "BINCOMPRESS_CACHE": str(tmp_path)}
     holder = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
