@@ -1,6 +1,7 @@
 """Small checkpoints and settings that many tests share."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,12 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 DEMO_MODEL = Path(bincompress.__file__).parent / "demo_model"
 
 # The files that take longest, which therefore begin first: else one process is left with one of them at the end.
-_LONGEST = ("test_products", "test_prepacking", "test_ray", "test_sequence", "test_compiler")
+_LONGEST = ("test_ray", "test_products", "test_sequence", "test_calibrate", "test_compiler", "test_model_transformers")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return a process for each core and one more, as the tests of clusters mostly wait."""
+    return len(os.sched_getaffinity(0)) + 1
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -129,6 +129,7 @@ def test_bench_shows_speeds_and_paths(run: Run, demo: Path) -> None:
     assert found["paths"]["model.layers.0.mlp.up_proj.weight"].split()[0] in ("lookup", "popcount")
 
 
+@pytest.mark.slow
 @pytest.mark.needs_shared
 def test_packed_perplexity_is_within_half_a_percent_of_the_dequantized_weights(run: Run, tmp_path: Path) -> None:
     model, text = SHARED / "models" / "doclm-29m", SHARED / "data" / "valid.txt"

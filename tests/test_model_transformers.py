@@ -20,6 +20,8 @@ from tests.conftest import DEMO_MODEL, SHARED
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.slow  # PyTorch and transformers
+
 TOLERANCE = 1e-4  # of the largest absolute logit
 
 VOCAB = 101

@@ -252,6 +252,7 @@ def test_what_hangs_on_a_failed_tensor_is_not_begun(tmp_path: Path) -> None:
         run(broken, tmp_path / "kept", plan=kept)
 
 
+@pytest.mark.slow
 @pytest.mark.needs_shared
 def test_one_plane_loses_less_in_sequence(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(DEMO_MODEL)
@@ -285,6 +286,7 @@ def test_jobs_of_one_input_are_handed_over_together(tiny_model: Path, tmp_path: 
     assert len(stages) == 9
 
 
+@pytest.mark.slow
 def test_the_command_line(run: Run, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The scheduler picks the next process to run on this core, and the page cache holds files. " * 40)
