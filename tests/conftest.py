@@ -1,6 +1,7 @@
 """Small checkpoints and settings that many tests share."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import safetensors.numpy
 from hypothesis import settings
 
+import bincompress
 from bincompress import cli
 from bincompress.methods import make_settings
 from bincompress.tensors.weight import Weight
@@ -19,16 +21,35 @@ from bincompress.tensors.weight import Weight
 settings.register_profile("suite", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("suite")
 
+# Trained models and texts that are not part of the repository. Tests of them carry `pytest.mark.needs_shared`.
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+DEMO_MODEL = Path(bincompress.__file__).parent / "demo_model"
+
 # The files that take longest, which therefore begin first: else one process is left with one of them at the end.
-_LONGEST = ("test_products", "test_prepacking", "test_ray", "test_sequence", "test_compiler")
+_LONGEST = ("test_ray", "test_products", "test_sequence", "test_calibrate", "test_compiler", "test_model_transformers")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return a process for each core and one more, as the tests of clusters mostly wait."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the suite's marks."""
+    config.addinivalue_line("markers", f"needs_shared: reads trained models or texts in {SHARED}")
+    config.addinivalue_line("markers", "slow: takes seconds (a cluster, a server, PyTorch, many kernels to compile)")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order files for the processes that take the next one each."""
+    """Order files for the processes that take the next one each, and skip what needs folders that are not here."""
     items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
+    if not SHARED.is_dir():
+        missing = pytest.mark.skip(reason=f"needs trained models and texts in {SHARED}, which is not there")
+        for item in items:
+            if item.get_closest_marker("needs_shared"):
+                item.add_marker(missing)
 
 
-SHARED_MODEL = Path(__file__).parents[2] / "shared" / "models" / "doclm-29m"
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 
 # Every method and unit, for laws that hold for all: the oracle of most tests is the NumPy formula.

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from cpu_kernels.matmul.activations import Activations
@@ -15,6 +16,8 @@ BLOCKS = [64, 128, 256, 1 << 20]
 # Each kernel is compiled for both numbers of bits, and for blocks of 64 columns with 8 bits: half a minute less.
 BITS_AND_BLOCKS = [(bits, block) for block in BLOCKS for bits in (6, 8) if (bits, block) != (6, 64)]
 KERNELS = kernels()
+# Compiling takes seconds for each: a quick run tries the best alone.
+EACH_KERNEL = [KERNELS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in KERNELS[1:])]
 
 
 @dataclasses.dataclass

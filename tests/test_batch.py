@@ -33,6 +33,7 @@ def test_one_queue_the_largest_first(tiny_model: Path, tmp_path: Path, tree: Tre
     assert tree(tmp_path / "a") == tree(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_failures_stay_with_their_store(tiny_model: Path, tmp_path: Path) -> None:
     tensors = tiny_tensors()
     tensors["lm_head.weight"][0, 0] = float("nan")

@@ -188,6 +188,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", EVERY)
 def test_stores_are_complete_equal_and_run(
     tiny_model: Path, tmp_path: Path, statistics: Statistics, tree: Tree, options: dict[str, object]
@@ -344,6 +345,7 @@ def test_samples_are_spread_over_the_text() -> None:
     assert parse(demo.config).context >= 64
 
 
+@pytest.mark.slow
 def test_the_command_line(run: Run, tmp_path: Path) -> None:
     demo = Path(__file__).parents[1] / "bincompress" / "demo_model"
     text = tmp_path / "text.txt"

@@ -121,6 +121,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_demo_and_report(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("demo", tmp_path / "demo")
     assert code == 0

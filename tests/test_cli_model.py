@@ -12,7 +12,7 @@ from bincompress.compression.plan import make_plan
 from bincompress.compression.recipe import load_recipe
 from bincompress.compression.run import compress
 from bincompress.sources.checkpoint import open_checkpoint
-from tests.conftest import SHARED_MODEL, Run
+from tests.conftest import SHARED, Run
 
 DEMO_MODEL = Path(bincompress.__file__).parent / "demo_model"
 
@@ -129,10 +129,11 @@ def test_bench_shows_speeds_and_paths(run: Run, demo: Path) -> None:
     assert found["paths"]["model.layers.0.mlp.up_proj.weight"].split()[0] in ("lookup", "popcount")
 
 
-@pytest.mark.skipif(not SHARED_MODEL.is_dir(), reason="the trained model is not beside the repository")
+@pytest.mark.slow
+@pytest.mark.needs_shared
 def test_packed_perplexity_is_within_half_a_percent_of_the_dequantized_weights(run: Run, tmp_path: Path) -> None:
-    text = SHARED_MODEL.parents[1] / "data" / "valid.txt"
-    assert compress(make_plan(open_checkpoint(SHARED_MODEL), load_recipe(None, {})), str(tmp_path / "store")).complete
+    model, text = SHARED / "models" / "doclm-29m", SHARED / "data" / "valid.txt"
+    assert compress(make_plan(open_checkpoint(model), load_recipe(None, {})), str(tmp_path / "store")).complete
     found = [
         json.loads(run("evaluate", tmp_path / "store", "--text", text, "--windows", 2, "--json", *bits)[1])[
             "perplexity"

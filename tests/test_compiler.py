@@ -41,6 +41,7 @@ def compiled(cache: Path, processes: int, probe: str = PROBE) -> list[str]:
     return sorted(names)
 
 
+@pytest.mark.slow
 def test_many_processes_share_one_compilation(tmp_path: Path) -> None:
     # Each kernel is compiled by whichever process comes first, so one process may compile this one, another that one.
     alone = compiled(tmp_path / "alone", 1)
@@ -110,6 +111,7 @@ print(*told, "products:" + products.tobytes().hex() + token.tobytes().hex())
 """
 
 
+@pytest.mark.slow
 def test_the_kernels_of_products_are_loaded_by_the_next_process_and_give_the_same(tmp_path: Path) -> None:
     first, second = compiled(tmp_path, 1, PRODUCT), compiled(tmp_path, 1, PRODUCT)
     assert "multiply" in first
@@ -131,7 +133,7 @@ def _calls_helper(x: int) -> int:
 
 def test_another_kernel_is_compiled_while_one_is_being_compiled(tmp_path: Path) -> None:
     # As many processes as hold a lock each: this one's must not stop the other.
-    code = "import time; from cpu_kernels.jit import compiler\n"
+    code = "import time; from cpu_kernels.jit import compiler; from cpu_kernels.quantize import counting\n"
     code += "with compiler._cache_folder('some-kernel'): print('held', flush=True); time.sleep(60)"
     environment = {**os.environ, "BINCOMPRESS_CACHE": str(tmp_path)}
     holder = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
@@ -183,6 +185,7 @@ def told(numbers):
 """
 
 
+@pytest.mark.slow
 def test_kernels_that_several_processes_compiled_do_not_call_each_others_helpers(tmp_path: Path) -> None:
     (tmp_path / "adders.py").write_text(APART)
     begin = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import adders; "

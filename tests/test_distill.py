@@ -39,6 +39,8 @@ from bincompress.tensors.packed import PackedTensor
 from tests.conftest import EVERY_METHOD, Run, tiny_config, tiny_tensors, write_model
 from tests.test_model_transformers import CASES, VOCAB, random_model, their_logits
 
+pytestmark = pytest.mark.slow  # PyTorch
+
 CPU = torch.device("cpu")
 NAME = "model.layers.1.mlp.down_proj.weight"
 SMALL = DistillSettings(steps=6, batch=4, context=16, lr=0.05, evaluate_every=2, validation_share=0.2, norms=True)

@@ -17,6 +17,8 @@ from bincompress.store.export import export
 from bincompress.store.store import Store, open_store
 from bincompress.tensors.dequantize import dequantize, to_bfloat16
 
+pytestmark = pytest.mark.slow  # PyTorch and transformers
+
 
 @pytest.fixture
 def store(tiny_model: Path, tmp_path: Path) -> Store:

@@ -14,7 +14,7 @@ from bincompress.sources.checkpoint import open_checkpoint, read_weight
 from cpu_kernels.quantize.group_units import group_units
 from cpu_kernels.quantize.grouping import exact_groups, merged_groups
 from cpu_kernels.quantize.two_groups import sorting_network, split_blocks
-from tests.conftest import SHARED_MODEL, as_weight
+from tests.conftest import SHARED, as_weight
 
 
 def cost_of(magnitudes: NDArray[np.float64], limits: list[int], lam: float) -> float:
@@ -179,9 +179,9 @@ def test_normalized_lambda_spans_from_every_weight_its_own_group_to_one_group() 
     assert groups(0.0) >= groups(0.01) >= groups(0.5) >= groups(1.0)
 
 
-@pytest.mark.skipif(not SHARED_MODEL.is_dir(), reason="the trained model is not beside the repository")
+@pytest.mark.needs_shared
 def test_exact_is_never_above_the_papers_algorithms_on_a_trained_model() -> None:
-    for source in open_checkpoint(SHARED_MODEL).tensors.values():
+    for source in open_checkpoint(SHARED / "models" / "doclm-29m").tensors.values():
         if ".layers.3." not in source.name or len(source.shape) != 2:
             continue
         weight = read_weight(source)

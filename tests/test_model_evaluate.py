@@ -1,7 +1,6 @@
 """Perplexity, divergence and agreement, against the formula written out."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,8 @@ from bincompress.model.decoder import Decoder
 from bincompress.model.errors import PromptError
 from bincompress.model.linear import DenseLinear
 from bincompress.model.tokenizer import Tokenizer
+from tests.conftest import SHARED
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 RAW: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 50,
@@ -122,11 +121,10 @@ def test_bfloat16_patterns_multiply_like_their_values(monkeypatch: pytest.Monkey
     assert np.array_equal(dense.rows_of(np.array([6, 0])), packed.rows_of(np.array([6, 0])))
 
 
+@pytest.mark.needs_shared
 @pytest.mark.parametrize(("name", "windows", "expected"), [("doclm-4m", 16, 6.201), ("doclm-29m", 2, 5.114)])
 def test_perplexity_of_the_trained_models(name: str, windows: int, expected: float) -> None:
     folder = SHARED / "models" / name
-    if not folder.exists():
-        pytest.skip(f"{folder} is not here")
     tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes())
     # Enough text for the windows: tokens of a beginning do not depend on what comes much later.
     text = (SHARED / "data" / "valid.txt").read_text(encoding="utf-8")[:120_000]

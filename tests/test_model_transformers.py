@@ -15,11 +15,13 @@ from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.config import parse
 from bincompress.model.decoder import Decoder
 from cpu_kernels.parallel.workers import Workers
+from tests.conftest import DEMO_MODEL, SHARED
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "models"
+pytestmark = pytest.mark.slow  # PyTorch and transformers
+
 TOLERANCE = 1e-4  # of the largest absolute logit
 
 VOCAB = 101
@@ -148,11 +150,12 @@ def test_old_style_config_is_read_alike(tmp_path: Path) -> None:
     assert parse(old) == parse(new)
 
 
-@pytest.mark.parametrize("name", ["doclm-4m", "doclm-29m"])
-def test_logits_of_a_trained_model(name: str) -> None:
-    folder = SHARED / name
-    if not folder.exists():
-        pytest.skip(f"{folder} is not here")
+@pytest.mark.parametrize(
+    "folder",
+    [DEMO_MODEL, pytest.param(SHARED / "models" / "doclm-29m", marks=pytest.mark.needs_shared)],
+    ids=["4m", "29m"],
+)
+def test_logits_of_a_trained_model(folder: Path) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = np.random.default_rng(4).integers(2, 4096, 90)
     expected = their_logits(theirs, ids)

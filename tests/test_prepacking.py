@@ -17,10 +17,10 @@ from cpu_kernels.matmul.activations import quantize
 from cpu_kernels.matmul.aligned_memory import room
 from cpu_kernels.matmul.prepacking import Part, prepack, prepack_rows
 from cpu_kernels.matmul.products import multiply
-from tests.product_cases import COLUMNS, KERNELS, assert_near, make, tokens
+from tests.product_cases import COLUMNS, EACH_KERNEL, KERNELS, assert_near, make, tokens
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EACH_KERNEL)
 def test_plane_weights_share_one_scale(kernel: str) -> None:
     weights = (8.0, 4.0, 2.0, 1.0)
     case = make(5, 70, 300, 4, 128, True, shared=True)
@@ -54,6 +54,7 @@ def test_float16_scales_times_a_power_of_two_stay_exact(power: int) -> None:
         np.testing.assert_array_equal(multiply(matrix, quantize(x)), scale[:, :, block] * 127)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     heights=st.lists(st.integers(1, 70), min_size=1, max_size=4), kernel=st.sampled_from(KERNELS), offset=st.booleans()

@@ -19,9 +19,10 @@ from cpu_kernels.matmul.prepacking import prepack
 from cpu_kernels.matmul.products import TokenProduct, multiply
 from cpu_kernels.parallel.workers import Workers
 from cpu_kernels.reference import products as reference_products
-from tests.product_cases import BITS_AND_BLOCKS, COLUMNS, KERNELS, ROWS, assert_near, make, tokens
+from tests.product_cases import BITS_AND_BLOCKS, COLUMNS, EACH_KERNEL, ROWS, assert_near, make, tokens
 
 
+@pytest.mark.parametrize("kernel", EACH_KERNEL)
 @settings(max_examples=120, deadline=None)
 @given(
     seed=st.integers(0, 1 << 30),
@@ -34,7 +35,15 @@ from tests.product_cases import BITS_AND_BLOCKS, COLUMNS, KERNELS, ROWS, assert_
     n=st.sampled_from([1, 2, 4, 5, 9]),
 )
 def test_integer_sums_equal_the_reference_with_every_kernel(
-    seed: int, rows: int, cols: int, count: int, bits_and_block: tuple[int, int], offset: bool, per: Per, n: int
+    kernel: str,
+    seed: int,
+    rows: int,
+    cols: int,
+    count: int,
+    bits_and_block: tuple[int, int],
+    offset: bool,
+    per: Per,
+    n: int,
 ) -> None:
     bits, block = bits_and_block
     case = make(seed, rows, cols, count, block, offset, ones=True)
@@ -44,12 +53,12 @@ def test_integer_sums_equal_the_reference_with_every_kernel(
     exact = reference_products.integer_sums(case.planes, activations).sum(axis=(0, 3))
     if offset:
         exact = exact + activations.sums.sum(axis=1)[:, None]
-    for kernel in KERNELS:
-        matrix = prepack(case.planes, case.scale, block, cols, case.offset, kernel=kernel)
-        assert matrix.half
-        np.testing.assert_array_equal(multiply(matrix, activations), exact, err_msg=kernel)
+    matrix = prepack(case.planes, case.scale, block, cols, case.offset, kernel=kernel)
+    assert matrix.half
+    np.testing.assert_array_equal(multiply(matrix, activations), exact, err_msg=kernel)
 
 
+@pytest.mark.parametrize("kernel", EACH_KERNEL)
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 1 << 30),
@@ -62,20 +71,27 @@ def test_integer_sums_equal_the_reference_with_every_kernel(
     n=st.sampled_from([1, 4, 7]),
 )
 def test_scaled_products_are_near_the_reference(
-    seed: int, rows: int, cols: int, count: int, bits_and_block: tuple[int, int], offset: bool, per: Per, n: int
+    kernel: str,
+    seed: int,
+    rows: int,
+    cols: int,
+    count: int,
+    bits_and_block: tuple[int, int],
+    offset: bool,
+    per: Per,
+    n: int,
 ) -> None:
     bits, block = bits_and_block
     case = make(seed, rows, cols, count, block, offset)
     activations = quantize(tokens(seed, n, cols), bits, per)
-    for kernel in KERNELS:
-        matrix = prepack(case.planes, case.scale, block, cols, case.offset, kernel=kernel)
-        found = multiply(matrix, activations)
-        for t in range(n):
-            assert_near(found[t : t + 1], case.expected(activations)[t : t + 1])
+    matrix = prepack(case.planes, case.scale, block, cols, case.offset, kernel=kernel)
+    found = multiply(matrix, activations)
+    for t in range(n):
+        assert_near(found[t : t + 1], case.expected(activations)[t : t + 1])
 
 
 @pytest.mark.parametrize("bits", [6, 8])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EACH_KERNEL)
 def test_extreme_activations_do_not_overflow(kernel: str, bits: int) -> None:
     case = make(3, 65, 1024, 2, 128, False, ones=True)
     case.planes[:, :32] = ~np.uint64(0)
@@ -92,7 +108,7 @@ def test_extreme_activations_do_not_overflow(kernel: str, bits: int) -> None:
 
 @pytest.mark.parametrize("beyond", [0, 1])
 @pytest.mark.parametrize(("bits", "width"), [(6, 16), (6, 32), (8, 64)])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EACH_KERNEL)
 def test_sums_that_just_fit_a_byte_and_that_do_not(kernel: str, bits: int, width: int, beyond: int) -> None:
     case = make(4, 65, 256, 2, 128, False, ones=True)
     case.planes[:, :32] = ~np.uint64(0)
@@ -199,7 +215,7 @@ def test_out_and_prepared_tables_are_reused() -> None:
     np.testing.assert_array_equal(multiply(matrix, activations), first)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EACH_KERNEL)
 @pytest.mark.parametrize(("bits", "per"), [(8, "segment"), (6, "token")])
 @pytest.mark.parametrize("cols", [1, 129, 1100])
 def test_a_token_quantized_on_the_way_gives_the_same_products(kernel: str, bits: int, per: Per, cols: int) -> None:

@@ -167,6 +167,7 @@ def test_a_bad_tensor_fails_by_name_and_the_others_are_done(tmp_path: Path, valu
     assert list(problems(store)) == [bad]
 
 
+@pytest.mark.slow
 def test_a_dead_worker_is_retried_and_given_up_by_name(tiny_model: Path, tmp_path: Path) -> None:
     # A job whose settings kill whoever runs it stands for one that runs out of memory.
     jobs: list[Job] = []

@@ -31,15 +31,13 @@ from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.sources.checkpoint import open_checkpoint
 from bincompress.store.store import open_store
-from tests.conftest import Run, tiny_config, tiny_tensors, write_model
+from tests.conftest import DEMO_MODEL, SHARED, Run, tiny_config, tiny_tensors, write_model
 from tests.test_calibrate import SAMPLES, Watched
 from tests.test_run import problems
 
 Tree = Callable[[Path], dict[str, bytes]]
 ONE_PLANE = {"method": "xnor", "compensate": True, "scale_bits": 8, "block": 64, "refine": 2}
 BELLS = {"method": "dbellquant", "planes": 1}
-DEMO = Path(__file__).parents[1] / "bincompress" / "demo_model"
-TEXT = Path(__file__).parents[2] / "shared" / "data"
 
 
 def planned(model: Path, **options: object) -> Plan:
@@ -255,16 +253,18 @@ def test_what_hangs_on_a_failed_tensor_is_not_begun(tmp_path: Path) -> None:
         run(broken, tmp_path / "kept", plan=kept)
 
 
+@pytest.mark.slow
+@pytest.mark.needs_shared
 def test_one_plane_loses_less_in_sequence(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(DEMO)
-    samples = choose_samples(checkpoint, (TEXT / "calib.txt").read_text()[:200_000], 12, 256)
+    checkpoint = open_checkpoint(DEMO_MODEL)
+    samples = choose_samples(checkpoint, (SHARED / "data" / "calib.txt").read_text()[:200_000], 12, 256)
     recipe = load_recipe(None, ONE_PLANE)
     found = collect(checkpoint, samples, str(tmp_path / "stats"), runner=run_in_threads(1))
     compress(make_plan(checkpoint, recipe, statistics=found), str(tmp_path / "alone"))
     chain = in_sequence(checkpoint, samples, str(tmp_path / "sequence"), run_local)
     plan = make_plan(checkpoint, recipe, sequence=text_record(samples))
     compress(plan, str(tmp_path / "sequence"), runner=chain)
-    text = choose_samples(checkpoint, (TEXT / "valid.txt").read_text()[:50_000], 1, 512)[0]
+    text = choose_samples(checkpoint, (SHARED / "data" / "valid.txt").read_text()[:50_000], 1, 512)[0]
     alone, sequence = (
         evaluate(load_decoder(str(tmp_path / name), 1, ActivationSettings(16)).decoder, text, 512, 1).perplexity
         for name in ("alone", "sequence")
@@ -287,33 +287,34 @@ def test_jobs_of_one_input_are_handed_over_together(tiny_model: Path, tmp_path: 
     assert len(stages) == 9
 
 
+@pytest.mark.slow
 def test_the_command_line(run: Run, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The scheduler picks the next process to run on this core, and the page cache holds files. " * 40)
     store, stats = tmp_path / "store", tmp_path / "stats"
     options = ("--sequential", text, "--samples", 4, "--context", 64, "--compensate", "--scale-bits", 8)
-    code, out, err = run("compress", DEMO, store, *options, "--json")
+    code, out, err = run("compress", DEMO_MODEL, store, *options, "--json")
     assert (code, json.loads(out)["done"]) == (0, 38), err
     assert "256 tokens are few for inputs of 768 columns" in err
-    code, out, err = run("compress", DEMO, store, *options)
+    code, out, err = run("compress", DEMO_MODEL, store, *options)
     assert (code, "38 were complete already" in out) == (0, True), err
     assert run("report", store, "--out", tmp_path / "report.html")[0] == 0
     assert '"context": 64' in (tmp_path / "report.html").read_text()
-    code, out, err = run("compress", DEMO, tmp_path / "dry", *options, "--dry-run")
+    code, out, err = run("compress", DEMO_MODEL, tmp_path / "dry", *options, "--dry-run")
     assert (code, "core-hours" in out, "--sequential runs 256 tokens" in out) == (0, True, True), err
     dry = ("--compensate", "--dry-run", "--json")
-    assert "give a longer text" in run("compress", DEMO, tmp_path / "dry", *options[:2], *dry)[2]
+    assert "give a longer text" in run("compress", DEMO_MODEL, tmp_path / "dry", *options[:2], *dry)[2]
     (tmp_path / "shapes").mkdir()
-    (tmp_path / "shapes" / "config.json").write_bytes((DEMO / "config.json").read_bytes())  # no tokenizer to ask
+    (tmp_path / "shapes" / "config.json").write_bytes((DEMO_MODEL / "config.json").read_bytes())  # no tokenizer to ask
     more, most = (
         json.loads(run("compress", tmp_path / "shapes", tmp_path / "dry", *options[:2], *given, *dry)[1])
         for given in (("--samples", 4), ())
     )
     added = most["collecting_memory_bytes"] - more["collecting_memory_bytes"]
     assert added == (64 - 4) * 512 * 4 * (6 * 256 + 2 * 768)
-    assert run("calibrate", DEMO, stats, "--text", text, "--samples", 4, "--context", 64)[0] == 0
+    assert run("calibrate", DEMO_MODEL, stats, "--text", text, "--samples", 4, "--context", 64)[0] == 0
     code, out, err = run(
-        "compress", DEMO, tmp_path / "spread", *options, "--stats", stats, "--target-bits", 2, "--json"
+        "compress", DEMO_MODEL, tmp_path / "spread", *options, "--stats", stats, "--target-bits", 2, "--json"
     )
     assert (code, json.loads(out)["total"]["binary"]["stored_bits"] <= 2) == (0, True), err
     sequential = ("--sequential", text, "--samples", 2, "--context", 64)
@@ -326,7 +327,7 @@ def test_the_command_line(run: Run, tmp_path: Path) -> None:
         (("--sequential", tmp_path / "none", "--compensate"), "not readable as UTF-8 text"),
         (("--compensate",), "or give --sequential FILE"),
     ):
-        code, _, err = run("compress", DEMO, tmp_path / "x", *arguments)
+        code, _, err = run("compress", DEMO_MODEL, tmp_path / "x", *arguments)
         assert (code, message in err) == (2, True), err
-    code, _, err = run("compress", DEMO, store, *options[:2], "--samples", 5, *options[4:])
+    code, _, err = run("compress", DEMO_MODEL, store, *options[:2], "--samples", 5, *options[4:])
     assert (code, "was begun with other settings: statistics" in err) == (2, True), err
