@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import threadpoolctl
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     threads = usable_threads()
-    found = {
+    found: dict[str, Any] = {
         "cpu": platform.processor() or platform.machine(), "threads": threads, "numpy": np.__version__,
         "compensation": compensation(options.repeats), "calibration": calibration(options.repeats, threads),
     }  # fmt: skip

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,19 +51,21 @@ def planned(model: Path, found: Statistics | None, **options: object) -> Plan:
 class Watched:
     """A matrix of a whole decoder that keeps what it is multiplied with."""
 
-    def __init__(self, matrix: object) -> None:
-        self.matrix, self.seen = matrix, []
-        self.rows, self.cols = matrix.rows, matrix.cols  # type: ignore[attr-defined]
+    def __init__(self, matrix: Any) -> None:
+        self.matrix = matrix
+        self.seen: list[np.ndarray] = []
+        self.rows, self.cols = matrix.rows, matrix.cols
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         self.seen.append(x.copy())
-        return self.matrix(x)  # type: ignore[operator]
+        product: np.ndarray = self.matrix(x)
+        return product
 
 
 def test_statistics_are_those_of_the_whole_model(tiny_model: Path, statistics: Statistics) -> None:
     decoder = load_checkpoint(tiny_model)
     names = {"qkv": "self_attn.v_proj", "out": "self_attn.o_proj", "gate_up": "mlp.up_proj", "down": "mlp.down_proj"}
-    watched = [{key: Watched(getattr(layer, key)) for key in names} for layer in decoder.layers]
+    watched: list[Any] = [{key: Watched(getattr(layer, key)) for key in names} for layer in decoder.layers]
     decoder.layers = [replace(layer, **own) for layer, own in zip(decoder.layers, watched, strict=True)]
     cache = decoder.new_cache(32)
     for sample in SAMPLES:
@@ -156,6 +159,7 @@ def test_statistics_of_another_model_and_missing_ones_are_refused(
     other = write_model(tmp_path / "other", tiny_tensors(seed=1), {**tiny_config(), "rope_theta": 5000.0})
     with pytest.raises(RecipeError, match=r"statistics of another model \(model .*\); this is other"):
         planned(other, statistics, compensate=True)
+    options: dict[str, Any]
     for options in ({"compensate": True}, {"method": "billm"}, {"method": "dbellquant"}):
         with pytest.raises(RecipeError, match="error compensation needs statistics of the inputs"):
             planned(tiny_model, None, **options)
@@ -226,11 +230,14 @@ def test_a_transformation_is_folded_into_the_norm(tmp_path: Path) -> None:
     tiny_model = write_model(tmp_path / "model", tensors, tiny_config())
     statistics = collect(tiny_model, tmp_path / "stats")
     plan = planned(tiny_model, statistics, method="dbellquant", planes=1)
-    searched = []
+    searched: list[int] = []
+
+    def counted(*given: Any) -> Any:
+        searched.append(1)
+        return channel_scale(*given)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "bincompress.compression.job.channel_scale", lambda *given: searched.append(1) or channel_scale(*given)
-        )
+        patch.setattr("bincompress.compression.job.channel_scale", counted)
         compress(plan, str(tmp_path / "store"))
     assert len(searched) == 4  # once for each norm, not for each of its readers
     store = open_store(str(tmp_path / "store"))

@@ -17,7 +17,7 @@ from bincompress.methods.rounding.initial_scales import of_planes
 from bincompress.records import Inputs, Settings
 from bincompress.tensors.float8 import as_float16, from_float8, to_float8
 from cpu_kernels.quantize import compensation
-from cpu_kernels.reference.planes import compensation as reference_compensation
+from cpu_kernels.reference import compensation as reference_compensation
 from cpu_kernels.reference.planes import expand
 from tests.conftest import as_weight
 
@@ -42,7 +42,8 @@ def hessian_of(cols: int, seed: int = 0, tokens: int = 400) -> np.ndarray:
     random = np.random.default_rng(seed)
     x = random.standard_normal((tokens, cols)) @ (np.eye(cols) + 0.3 * random.standard_normal((cols, cols)) / cols**0.5)
     x *= np.exp(0.7 * random.standard_normal(cols))
-    return (x.T @ x / tokens).astype(np.float32)
+    hessian: np.ndarray = (x.T @ x / tokens).astype(np.float32)
+    return hessian
 
 
 def inputs_of(cols: int, seed: int = 0) -> Inputs:

@@ -18,7 +18,7 @@ from cpu_kernels.matmul.activations import SEGMENT, Per, quantize
 from cpu_kernels.matmul.prepacking import prepack
 from cpu_kernels.matmul.products import TokenProduct, multiply
 from cpu_kernels.parallel.workers import Workers
-from cpu_kernels.reference.planes import products as reference_products
+from cpu_kernels.reference import products as reference_products
 from tests.product_cases import BITS_AND_BLOCKS, COLUMNS, KERNELS, ROWS, assert_near, make, tokens
 
 
