@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import threadpoolctl
@@ -26,7 +27,8 @@ from benchmarks.synthetic import LLAMA_1B, write_checkpoint
 from bincompress.calibration.collect import Calibration, run_in_threads
 from bincompress.inference.load import usable_threads
 from bincompress.methods.rounding.codebook import Rounding, sum_of_planes
-from bincompress.methods.rounding.compensation import compensate, curvature
+from bincompress.methods.rounding.compensation import compensate
+from bincompress.methods.rounding.curvature import curvature
 from bincompress.methods.rounding.initial_scales import of_planes
 from bincompress.model.config import parse
 from bincompress.sources.checkpoint import open_checkpoint
@@ -98,7 +100,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     threads = usable_threads()
-    found = {
+    found: dict[str, Any] = {
         "cpu": platform.processor() or platform.machine(), "threads": threads, "numpy": np.__version__,
         "compensation": compensation(options.repeats), "calibration": calibration(options.repeats, threads),
     }  # fmt: skip

@@ -6,6 +6,7 @@ python -m benchmarks.cluster [--layers 4] [--jobs 10000] [--json]
 import argparse
 import functools
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -53,7 +54,7 @@ def scaling(model: str, store: str, workers: int) -> dict[str, float]:
 
     plan = make_plan(open_checkpoint(Path(model)), load_recipe(None, COMPUTE_BOUND))
     begin = time.perf_counter()
-    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     run = functools.partial(run_ray, max_in_flight=workers + 1)
     first = time.perf_counter()
     # As many jobs at once as there are workers, so that each of them has loaded what it needs.
@@ -78,7 +79,7 @@ def overhead(number: int) -> dict[str, float]:
 
     from jobs.runner import run_ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     source = TensorSource("", "BF16", (4096, 4096), "/nowhere/model-00001-of-00100.safetensors", 8, 2 * 4096 * 4096)
     names = (f"model.layers.{i}.weight" for i in range(number))
     jobs = [Job("/nowhere/store", name, source, make_settings("wgm"), peak_memory=1 << 20) for name in names]

@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--start", action="store_true", help="only the time that commands take to start")
     options = parser.parse_args()
     if options.start:
-        found = {"machine": machine(), "cold_start": cold_start()}
+        found: dict[str, Any] = {"machine": machine(), "cold_start": cold_start()}
         print(json.dumps(found, indent=1) if options.json else _starting(found["cold_start"]))
         return
     found = {"machine": machine(), "grouping": grouping_against_copy(), "cold_start": cold_start()}

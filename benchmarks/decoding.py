@@ -1,11 +1,13 @@
-"""How fast does the engine read prompts and write tokens, beside llama.cpp's TQ2_0, in one run?
+"""How fast does the engine read prompts and write tokens, beside llama.cpp, in one run?
 
     pip install llama-cpp-python gguf      # built from source, so that it uses this CPU
     python -m benchmarks.decoding [--threads 1 2] [--repeats 5] [--json]
     python -m benchmarks.decoding --loading --layers 56      # loading a store of 1 GB alone; without llama.cpp
+    python -m benchmarks.decoding --store STORE --gguf FILE  # a real model: its store beside a file of llama.cpp's
 
-The model has Llama-3.2-1B's shapes with a vocabulary of 32,768, random weights, two planes per weight with blocks of
-128 columns, and embeddings and output head in 4 bits; llama.cpp's has TQ2_0 matrices and Q4_0 embeddings and head.
+Without --store the model has Llama-3.2-1B's shapes with a vocabulary of 32,768, random weights, two planes per weight
+with blocks of 128 columns, and embeddings and output head in 4 bits; llama.cpp's has TQ2_0 matrices and Q4_0 embeddings
+and head.
 """
 
 import argparse
@@ -167,7 +169,7 @@ def compare(store: str, gguf: Path, threads: int, repeats: int) -> dict[str, Any
     """Run both engines in turn, test by test, and return medians."""
     ours = {bits: load_decoder(store, threads, ActivationSettings(bits)) for bits in (8, 6)}
     theirs = LlamaCpp(gguf, threads)
-    ids = np.random.default_rng(0).integers(0, MODEL["vocab_size"], 512).tolist()
+    ids = np.random.default_rng(0).integers(0, ours[8].decoder.config.vocab, 512).tolist()
     seen: dict[str, list[float]] = {}
     for repeat in range(repeats + 1):
         for test, count in (("pp128", 128), ("pp512", 512), ("tg32", 32)):
@@ -175,9 +177,9 @@ def compare(store: str, gguf: Path, threads: int, repeats: int) -> dict[str, Any
             time.sleep(_SPIN)
             theirs.reset()
             if test.startswith("pp"):
-                results["llama.cpp TQ2_0"] = timed(lambda count=count: theirs.decode(ids[:count]), count)  # type: ignore[misc]
+                results["llama.cpp"] = timed(lambda count=count: theirs.decode(ids[:count]), count)  # type: ignore[misc]
             else:
-                results["llama.cpp TQ2_0"] = timed(lambda: [theirs.decode([i]) for i in ids[:32]], count)
+                results["llama.cpp"] = timed(lambda: [theirs.decode([i]) for i in ids[:32]], count)  # type: ignore[func-returns-value]
             time.sleep(_SPIN)
             for bits, loaded in ours.items():
                 cache = loaded.decoder.new_cache(count, "float16")
@@ -194,7 +196,7 @@ def compare(store: str, gguf: Path, threads: int, repeats: int) -> dict[str, Any
     nbytes = ours[8].nbytes
     read = bandwidth(nbytes, threads)
     ratios = {
-        f"{test} {bits} bits over llama.cpp": medians[f"{test} {bits} bits"] / medians[f"{test} llama.cpp TQ2_0"]
+        f"{test} {bits} bits over llama.cpp": medians[f"{test} {bits} bits"] / medians[f"{test} llama.cpp"]
         for test in ("pp128", "pp512", "tg32")
         for bits in (8, 6)
     }
@@ -272,8 +274,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=MODEL["num_hidden_layers"], help="of the model, if it is made")
     parser.add_argument("--loading", action="store_true", help="only the memory and the time that loading takes")
     parser.add_argument("--folder", type=Path, help="keep the models here, and use those that are there")
+    parser.add_argument("--store", help="a store to time instead of that model's, with --gguf")
+    parser.add_argument("--gguf", type=Path, help="the file that llama.cpp runs beside --store")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if (options.store is None) != (options.gguf is None):
+        parser.error("--store and --gguf go together")
+    if options.store is not None:
+        found = _found(options.store, options.gguf, options.threads, options.repeats)
+        print(json.dumps(found, indent=1) if options.json else _text(found))
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         source, store, gguf = folder / "model", folder / "store", folder / "tq2_0.gguf"
@@ -286,12 +296,16 @@ def main() -> None:
             quantize_gguf(folder / "f16.gguf", gguf)
             (folder / "f16.gguf").unlink()
         threads = [] if options.loading else options.threads
-        found = {
-            "machine": {**machine(), "threads": options.threads},
-            "runs": [compare(str(store), gguf, count, options.repeats) for count in threads],
-            "memory_and_loading": memory_and_loading(str(store)),
-        }
+        found = _found(str(store), gguf, threads, options.repeats)
     print(json.dumps(found, indent=1) if options.json else _text(found))
+
+
+def _found(store: str, gguf: Path, threads: list[int], repeats: int) -> dict[str, Any]:
+    return {
+        "machine": {**machine(), "threads": threads},
+        "runs": [compare(store, gguf, count, repeats) for count in threads],
+        "memory_and_loading": memory_and_loading(store),
+    }
 
 
 def _text(found: dict[str, Any]) -> str:

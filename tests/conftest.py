@@ -121,7 +121,7 @@ def write_model(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, 
         safetensors.numpy.save_file(tensors, folder / "model.safetensors")
         return folder
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = {name: tensors[name] for name in names[shard::shards]}

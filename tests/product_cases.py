@@ -29,9 +29,10 @@ class Case:
     cols: int
 
     def expected(self, activations: Activations, weights: tuple[float, ...] | None = None) -> NDArray[np.float64]:
-        return reference_products.multiply(
+        found: NDArray[np.float64] = reference_products.multiply(
             self.planes, self.scale, self.block, self.cols, activations, self.offset, weights
         )
+        return found
 
 
 def make(

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,19 +53,21 @@ def planned(model: Path, found: Statistics | None, **options: object) -> Plan:
 class Watched:
     """A matrix of a whole decoder that keeps what it is multiplied with."""
 
-    def __init__(self, matrix: object) -> None:
-        self.matrix, self.seen = matrix, []
-        self.rows, self.cols = matrix.rows, matrix.cols  # type: ignore[attr-defined]
+    def __init__(self, matrix: Any) -> None:
+        self.matrix = matrix
+        self.seen: list[np.ndarray] = []
+        self.rows, self.cols = matrix.rows, matrix.cols
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         self.seen.append(x.copy())
-        return self.matrix(x)  # type: ignore[operator]
+        product: np.ndarray = self.matrix(x)
+        return product
 
 
 def test_statistics_are_those_of_the_whole_model(tiny_model: Path, statistics: Statistics) -> None:
     decoder = load_checkpoint(tiny_model)
     names = {"qkv": "self_attn.v_proj", "out": "self_attn.o_proj", "gate_up": "mlp.up_proj", "down": "mlp.down_proj"}
-    watched = [{key: Watched(getattr(layer, key)) for key in names} for layer in decoder.layers]
+    watched: list[Any] = [{key: Watched(getattr(layer, key)) for key in names} for layer in decoder.layers]
     decoder.layers = [replace(layer, **own) for layer, own in zip(decoder.layers, watched, strict=True)]
     cache = decoder.new_cache(32)
     for sample in SAMPLES:
@@ -158,6 +161,7 @@ def test_statistics_of_another_model_and_missing_ones_are_refused(
     other = write_model(tmp_path / "other", tiny_tensors(seed=1), {**tiny_config(), "rope_theta": 5000.0})
     with pytest.raises(RecipeError, match=r"statistics of another model \(model .*\); this is other"):
         planned(other, statistics, compensate=True)
+    options: dict[str, Any]
     for options in ({"compensate": True}, {"method": "billm"}, {"method": "dbellquant"}):
         with pytest.raises(RecipeError, match="error compensation needs statistics of the inputs"):
             planned(tiny_model, None, **options)
@@ -229,9 +233,14 @@ def test_a_transformation_is_folded_into_the_norm(tmp_path: Path) -> None:
     tiny_model = write_model(tmp_path / "model", tensors, tiny_config())
     statistics = collect(tiny_model, tmp_path / "stats")
     plan = planned(tiny_model, statistics, method="dbellquant", planes=1)
-    searched = []
+    searched: list[int] = []
+
+    def counted(*given: Any) -> Any:
+        searched.append(1)
+        return channel_scale(*given)
+
     with pytest.MonkeyPatch.context() as patch:
-        counting = replace(dbellquant.METHOD, channel_scale=lambda *given: searched.append(1) or channel_scale(*given))
+        counting = replace(dbellquant.METHOD, channel_scale=counted)
         patch.setattr("bincompress.methods.METHODS", [counting])
         compress(plan, str(tmp_path / "store"))
     assert len(searched) == 4  # once for each norm, not for each of its readers
@@ -317,7 +326,9 @@ def test_more_bits_cost_less_error(tiny_model: Path, statistics: Statistics) -> 
         total = 0.0
         for name, own in trials.items():
             planes, block = settings[name].get("planes", 1), settings[name].get("block", 128)
-            (trial,) = [trial for trial in own if (trial.settings.planes, trial.settings.block) == (planes, block)]
+            (trial,) = [
+                trial for trial in own if (trial.settings.record()["planes"], trial.settings.block) == (planes, block)
+            ]
             total += trial.error * plan.checkpoint.tensors[name].shape[0] * plan.checkpoint.tensors[name].shape[1]
         return total
 

@@ -3,6 +3,7 @@
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +15,13 @@ from bincompress.sources.checkpoint import open_checkpoint, read_weight
 from tests.conftest import tiny_config, tiny_tensors, write_model
 
 
-def header_of(path: Path) -> dict:
+def header_of(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
-    return json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
+    found: dict[str, Any] = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
+    return found
 
 
-def rewrite(path: Path, header: dict) -> None:
+def rewrite(path: Path, header: dict[str, Any]) -> None:
     content = path.read_bytes()
     data = content[8 + struct.unpack("<Q", content[:8])[0] :]
     text = json.dumps(header).encode()
@@ -81,7 +83,7 @@ def test_malformed_header(single: Path, content: bytes, message: str) -> None:
         ({"data_offsets": [2, 12290]}, "overlaps"),
     ],
 )
-def test_lying_header(single: Path, change: dict, message: str) -> None:
+def test_lying_header(single: Path, change: dict[str, Any], message: str) -> None:
     path = single / "model.safetensors"
     header = header_of(path)
     assert header["lm_head.weight"]["data_offsets"] == [0, 12288]

@@ -43,7 +43,8 @@ def hessian_of(cols: int, seed: int = 0, tokens: int = 400) -> np.ndarray:
     random = np.random.default_rng(seed)
     x = random.standard_normal((tokens, cols)) @ (np.eye(cols) + 0.3 * random.standard_normal((cols, cols)) / cols**0.5)
     x *= np.exp(0.7 * random.standard_normal(cols))
-    return (x.T @ x / tokens).astype(np.float32)
+    hessian: np.ndarray = (x.T @ x / tokens).astype(np.float32)
+    return hessian
 
 
 def inputs_of(cols: int, seed: int = 0) -> Inputs:
@@ -240,7 +241,7 @@ def test_damping_is_raised_where_the_factorisation_fails() -> None:
 @pytest.mark.parametrize(
     ("rows", "cols", "dtype"), [(1, 1, "BF16"), (3, 70, "F16"), (33, 128, "F32"), (9, 300, "BF16")]
 )
-def test_what_is_stored_is_what_was_chosen(settings: Settings, rows: int, cols: int, dtype: str) -> None:
+def test_what_is_stored_is_what_was_chosen(settings: Any, rows: int, cols: int, dtype: str) -> None:
     weight = as_weight(np.random.default_rng(cols).standard_normal((rows, cols)) * 0.05, dtype)
     found = method_named(settings.method).binarize(weight, settings, inputs_of(cols))
     coef = found.tensor.numbers

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 
@@ -85,7 +86,7 @@ def test_a_full_disk_does_not_stop_what_is_compiled(tmp_path: Path) -> None:
 def test_another_type_is_refused_instead_of_compiled() -> None:
     with pytest.raises(KeyError):
         greatest_magnitude(np.zeros(3, np.float64))
-    kernel = compiler.kernel(compiler.numba.int64(compiler.view(compiler.numba.int64, 1)))(lambda items: items[0])
+    kernel = compiler.kernel(numba.int64(compiler.view(numba.int64, 1)))(lambda items: items[0])
     assert kernel(np.array([7])) == 7
     with pytest.raises(TypeError, match="No matching definition"):
         kernel(np.array([7.0]))
@@ -121,14 +122,14 @@ def test_the_kernels_of_products_are_loaded_by_the_next_process_and_give_the_sam
 
 def test_a_kernel_closes_over_numbers_alone() -> None:
     helper = compiler.inline(lambda x: x + 1)
-    mark = compiler.kernel(compiler.numba.int64(compiler.numba.int64))
+    mark = compiler.kernel(numba.int64(numba.int64))
     with pytest.raises(TypeError, match="closes over numbers alone"):
         mark(lambda x: helper(x)).compile()
-    assert compiler.kernel(compiler.numba.int64(compiler.numba.int64), helper=helper)(_calls_helper)(1) == 2
+    assert compiler.kernel(numba.int64(numba.int64), helper=helper)(_calls_helper)(1) == 2
 
 
 def _calls_helper(x: int) -> int:
-    return helper(x)  # type: ignore[name-defined]  # noqa: F821
+    return helper(x)  # type: ignore[name-defined, no-any-return]  # noqa: F821
 
 
 def test_another_kernel_is_compiled_while_one_is_being_compiled(tmp_path: Path) -> None:

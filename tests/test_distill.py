@@ -127,6 +127,7 @@ def test_student_weights_are_the_stored_ones(settings: Any, tmp_path: Path, tiny
     before = float((matrix.weight().double() * along).sum())
     matrix.backward(along.clone())
     direction = torch.from_numpy(random.standard_normal(tuple(matrix.moved.shape)).astype(np.float32))
+    assert matrix.moved.grad is not None
     slope = float((matrix.moved.grad * direction).sum())
     with torch.no_grad():
         matrix.moved += direction

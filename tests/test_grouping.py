@@ -86,10 +86,10 @@ def test_with_lambda_a_split_of_equal_magnitudes_can_be_better() -> None:
 def test_halving_finds_the_same_cost_as_the_table(values: list[int], most: int) -> None:
     ordered = np.sort(np.array(values, np.float64))
     sums = prefixes([ordered[ordered == value] for value in np.unique(ordered)])
-    table = whole_matrix.exact_limits(*sums, 0.3, most)
+    table = whole_matrix.exact_limits(sums[0], sums[1], sums[2], 0.3, most)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(whole_matrix, "_TABLE_LIMIT", 0)
-        halved = whole_matrix.exact_limits(*sums, 0.3, most)
+        halved = whole_matrix.exact_limits(sums[0], sums[1], sums[2], 0.3, most)
 
     def cost(limits: NDArray[np.int64]) -> float:
         return cost_of(ordered, [int(sums[0][i]) for i in limits], 0.3)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import bincompress
+from bincompress.calibration.statistics import Statistics
 from bincompress.compression.allocation import run_trials, spread, spreadable, trial_jobs, trials_of
 from bincompress.compression.plan import make_plan
 from bincompress.compression.recipe import load_recipe
@@ -142,7 +143,7 @@ def test_bits_are_spread_around_it(tiny_model: Path, tmp_path: Path) -> None:
     assert {t.settings.method for t in chosen.tensors if ".mlp." in t.source.name} == {"share"}
 
 
-def collected(model: Path, url: Path) -> "object":
+def collected(model: Path, url: Path) -> Statistics:
     from tests.test_calibrate import collect
 
     return collect(model, url)

@@ -6,6 +6,7 @@ import shutil
 import threading
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ IDS = np.random.default_rng(3).integers(0, 96, 40)
 EXACT = ActivationSettings(bits=16)
 
 
-def stored(model: Path, store: Path, recipe: Recipe, kept: dict | None = None, archive: bool = False) -> str:
+def stored(model: Path, store: Path, recipe: Recipe, kept: dict[str, Any] | None = None, archive: bool = False) -> str:
     assert compress(make_plan(open_checkpoint(model), recipe, kept, archive), str(store)).complete
     return str(store)
 
@@ -264,7 +265,7 @@ def test_stores_that_cannot_run(tiny_model: Path, tmp_path: Path, monkeypatch: p
     norm.write_bytes(content)
     node = tmp_path / "store" / "tensors" / name / "zarr.json"
     found = json.loads(node.read_text())
-    for change, message in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"terms": [1]}, "1 terms do not fit 2 planes and coef"),
         ({"terms": [1, 4]}, "terms: 4; expected a whole number from 0 to 3"),
         ({"terms": [2, 2]}, "terms: one of 2 is there twice"),
@@ -284,12 +285,13 @@ def test_stores_that_cannot_run(tiny_model: Path, tmp_path: Path, monkeypatch: p
         ({"report": None}, "a tensor's attributes lack its stored bytes"),
         ({"hashes": {}}, "planes: its bytes are not those"),
         ({"hashes": None}, "planes: its bytes are not those"),
-    ]:
+    ]
+    for change, message in cases:
         node.write_text(json.dumps({**found, "attributes": {**found["attributes"], **change}}))
         with pytest.raises(DamagedError, match=message):
             load_decoder(store, 1, ActivationSettings())
-    for content in ("[" * 100_000, "[1]", '{"attributes": 5}'):
-        node.write_text(content)
+    for damaged in ("[" * 100_000, "[1]", '{"attributes": 5}'):
+        node.write_text(damaged)
         with pytest.raises(DamagedError, match=rf"{name}: zarr\.json is not readable"):
             load_decoder(store, 1, ActivationSettings())
     shutil.rmtree(tmp_path / "store" / "tensors" / name)
@@ -299,10 +301,10 @@ def test_stores_that_cannot_run(tiny_model: Path, tmp_path: Path, monkeypatch: p
 
 def packed_tensor(**changes: object) -> PackedTensor:
     """Assemble one plane of 2 x 200 with a number for each row and block of 128, but for the changes."""
-    attributes = {"shape": [2, 200], "block": 128, "terms": [1], "mix": None, "coef_exponent": 0}
-    arrays = {"planes": np.zeros((1, 2, 4), np.uint64), "coef": np.ones((1, 2, 2), np.float16)}
+    attributes: dict[str, Any] = {"shape": [2, 200], "block": 128, "terms": [1], "mix": None, "coef_exponent": 0}
+    arrays: dict[str, Any] = {"planes": np.zeros((1, 2, 4), np.uint64), "coef": np.ones((1, 2, 2), np.float16)}
     for key, value in changes.items():
-        (attributes if key in attributes else arrays)[key] = value  # type: ignore[index]
+        (attributes if key in attributes else arrays)[key] = value
     return assemble(attributes, arrays)
 
 
@@ -373,7 +375,7 @@ def test_an_unfinished_store_and_an_unknown_architecture(tmp_path: Path) -> None
         ({"do_sample": False}, 0.0, 1.0),
     ],
 )
-def test_sampling_comes_from_the_models_own_settings(content: dict, temperature: float, top_p: float) -> None:
+def test_sampling_comes_from_the_models_own_settings(content: dict[str, Any], temperature: float, top_p: float) -> None:
     sampling = default_sampling({"generation_config.json": json.dumps(content).encode()})
     assert (sampling.temperature, sampling.top_p) == (temperature, top_p)
     with pytest.raises(ConfigError, match="temperature: expected a number, found 'hot'"):

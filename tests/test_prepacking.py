@@ -75,7 +75,8 @@ def test_matrices_below_each_other_equal_their_separate_products(heights: list[i
 def any_float16(rng: np.random.Generator, *shape: int) -> NDArray[np.float16]:
     """Numbers of every size, subnormal ones and zeros of both signs among them; no infinity."""
     sign = rng.integers(0, 2, shape, np.uint16) << np.uint16(15)
-    return (rng.integers(0, 0x7C00, shape, np.uint16) | sign).view(np.float16)
+    patterns: NDArray[np.uint16] = rng.integers(0, 0x7C00, shape, np.uint16) | sign
+    return patterns.view(np.float16)
 
 
 def widened(part: Part) -> Part:

@@ -11,7 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -60,7 +60,9 @@ def test_a_store_is_complete_and_verifies(tiny_model: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("options", [{"embeddings": "8bit"}, {"groups": 5, "block": "matrix"}, {"method": "xnor"}])
-def test_bytes_do_not_depend_on_workers_or_chance(tiny_model: Path, tmp_path: Path, tree: Tree, options: dict) -> None:
+def test_bytes_do_not_depend_on_workers_or_chance(
+    tiny_model: Path, tmp_path: Path, tree: Tree, options: dict[str, Any]
+) -> None:
     run(tiny_model, tmp_path / "one", **options)
     plan = plan_of(tiny_model, **options)
     compress(plan, str(tmp_path / "two"), runner=lambda jobs: run_local(list(reversed(jobs)), workers=2))
@@ -150,7 +152,9 @@ def test_overwrite_removes_nothing_but_stores(tiny_model: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("options", [{}, {"block": "matrix"}, {"block": "matrix", "method": "xnor"}])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_bad_tensor_fails_by_name_and_the_others_are_done(tmp_path: Path, value: float, options: dict) -> None:
+def test_a_bad_tensor_fails_by_name_and_the_others_are_done(
+    tmp_path: Path, value: float, options: dict[str, Any]
+) -> None:
     tensors = tiny_tensors()
     bad = "model.layers.1.mlp.up_proj.weight"
     tensors[bad][3, 5] = value
@@ -333,7 +337,8 @@ def test_a_flipped_bit_is_found_by_name(tiny_model: Path, tmp_path: Path, archiv
     assert "planes cannot be read" in found[name]
     # With a checksum that fits, the hash in the attributes still tells.
     values = open_store(str(store)).root[f"tensors/{name}/coef"]
-    values[0, 0, 0] = values[0, 0, 0] + 1
+    assert isinstance(values, zarr.Array)
+    values[0, 0, 0] = np.asarray(values[0, 0, 0]) + 1
     chunk.write_bytes(bytes(content[:100]) + bytes([content[100] ^ 4]) + bytes(content[101:]))
     found = problems(store)
     assert "coef: its bytes are not those that were written" in found[name]
@@ -342,6 +347,7 @@ def test_a_flipped_bit_is_found_by_name(tiny_model: Path, tmp_path: Path, archiv
 def test_a_damaged_asset_is_found(tiny_model: Path, tmp_path: Path) -> None:
     run(tiny_model, tmp_path / "store")
     array = open_store(str(tmp_path / "store")).root["assets/config.json"]
+    assert isinstance(array, zarr.Array)
     array[0] = 32
     assert "bytes are not those" in problems(tmp_path / "store")["assets"]
 
@@ -370,7 +376,8 @@ def test_kept_weights_come_back_exactly(tmp_path: Path) -> None:
     tensors[name][[2, 2, 9], [0, 159, 70]] = np.array([40.0, -30.0, 0.0], ml_dtypes.bfloat16)
     model = write_model(tmp_path / "model", tensors, tiny_config())
     kept = {name: ((2, 0), (2, 159), (9, 70))}
-    for number, options in enumerate([{}, {"groups": 4, "block": "matrix"}, {"method": "xnor"}]):
+    tried: list[dict[str, Any]] = [{}, {"groups": 4, "block": "matrix"}, {"method": "xnor"}]
+    for number, options in enumerate(tried):
         store = tmp_path / f"store{number}"
         plan = make_plan(open_checkpoint(model), load_recipe(None, options), kept)
         assert compress(plan, str(store)).complete

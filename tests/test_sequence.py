@@ -59,12 +59,14 @@ def seen(decoder: Any, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
     last = decoder.layers[-1]
     down, gate_up = Watched(last.down), Watched(last.gate_up)
     decoder.layers[-1] = replace(last, down=down, gate_up=gate_up)
-    cache, streams = decoder.new_cache(samples.shape[1]), []
+    cache = decoder.new_cache(samples.shape[1])
+    streams: list[np.ndarray] = []
     for sample in samples:
         cache.rewind()
         after = decoder._advance(decoder.embedding.rows_of(sample), cache).stream
         streams.append(after - down.matrix(down.seen[-1]))
-    return tuple(np.concatenate(kept).astype(np.float64) for kept in (gate_up.seen, down.seen, streams))
+    read, written, stream = (np.concatenate(kept).astype(np.float64) for kept in (gate_up.seen, down.seen, streams))
+    return read, written, stream
 
 
 @pytest.mark.parametrize("options", [ONE_PLANE, BELLS])

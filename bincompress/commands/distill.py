@@ -27,7 +27,11 @@ _PLACES = ("device", "threads", "checkpoint_every")
 @click.option("--lam", type=float, default=0.0, show_default=True, help="Weight of ambiguous tokens; 0: plain.")
 @click.option("--gamma", type=float, default=0.5, show_default=True, help="The teacher's share in what is ambiguous.")
 @click.option("--norms", is_flag=True, help="Train the norm weights, too.")
-@click.option("--rechoose-planes", is_flag=True, help="Choose planes anew half-way, where their method can; keep them if they help.")
+@click.option(
+    "--rechoose-planes",
+    is_flag=True,
+    help="Choose planes anew half-way, where their method can; keep them if they help.",
+)
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to train."
 )

@@ -38,8 +38,8 @@ def options() -> dict[str, list[tuple[Method, Option]]]:
     return found
 
 
-def make_settings(method: str, **values: Any) -> Settings:
-    """Return a method's settings; raises RecipeError for an unknown method, setting or value."""
+def make_settings(method: str, **values: Any) -> Any:
+    """Return an object of a method's settings class; raises RecipeError for an unknown method, setting or value."""
     return checked(method, values, f"method {method}")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,6 +127,13 @@ class Binarized:
     notes: dict[str, Any] = field(default_factory=dict)  # what a reader of the report should know
 
 
+class Binarize(Protocol):
+    """How a matrix becomes planes, given the method's own settings; inputs: None without calibration."""
+
+    def __call__(self, weight: Weight, settings: Any, inputs: Inputs | None = None, /) -> Binarized:
+        """Return the planes; raises TensorError."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One way from a matrix to planes and coefficients. All that the program knows of it stands here.
@@ -136,7 +143,7 @@ class Method:
 
     summary: str  # one line, for tables and --help
     settings: type[Settings]  # whose fields are its options, on the command line and in recipes
-    binarize: Callable[[Weight, Any, Inputs | None], Binarized]  # raises TensorError; inputs: None without calibration
+    binarize: Binarize
     size: Callable[[Any], Size]
 
     # Whether binarize raises FloatingPointError by itself where a weight is not finite, at no cost.

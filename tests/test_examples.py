@@ -1,0 +1,63 @@
+"""Do the examples do what they say, on the small model that ships with the package?"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bincompress
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+DEMO = Path(bincompress.__file__).parent / "demo_model"
+_LONGEST = 40
+
+
+def run(name: str, *arguments: object) -> str:
+    """Run an example as a user does, and return what it prints."""
+    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_short_and_tested_here() -> None:
+    assert EXAMPLES == ["calibrate_and_choose_bits.py", "compress_and_write.py", "evaluate_store.py"]
+    for name in EXAMPLES:
+        lines = (ROOT / "examples" / name).read_text("utf-8").splitlines()
+        assert len(lines) < _LONGEST, f"{name} has {len(lines)} lines"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What the first example prints, and its store."""
+    store = tmp_path_factory.mktemp("examples") / "store"
+    return run("compress_and_write.py", DEMO, store), store
+
+
+def test_compress_and_write(written: tuple[str, Path]) -> None:
+    out, store = written
+    assert f"{store}: 38 tensors done, 0 were complete already" in out
+    text = out.split("already\n")[1]
+    assert len(text.split()) > 10
+    assert "38 were complete already" in run("compress_and_write.py", DEMO, store)
+
+
+def test_evaluate_store(written: tuple[str, Path]) -> None:
+    out = run("evaluate_store.py", written[1], DEMO, ROOT / "docs" / "format.md")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
+    assert [row[0] for row in rows[2:]] == ["8 bits", "6 bits"]
+    for row in rows[2:]:
+        unquantized, packed, ratio = map(float, row[1:4])
+        assert 1 < unquantized < packed
+        assert ratio == pytest.approx(packed / unquantized, rel=1e-2)
+    assert float(rows[2][3]) < float(rows[3][3])  # eight bits of activations predict better than six
+
+
+def test_calibrate_and_choose_bits(tmp_path: Path) -> None:
+    out = run("calibrate_and_choose_bits.py", DEMO, ROOT / "docs" / "methods.md", tmp_path, 8)
+    found = re.search(r"38 tensors done, ([\d.]+) stored bits", out)
+    assert found is not None
+    assert 2.0 < float(found[1]) <= 2.25
