@@ -116,9 +116,9 @@ def make_plan(
 
 def _decoder_linears(checkpoint: Checkpoint) -> frozenset[str]:
     """Return the matrices whose inputs a run layer after layer collects."""
-    from bincompress.model.config import parse
+    from bincompress.model.checkpoint_source import checkpoint_config
 
-    config = parse(checkpoint.config)
+    config = checkpoint_config(checkpoint)
     return frozenset(
         tensor for layer in range(config.layers) for group in config.inputs_of_layer(layer).values() for tensor in group
     )
@@ -164,9 +164,9 @@ def _folded(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...]) -> tuple
     """
     if not any(tensor.settings.method == "dbellquant" for tensor in tensors):
         return tensors
-    from bincompress.model.config import parse
+    from bincompress.model.checkpoint_source import checkpoint_config
 
-    config = parse(checkpoint.config)
+    config = checkpoint_config(checkpoint)
     names = config.declaration.names
     planned = {tensor.source.name: tensor for tensor in tensors}
     for layer in range(config.layers):
