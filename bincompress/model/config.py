@@ -133,7 +133,7 @@ def _architecture(raw: Mapping[str, Any]) -> str:
         raise ConfigError(f"config.json: architectures: expected a list of names, found {listed!r:.80}")
     of_type = [name for name, declared in ARCHITECTURES.items() if declared.model_type == model_type]
     registered = [name for name in names if name in ARCHITECTURES]
-    chosen = next(iter(registered if model_type is None else of_type), None)
+    chosen: str | None = next(iter(registered if model_type is None else of_type), None)
     known = ", ".join(ARCHITECTURES)
     for name in registered:
         expected = ARCHITECTURES[name].model_type
