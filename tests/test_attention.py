@@ -1,5 +1,6 @@
 """The decoder's kernels against their NumPy twins, over ragged shapes."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bincompress.model import rope
 from bincompress.model.cache import KvCache, cache_bytes
 from bincompress.model.config import parse
 from bincompress.model.errors import PromptError
@@ -188,6 +190,29 @@ CONFIG = parse(
 @pytest.mark.parametrize("capacity", [1, 32, 33, 100])
 def test_cache_bytes_are_known_before_it_is_made(kind: Any, capacity: int) -> None:
     assert KvCache(CONFIG, capacity, kind).nbytes == cache_bytes(CONFIG, capacity, kind)
+
+
+def test_the_rotation_table_is_as_long_as_what_is_used() -> None:
+    long = replace(CONFIG, context=10_000_000)
+    cache = KvCache(long, 10_000_000, "float16")
+    assert cache.cosines.nbytes + cache.sines.nbytes == 0
+    lengths = []
+    for length in (1, 2, 512, 513, 5000, 5001):
+        cache.reach(length)
+        lengths.append(len(cache.cosines))
+    assert lengths == [512, 512, 512, 1024, 5000, 10000]
+    cosines, sines = rope.table(CONFIG.rope, CONFIG.head_dim, 10000)
+    np.testing.assert_array_equal(cache.cosines, cosines)
+    np.testing.assert_array_equal(cache.sines, sines)
+    short = KvCache(CONFIG, 3)
+    short.reach(3)
+    assert len(short.sines) == 3
+
+
+def test_a_cache_larger_than_the_memory_is_refused_with_its_size() -> None:
+    endless = replace(CONFIG, context=1 << 52)
+    with pytest.raises(PromptError, match=r"tokens need [\d,]+\.\d GB .* smaller --max-tokens"):
+        KvCache(endless, 1 << 52)
 
 
 def test_cache_refuses_more_than_the_model_has_learnt() -> None:

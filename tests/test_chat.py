@@ -106,3 +106,25 @@ def test_hostile_and_broken_templates_give_one_line(template: str) -> None:
 def test_messages_are_plain_data(messages: Any) -> None:
     with pytest.raises(PromptError, match=r"^chat: expected"):
         rendered(SIMPLE, messages)
+
+
+def test_templates_in_files_of_their_own_replace_those_of_the_config() -> None:
+    config = {"chat_template": "old {{ bos_token }}", "bos_token": "<s>", "image_token": "<img>"}
+    files = {"tokenizer_config.json": json.dumps(config).encode()}
+    assert render_with(files) == "old <s>"
+    files |= {
+        "special_tokens_map.json": b'{"bos_token": {"content": "<t>"}}',
+        "chat_template.jinja": b"{{ image_token }}",
+    }
+    assert render_with(files) == "<img>"
+    files |= {"additional_chat_templates/tool_use.jinja": b"{{ bos_token }}{{ tools[0].name }}"}
+    assert render_with(files, [{"name": "f"}]) == "<t>f"
+    del files["chat_template.jinja"]
+    with pytest.raises(TemplateError, match="none is named 'default'; the model has tool_use"):
+        render_with(files)
+
+
+def render_with(files: dict[str, bytes], tools: Any = None) -> str:
+    template = load_template(files)
+    assert template is not None
+    return template.render([{"role": "user", "content": "x"}], tools)

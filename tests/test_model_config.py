@@ -24,6 +24,8 @@ LLAMA: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
 }
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2}
+QWEN3 = QWEN2 | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2}
 SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
 
@@ -45,6 +47,74 @@ def test_model_type_alone_names_the_architecture() -> None:
     assert parse(raw).architecture == "Qwen2ForCausalLM"
 
 
+@pytest.mark.parametrize(
+    "names", [None, [], ["LLaMAForCausalLM"], ["MyLlamaForCausalLM"], ["LlamaForCausalLM", "LlamaModel"]]
+)
+def test_model_type_decides_where_the_spelling_is_unknown(names: Any) -> None:
+    assert parse(LLAMA | {"architectures": names}) == parse(LLAMA)
+
+
+def test_a_registered_name_will_do_without_model_type() -> None:
+    raw = {key: value for key, value in LLAMA.items() if key != "model_type"}
+    assert parse(raw | {"architectures": ["Custom", "MistralForCausalLM"]} | KV).architecture == "MistralForCausalLM"
+
+
+KV = {"num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("raw", "change", "expected"),
+    [
+        (LLAMA, {}, (4, 16)),
+        (LLAMA, {"num_key_value_heads": None, "head_dim": None}, (4, 16)),
+        (QWEN2, {"num_key_value_heads": None}, (4, 16)),
+        (QWEN2, {"num_attention_heads": 32, "num_key_value_heads": ...}, (32, 2)),
+        (QWEN3, {"num_key_value_heads": None}, (4, 128)),
+        (QWEN3, {"num_attention_heads": 64, "num_key_value_heads": ...}, (32, 128)),
+        (MISTRAL, {"num_attention_heads": 16, "num_key_value_heads": ..., "head_dim": None}, (8, 4)),
+        (MISTRAL, {"num_attention_heads": 6, "head_dim": 20}, (2, 20)),
+    ],
+)
+def test_heads_that_config_json_does_not_give(raw: Any, change: Any, expected: tuple[int, int]) -> None:
+    merged = {key: value for key, value in (raw | change).items() if value is not ...}
+    config = parse(merged)
+    assert (config.kv_heads, config.head_dim) == expected
+
+
+def test_qwen3_may_not_have_null_as_head_dim() -> None:
+    with pytest.raises(ConfigError, match="head_dim: expected a whole number, found None"):
+        parse(QWEN3 | {"head_dim": None})
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"rope_theta": 500}, rope.Rope(500.0)),
+        ({"rope_theta": 500.0, "rope_parameters": {"rope_theta": 7.0}}, rope.Rope(7.0)),
+        ({"rope_theta": 500.0, "rope_scaling": {}, "rope_parameters": {"rope_type": "default"}}, rope.Rope(500.0)),
+        # rope_scaling replaces all of rope_parameters, its theta included.
+        (
+            {"rope_parameters": {"rope_theta": 7.0}, "rope_scaling": {"type": "linear", "factor": 2}},
+            rope.Rope(10000.0, "linear", 2.0),
+        ),
+        (
+            {"rope_theta": 7.0, "rope_parameters": {"rope_type": "linear", "type": "default", "factor": 2.0}},
+            rope.Rope(7.0, "linear", 2.0),
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **SCALING}, "original_max_position_embeddings": 64},
+            rope.Rope(10000.0, "llama3", 8.0, 1.0, 4.0, 64),
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **SCALING}, "original_max_position_embeddings": None},
+            rope.Rope(10000.0, "llama3", 8.0, 1.0, 4.0, 32),
+        ),
+    ],
+)
+def test_rope_in_either_form(change: dict[str, Any], expected: rope.Rope) -> None:
+    assert parse(LLAMA | change).rope == expected
+
+
 def test_tensor_shapes() -> None:
     shapes = parse(LLAMA | {"num_key_value_heads": 2, "attention_bias": True}).tensors()
     assert shapes["model.embed_tokens.weight"] == (100, 64)
@@ -59,12 +129,22 @@ def test_tensor_shapes() -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["Gemma2ForCausalLM"]}, "architecture Gemma2ForCausalLM is not supported; known: LlamaFor"),
+    ({"architectures": ["LlamaForCausalLM", "MixtralForCausalLM"]}, "architecture MixtralForCausalLM is not supported"),
+    ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM has model_type 'mistral', found 'llama'"),
+    ({"architectures": ["MyForCausalLM"], "model_type": None}, "architecture MyForCausalLM is not supported"),
+    ({"architectures": ["MyForCausalLM"], "model_type": "mine"}, "known: LlamaForCausalLM, "),
     ({"architectures": None, "model_type": "gemma2"}, "model_type 'gemma2' is not supported"),
+    ({"architectures": [], "model_type": ["llama"]}, "model_type ['llama'] is not supported"),
     ({"model_type": "gemma2"}, "LlamaForCausalLM has model_type 'llama', found 'gemma2'"),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported; known: default, linear"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope type 'dynamic'"),
     ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope'"),
+    (
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        "rope_scaling: rope type 'yarn'",
+    ),
+    ({"rope_scaling": {"rope_type": None, "type": "linear", "factor": 2.0}}, "rope type None"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per kind of layer"),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
@@ -103,12 +183,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {"type": "linear"}}, "factor: expected a positive number, found None"),
     ({"rope_scaling": {"type": "linear", "factor": -1.0}}, "factor"),
     ({"rope_scaling": {"rope_type": "llama3", **SCALING, "low_freq_factor": 4.0}}, "low_freq_factor 4.0 must be below"),
-    ({"rope_scaling": [1]}, "rope_parameters: expected an object"),
+    ({"rope_scaling": [1]}, "rope_scaling: expected an object"),
+    ({"rope_parameters": [1]}, "rope_parameters: expected an object"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: expected true or false"),
     ({"tie_word_embeddings": 1}, "tie_word_embeddings: expected true or false"),
-    ({"architectures": []}, "architectures: expected a list of one name"),
-    ({"architectures": ["LlamaForCausalLM"] * 2}, "architectures: expected a list of one name"),
-    ({"architectures": [3]}, "architectures: expected a list of one name"),
+    ({"architectures": "LlamaForCausalLM"}, "architectures: expected a list of names, found 'Llama"),
+    ({"architectures": [3]}, "architectures: expected a list of names, found [3]"),
     ({"layer_types": ["full_attention"]}, "layer_types: expected a list of 2 kinds"),
 ]
 

@@ -1,6 +1,7 @@
 """Text to tokens and back, whole and in a stream, for byte-level and sentencepiece-style tokenizers."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,7 +109,10 @@ def test_special_tokens_are_not_text() -> None:
 @pytest.mark.parametrize(
     ("configs", "expected"),
     [
-        ([{"eos_token_id": 2}, {"eos_token_id": 1}], {2}),
+        ([{"eos_token_id": 2}, {"eos_token_id": 1}], {1, 2}),
+        ([{"eos_token_id": 2}, {"eos_token_id": [2]}, {"eos_token": "</s>"}], {1, 2}),
+        ([{"eos_token_id": -1}, {"eos_token_id": [1, -1]}], {1}),
+        ([{"eos_token_id": []}], set()),
         ([{"eos_token_id": [1, 2]}], {1, 2}),
         ([None, {"eos_token_id": None}, {"eos_token": "</s>"}], {1}),
         ([{}], set()),
@@ -118,7 +122,7 @@ def test_end_tokens(configs: Any, expected: set[int]) -> None:
     assert Tokenizer(sentencepiece(), *configs).eos_ids == expected
 
 
-@pytest.mark.parametrize("value", ["1", 1.0, [1, None], -1, True])
+@pytest.mark.parametrize("value", ["1", 1.0, [1, None], True])
 def test_end_tokens_of_another_type_are_refused(value: Any) -> None:
     with pytest.raises(TokenizerError, match="eos_token_id: expected"):
         Tokenizer(sentencepiece(), {"eos_token_id": value})
@@ -139,3 +143,98 @@ def test_truncation_and_padding_of_training_are_off() -> None:
     raw = json.loads(byte_level())
     raw["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     assert len(Tokenizer(json.dumps(raw).encode()).encode("Once upon a time there")) > 3
+
+
+def token(text: str, **flags: bool) -> dict[str, Any]:
+    plain = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    return {"content": text, **plain, "special": True, **flags}
+
+
+# Files beside tokenizer.json, whose tokens it lacks.
+BESIDE: dict[str, dict[str, Any]] = {
+    "nothing": {"tokenizer_config.json": {}},
+    "added_tokens_decoder": {
+        "tokenizer_config.json": {
+            "added_tokens_decoder": {"900": token("<|y|>", special=False, normalized=True), "320": token("<|x|>")},
+            "eos_token": "<|x|>",
+        },
+    },
+    "a listed token that strips": {
+        "tokenizer_config.json": {"added_tokens_decoder": {"320": token("<|y|>", lstrip=True, rstrip=True)}}
+    },
+    "added_tokens.json": {"tokenizer_config.json": {}, "added_tokens.json": {"<|y|>": 321, "<|x|>": 320}},
+    "special_tokens_map.json": {
+        "tokenizer_config.json": {"eos_token": "</s>"},
+        "special_tokens_map.json": {
+            "eos_token": "<|x|>",
+            "pad_token": token("<pad>"),
+            "additional_special_tokens": ["<|y|>"],
+        },
+        "added_tokens.json": {"<pad>": 321, "<|y|>": 320},
+    },
+    "a decoder hides the other files": {
+        "tokenizer_config.json": {"added_tokens_decoder": {}, "eos_token": "</s>"},
+        "special_tokens_map.json": {"eos_token": "<|x|>"},
+        "added_tokens.json": {"<|y|>": 320},
+    },
+    "names of its own": {
+        "tokenizer_config.json": {
+            "image_token": "<|y|>",
+            "additional_special_tokens": ["<|x|>", {"__type": "AddedToken", **token("<pad>")}],
+        }
+    },
+    "extra names": {"tokenizer_config.json": {"extra_special_tokens": {"image_token": "<|y|>"}}},
+    "a word becomes special": {"tokenizer_config.json": {"eos_token": "upon", "split_special_tokens": True}},
+}
+
+
+@pytest.mark.parametrize("data", [byte_level(), sentencepiece()], ids=["byte level", "sentencepiece"])
+@pytest.mark.parametrize("case", BESIDE)
+def test_ids_equal_those_of_transformers(case: str, data: bytes, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    files = {"tokenizer.json": data, "config.json": b'{"model_type": "llama"}'}
+    common = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
+    for name, content in BESIDE[case].items():
+        files[name] = json.dumps({**(common if name == "tokenizer_config.json" else {}), **content}).encode()
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = load_tokenizer(files)
+    for text in ("a <|x|>the <|y|> b", "the<pad> upon</s> a", ""):
+        ids = ours.encode(text)
+        assert ids == theirs(text)["input_ids"]
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.bos_id == theirs.bos_token_id
+    assert theirs.eos_token_id is None or theirs.eos_token_id in ours.eos_ids
+    assert ours.size == len(theirs)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer_config.json": {"added_tokens_decoder": []}}, "added_tokens_decoder: expected an object"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"x": token("a")}}}, "expected a token number, found 'x'"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"5": "a b"}, "eos_token": {"content": 3}}}, ""),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"5": {"content": ""}}}}, "5: expected a token"),
+        ({"tokenizer_config.json": {"pad_token": token("a", special=7)}}, "pad_token: expected a token"),  # type: ignore[arg-type]
+        ({"added_tokens.json": {"<x>": -1}}, "added_tokens.json: <x>: expected a token number, found -1"),
+        ({"added_tokens.json": {"<x>": 1.5}}, "added_tokens.json: <x>: expected a token number, found 1.5"),
+        ({"special_tokens_map.json": {"pad_token": {"content": "a", "lstrip": 1}}}, "special_tokens_map.json: pad_tok"),
+    ],
+)
+def test_tokens_that_are_none_are_refused_by_file_and_name(files: dict[str, Any], message: str) -> None:
+    encoded = {name: json.dumps(content).encode() for name, content in files.items()}
+    if not message:
+        assert load_tokenizer({"tokenizer.json": byte_level(), **encoded}).eos_ids == frozenset()
+        return
+    with pytest.raises(TokenizerError) as caught:
+        load_tokenizer({"tokenizer.json": byte_level(), **encoded})
+    assert message in str(caught.value)
+
+
+def test_a_pointer_is_called_one() -> None:
+    content = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n"
+    with pytest.raises(TokenizerError, match=r"^tokenizer\.json: a Git LFS pointer, not the file itself"):
+        load_tokenizer({"tokenizer.json": content})
+    with pytest.raises(TokenizerError, match=r"^added_tokens\.json: a Git LFS pointer"):
+        load_tokenizer({"tokenizer.json": byte_level(), "added_tokens.json": content})

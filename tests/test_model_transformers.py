@@ -150,6 +150,90 @@ def test_old_style_config_is_read_alike(tmp_path: Path) -> None:
     assert parse(old) == parse(new)
 
 
+def rewritten(folder: Path, change: dict[str, Any], tensors: dict[str, Any] | None = None) -> Any:
+    """Change a saved model's config and tensors, and return what transformers loads then."""
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    if tensors is not None:
+        kept = {k: v for k, v in load_file(folder / "model.safetensors").items() if k not in tensors}
+        added = {k: v for k, v in tensors.items() if v is not None}
+        save_file(kept | added, folder / "model.safetensors", {"format": "pt"})
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+def assert_alike(folder: Path, theirs: Any) -> Decoder:
+    ids = np.random.default_rng(5).integers(0, VOCAB, 70)
+    decoder = load_checkpoint(folder)
+    assert distance(in_parts(decoder, ids, [70]), their_logits(theirs.eval(), ids)) < TOLERANCE
+    return decoder
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+OLD_LLAMA3 = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+FORMS: dict[str, dict[str, Any]] = {
+    "scaling beside default parameters": {
+        "rope_scaling": LINEAR,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},
+    },
+    "scaling beside other parameters": {"rope_scaling": OLD_LLAMA3, "rope_parameters": LINEAR, "rope_theta": 300.0},
+    "empty scaling": {"rope_scaling": {}, "rope_parameters": {**LINEAR, "rope_theta": 300.0}, "rope_theta": 5.0},
+    "theta outside": {"rope_parameters": {"type": "linear", "factor": 3}, "rope_theta": 300},
+    "two kinds": {"rope_parameters": ..., "rope_scaling": {"type": "linear", "rope_type": "default", "factor": 9.0}},
+    "original length outside": {"rope_parameters": LLAMA3, "original_max_position_embeddings": 16},
+    "original length nowhere": {
+        "rope_parameters": {k: v for k, v in LLAMA3.items() if not k.startswith("original")},
+        "max_position_embeddings": 128,
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_both_forms_of_rope_give_their_numbers(form: str, tmp_path: Path) -> None:
+    random_model(tmp_path, "Llama", {})
+    assert_alike(tmp_path, rewritten(tmp_path, FORMS[form]))
+
+
+def test_a_tied_head_with_other_values_is_used_and_said(tmp_path: Path) -> None:
+    random_model(tmp_path, "Llama", {})
+    decoder = assert_alike(tmp_path, rewritten(tmp_path, {"tie_word_embeddings": True}))
+    assert not decoder.config.tied
+    assert "lm_head.weight is used" in decoder.config.notes[0]
+
+
+def test_a_tied_head_with_the_same_values_is_tied(tmp_path: Path) -> None:
+    model = random_model(tmp_path, "Llama", {"tie_word_embeddings": True})
+    table = model.model.embed_tokens.weight.detach().clone()
+    decoder = assert_alike(tmp_path, rewritten(tmp_path, {}, {"lm_head.weight": table}))
+    assert decoder.config.tied
+    assert id(decoder.head) == id(decoder.embedding)
+    assert decoder.config.notes == ()
+
+
+def test_a_head_in_place_of_tied_embeddings_is_both(tmp_path: Path) -> None:
+    model = random_model(tmp_path, "Llama", {"tie_word_embeddings": True})
+    table = model.model.embed_tokens.weight.detach().clone()
+    moved = {"lm_head.weight": table, "model.embed_tokens.weight": None}
+    decoder = assert_alike(tmp_path, rewritten(tmp_path, {}, moved))
+    assert id(decoder.head) == id(decoder.embedding)
+
+
+@pytest.mark.parametrize("prefix", ["", "language_model.model.", "model.language_model.", "module.model."])
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_with_other_prefixes_are_recognised(prefix: str, tied: bool, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    theirs = random_model(tmp_path, "Qwen3", {"head_dim": 16, "tie_word_embeddings": tied})
+    moved: dict[str, Any] = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        head = prefix.removesuffix("model.") if prefix.endswith(".model.") else ""
+        moved[name] = None
+        moved[head + name if name == "lm_head.weight" else prefix + name.removeprefix("model.")] = tensor
+    rewritten(tmp_path, {"architectures": ["Qwen3Model"]}, {"vision.patch.weight": torch.zeros(3, 4), **moved})
+    assert_alike(tmp_path, theirs)
+
+
 @pytest.mark.parametrize(
     "folder",
     [DEMO_MODEL, pytest.param(SHARED / "models" / "doclm-29m", marks=pytest.mark.needs_shared)],

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bincompress.calibration.layer_forward import INPUTS, Walk
 from bincompress.calibration.statistics import Statistics, begin_statistics
 from bincompress.errors import BincompressError, TensorError
-from bincompress.model.checkpoint_source import CheckpointSource
+from bincompress.model.checkpoint_source import CheckpointSource, checkpoint_config
 from bincompress.model.config import ModelConfig, parse
 from bincompress.model.decoder import read_layer
 from bincompress.model.linear import Floats
@@ -80,7 +80,7 @@ def text_record(samples: NDArray[np.int64]) -> dict[str, Any]:
 
 def begin_calibration(checkpoint: Checkpoint, samples: NDArray[np.int64]) -> Calibration:
     """Return what is to be run; raises UnsupportedModelError where the decoder cannot."""
-    return Calibration(checkpoint, parse(checkpoint.config), samples, _PART_TOKENS)
+    return Calibration(checkpoint, checkpoint_config(checkpoint), samples, _PART_TOKENS)
 
 
 # Given the residual stream before a layer, yields each part's stream after it and sums, in the order of the parts.

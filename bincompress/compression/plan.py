@@ -12,7 +12,8 @@ from bincompress.compression.recipe import Recipe
 from bincompress.compression.records import Shared
 from bincompress.errors import RecipeError
 from bincompress.methods import KEEP, Settings, embeddings, method_named
-from bincompress.model.config import ModelConfig, parse
+from bincompress.model.checkpoint_source import checkpoint_config
+from bincompress.model.config import ModelConfig
 from bincompress.sources.checkpoint import ITEM_BYTES, Checkpoint, check_shapes
 from bincompress.sources.hub import source_record
 from bincompress.tensors.weight import TensorSource
@@ -117,7 +118,7 @@ def make_plan(
 
 def _decoder_linears(checkpoint: Checkpoint) -> frozenset[str]:
     """Return the matrices whose inputs a run layer after layer collects."""
-    config = parse(checkpoint.config)
+    config = checkpoint_config(checkpoint)
     return frozenset(
         tensor for layer in range(config.layers) for group in config.inputs_of_layer(layer).values() for tensor in group
     )
@@ -165,7 +166,7 @@ def _folded(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...]) -> tuple
     """
     if not any(_scales_channels(tensor) for tensor in tensors):
         return tensors
-    config = parse(checkpoint.config)
+    config = checkpoint_config(checkpoint)
     planned = {tensor.source.name: tensor for tensor in tensors}
     for norm, readers in _norms_with_readers(config, planned):
         first = readers[0]

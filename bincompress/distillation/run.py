@@ -22,8 +22,7 @@ from bincompress.distillation.teacher import Teacher, write_text
 from bincompress.distillation.train import Checkpoints, OnStep, Progress, Training, perplexity, writable
 from bincompress.distillation.windows import Windows
 from bincompress.errors import StoreError
-from bincompress.model.checkpoint_source import CheckpointSource
-from bincompress.model.config import parse
+from bincompress.model.checkpoint_source import CheckpointSource, checkpoint_config
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.sources.checkpoint import Checkpoint
 from bincompress.sources.hub import source_record
@@ -86,7 +85,7 @@ def distill(
     begin = time.perf_counter()
     opened = open_store(store)
     _check(opened, teacher, text, out, settings, overwrite)
-    config = parse(teacher.config)
+    config = checkpoint_config(teacher)
     if settings.context > config.context:
         raise DistillError(f"--context {settings.context}: expected at most {config.context}, the model's limit")
     if places.work is None and not is_local(out):
@@ -144,7 +143,7 @@ def _check(
         )
     if text is None and not settings.written_tokens:
         raise DistillError("nothing to train on: expected --text FILE, or --data-free")
-    CheckpointSource(teacher, parse(teacher.config))
+    CheckpointSource(teacher, checkpoint_config(teacher))
     if is_local(out) and Path(out).resolve() == Path(store.url).resolve():
         raise DistillError(f"{out}: is the store to distill; --out has to be another")
     place = check_place(out, MODEL, overwrite)

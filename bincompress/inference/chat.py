@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bincompress.model.added_tokens import special_tokens
 from bincompress.model.errors import PromptError, TemplateError
-from bincompress.model.tokenizer import json_object
+from bincompress.model.files import json_object, pointer
 
 Message = Mapping[str, Any]
 
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_OTHERS = "additional_chat_templates/"  # a file each, named as the template
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -40,31 +41,40 @@ class ChatTemplate:
 
 
 def load_template(files: Mapping[str, bytes]) -> ChatTemplate | None:
-    """Return the template among a model's files by name (chat_template.jinja, or in tokenizer_config.json), or None."""
-    config = json_object(files, "tokenizer_config.json") or {}
-    given = config.get("chat_template")
-    templates: dict[str, str] = {}
-    if isinstance(given, str):
-        templates["default"] = given
-    elif isinstance(given, list):
-        for entry in given:
-            if not isinstance(entry, dict) or not {"name", "template"} <= entry.keys():
-                raise TemplateError("tokenizer_config.json: chat_template: expected entries with name and template")
-            templates[str(entry["name"])] = str(entry["template"])
-    elif given is not None:
+    """Return the templates among a model's files by name, or None.
+
+    They are in chat_template.jinja and additional_chat_templates/NAME.jinja, and only where there is neither in
+    tokenizer_config.json. Raises TemplateError or TokenizerError naming the file that is not what it should be.
+    """
+    others = [name for name in files if name.startswith(_OTHERS) and name.endswith(".jinja")]
+    templates = {name.removeprefix(_OTHERS).removesuffix(".jinja"): _text(files, name) for name in others}
+    if "chat_template.jinja" in files:
+        templates["default"] = _text(files, "chat_template.jinja")
+    templates = templates or _in_config(files)
+    return ChatTemplate(templates, special_tokens(files).texts) if templates else None
+
+
+def _text(files: Mapping[str, bytes], name: str) -> str:
+    if found := pointer(files[name]):
+        raise TemplateError(f"{name}: {found}")
+    try:
+        return files[name].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TemplateError(f"{name}: not UTF-8: {error}") from None
+
+
+def _in_config(files: Mapping[str, bytes]) -> dict[str, str]:
+    given = (json_object(files, "tokenizer_config.json") or {}).get("chat_template")
+    if given is None or isinstance(given, str):
+        return {} if given is None else {"default": given}
+    if not isinstance(given, list):
         raise TemplateError(
             f"tokenizer_config.json: chat_template: expected text or a list, found {type(given).__name__}"
         )
-    if "chat_template.jinja" in files:
-        try:
-            templates["default"] = files["chat_template.jinja"].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise TemplateError(f"chat_template.jinja: not UTF-8: {error}") from None
-    if not templates:
-        return None
-    named = {name: config.get(name) for name in _SPECIAL_TOKENS}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
-    return ChatTemplate(templates, {name: text for name, text in texts.items() if isinstance(text, str)})
+    for entry in given:
+        if not isinstance(entry, dict) or not {"name", "template"} <= entry.keys():
+            raise TemplateError("tokenizer_config.json: chat_template: expected entries with name and template")
+    return {str(entry["name"]): str(entry["template"]) for entry in given}
 
 
 def _plain(value: Any) -> Any:

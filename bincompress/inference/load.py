@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import threadpoolctl
@@ -16,11 +15,11 @@ from bincompress.inference.generate import GenerationSettings, Model
 from bincompress.inference.sampling import Sampling
 from bincompress.model.cache import cache_bytes
 from bincompress.model.checkpoint_source import load_checkpoint
-from bincompress.model.config import ModelConfig, parse
+from bincompress.model.config import ModelConfig
 from bincompress.model.decoder import Decoder
 from bincompress.model.errors import ConfigError
 from bincompress.model.packed_linear import ActivationSettings
-from bincompress.model.store_source import StoreSource
+from bincompress.model.store_source import StoreSource, store_config
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.sources.checkpoint import Checkpoint
 from bincompress.store.store import Store, open_store
@@ -112,7 +111,7 @@ def load_decoder(url: str, threads: int | None, settings: ActivationSettings, ke
         raise BincompressError(f"kernel {kernel!r} is unknown, or this CPU lacks it; available: {', '.join(kernels())}")
     store = open_store(url)
     assets = store.read_assets()
-    config = parse(_config(store, assets))
+    config = store_config(store, assets)
     workers = Workers(threads or usable_threads())
     source = StoreSource(store, config, settings, workers, kernel)
     check_memory(url, _needed(store, config), psutil.virtual_memory().available)
@@ -128,13 +127,6 @@ def load_baseline(checkpoint: Checkpoint, threads: int | None) -> Decoder:
     check_memory(checkpoint.name, 4 * weights + _BASE_BYTES, psutil.virtual_memory().available)
     threadpoolctl.threadpool_limits(1, user_api="blas")
     return load_checkpoint(checkpoint, Workers(threads or usable_threads()))
-
-
-def _config(store: Store, assets: dict[str, bytes]) -> dict[str, Any]:
-    found = store.attributes.get("config")
-    if not isinstance(found, dict):
-        found = json.loads(assets.get("config.json", b"{}"))
-    return dict(found)
 
 
 def _needed(store: Store, config: ModelConfig) -> int:

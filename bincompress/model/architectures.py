@@ -64,6 +64,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 
+# How names of classes begin that are of other families: with a known model_type they contradict it, while a name that
+# nobody knows (LLaMAForCausalLM, MyModelForCausalLM) is a spelling, and model_type decides.
+OTHER_FAMILIES = (
+    "albert", "apertus", "arctic", "baichuan", "bamba", "bart", "bert", "bitnet", "bloom", "chatglm", "cohere", "dbrx",
+    "deepseek", "ernie4", "exaone", "falcon", "gemma", "glm", "gpt", "granite", "grok", "internlm", "jamba", "jetmoe",
+    "lfm", "llama4", "mamba", "minicpm", "minimax", "ministral", "mixtral", "mllama", "modernbert", "mpt", "nemotron",
+    "olmo", "optfor", "persimmon", "phi", "qwen2_", "qwen2audio", "qwen2moe", "qwen2vl", "qwen3_", "qwen3moe",
+    "qwen3next", "qwen3omni", "qwen3vl", "recurrentgemma", "roberta", "rwkv", "seedoss", "smollm3", "stablelm",
+    "starcoder", "t5", "xlnet", "zamba",
+)  # fmt: skip
+
 # Fields that change the arithmetic of some model and that no architecture above has, with the values that do not.
 UNHANDLED: dict[str, tuple[object, ...]] = {
     "quantization_config": (None,),

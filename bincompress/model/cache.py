@@ -12,12 +12,14 @@ from cpu_kernels.decoder.attention import BLOCK, padded
 
 CacheType = Literal["float32", "float16"]
 
+_FIRST_POSITIONS = 512  # of the rotation table when it is first needed; it doubles from there
+
 # float16 patterns are uint16 here, as the kernels take them.
 _ITEMS: dict[CacheType, type[Any]] = {"float32": np.float32, "float16": np.uint16}
 
 
 class KvCache:
-    """Keys and values of the positions so far, and the rotation table for all that fit.
+    """Keys and values of the positions so far, and the rotation table for those that were reached.
 
     float16 halves the memory and the reading: decoding one token at 512 and 4096 positions (32 heads of 64, 8 of keys,
     one core) took 0.086 and 0.83 ms a layer against 0.15 and 2.2 ms with float32; float32 is exact.
@@ -32,18 +34,36 @@ class KvCache:
         blocks = -(-capacity // BLOCK)
         item = _ITEMS[kind]
         # Zeros are handed out by the system page by page, so what a short text does not reach costs no memory.
-        self.keys: list[NDArray[Any]] = [
-            np.zeros((config.kv_heads, blocks, config.head_dim, BLOCK), item) for _ in range(config.layers)
-        ]
-        self.values: list[NDArray[Any]] = [
-            np.zeros((config.kv_heads, blocks * BLOCK, padded(config.head_dim)), item) for _ in range(config.layers)
-        ]
-        self.cosines, self.sines = rope.table(config.rope, config.head_dim, capacity)
+        try:
+            self.keys: list[NDArray[Any]] = [
+                np.zeros((config.kv_heads, blocks, config.head_dim, BLOCK), item) for _ in range(config.layers)
+            ]
+            self.values: list[NDArray[Any]] = [
+                np.zeros((config.kv_heads, blocks * BLOCK, padded(config.head_dim)), item) for _ in range(config.layers)
+            ]
+        except MemoryError:
+            raise PromptError(
+                f"context: {capacity:,} tokens need {cache_bytes(config, capacity, kind) / 1e9:,.1f} GB for their keys "
+                "and values, more than there are; give a smaller --max-tokens"
+            ) from None
+        self._rope, self._head_dim = config.rope, config.head_dim
+        # Of the positions that were reached: a table for the whole context may take gigabytes that no text uses.
+        self.cosines, self.sines = rope.table(config.rope, config.head_dim, 0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole cache, filled or not."""
-        return sum(array.nbytes for array in (*self.keys, *self.values, self.cosines, self.sines))
+        """Bytes of the whole cache once it is filled."""
+        return sum(array.nbytes for array in (*self.keys, *self.values)) + self.capacity * self._head_dim * 4
+
+    def reach(self, length: int) -> None:
+        """Make the rotation table long enough for so many positions, at most the capacity."""
+        have = len(self.cosines)
+        if length <= have:
+            return
+        until = min(self.capacity, max(length, 2 * have, _FIRST_POSITIONS))
+        added = rope.table(self._rope, self._head_dim, until, have)
+        self.cosines = np.concatenate([self.cosines, added[0]])
+        self.sines = np.concatenate([self.sines, added[1]])
 
     @property
     def free(self) -> int:

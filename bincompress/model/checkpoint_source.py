@@ -8,6 +8,7 @@ import numpy as np
 from bincompress.errors import CheckpointError
 from bincompress.model.config import ModelConfig, parse
 from bincompress.model.decoder import Decoder
+from bincompress.model.layout import settle
 from bincompress.model.linear import DenseLinear, Floats
 from bincompress.sources.checkpoint import Checkpoint, open_checkpoint, read_weight
 from cpu_kernels.parallel.workers import Workers
@@ -58,6 +59,24 @@ class CheckpointSource:
         return self._embedding[name]
 
 
+def checkpoint_config(checkpoint: Checkpoint) -> ModelConfig:
+    """Return config.json checked, with the names and the output head that the checkpoint's tensors have.
+
+    Raises UnsupportedModelError or ConfigError.
+    """
+
+    def same(one: str, other: str) -> bool:
+        first, second = read_weight(tensors[one]), read_weight(tensors[other])
+        if first.dtype == second.dtype:
+            return np.array_equal(first.bits, second.bits)
+        step = max(1, _WIDENED_AT_ONCE // first.shape[1])
+        parts = (slice(start, start + step) for start in range(0, first.shape[0], step))
+        return all(np.array_equal(first.float32(part), second.float32(part)) for part in parts)
+
+    tensors = checkpoint.tensors
+    return settle(parse(checkpoint.config), {name: tensor.shape for name, tensor in tensors.items()}, same)
+
+
 def load_checkpoint(checkpoint: Checkpoint | Path, workers: Workers | None = None) -> Decoder:
     """Load a checkpoint, or a folder that holds one, as a float32 decoder.
 
@@ -65,5 +84,5 @@ def load_checkpoint(checkpoint: Checkpoint | Path, workers: Workers | None = Non
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
-    config = parse(checkpoint.config)
+    config = checkpoint_config(checkpoint)
     return Decoder(config, CheckpointSource(checkpoint, config, workers), workers)

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from typing import Any
 
-from bincompress.model.architectures import ARCHITECTURES, UNHANDLED, Architecture, Biases
+from bincompress.model.architectures import ARCHITECTURES, OTHER_FAMILIES, UNHANDLED, Architecture, Biases, Names
 from bincompress.model.errors import ConfigError, UnsupportedModelError
 from bincompress.model.rope import Rope
 
@@ -35,11 +36,13 @@ class ModelConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    names: Names = dataclass_field(default_factory=Names)  # as this model's tensors are called
+    notes: tuple[str, ...] = dataclass_field(default=(), compare=False)  # what a user should know of how it is read
 
     @property
     def declaration(self) -> Architecture:
-        """The architecture's entry in the registry."""
-        return ARCHITECTURES[self.architecture]
+        """The architecture's entry in the registry, with this model's names of tensors."""
+        return replace(ARCHITECTURES[self.architecture], names=self.names)
 
     def inputs_of_layer(self, layer: int) -> dict[str, list[str]]:
         """Return a layer's distinct inputs in their order, by the first matrix that reads each: its readers."""
@@ -90,10 +93,12 @@ def parse(raw: Mapping[str, Any]) -> ModelConfig:
     hidden = _size(raw, "hidden_size")
     heads = _size(raw, "num_attention_heads")
     layers = _size(raw, "num_hidden_layers", limit=_MOST_LAYERS)
-    kv_heads = _size(raw, "num_key_value_heads", declared.kv_heads or heads)
+    # null means as many as heads; a field that is absent has the default of the architecture.
+    kv_default = heads if "num_key_value_heads" in raw else declared.kv_heads or heads
+    kv_heads = _size(raw, "num_key_value_heads", kv_default)
     if heads % kv_heads:
         raise ConfigError(f"config.json: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
-    head_dim = _size(raw, "head_dim", declared.head_dim or _divided(hidden, heads))
+    head_dim = _size(raw, "head_dim", _head_dim(raw, declared, hidden, heads))
     if head_dim % 2:
         raise ConfigError(f"config.json: head_dim {head_dim} is odd; rotary embedding turns pairs")
     context = _size(raw, "max_position_embeddings", declared.context, limit=1 << 31)
@@ -115,27 +120,33 @@ def parse(raw: Mapping[str, Any]) -> ModelConfig:
         out_bias=_bias(raw, declared.out_bias),
         mlp_bias=declared.mlp_bias and _flag(raw, "mlp_bias"),
         qk_norm=declared.qk_norm,
+        names=declared.names,
     )
 
 
 def _architecture(raw: Mapping[str, Any]) -> str:
+    """Return the registered architecture: model_type says which, as transformers has it, unless a name contradicts."""
     model_type = raw.get("model_type")
     listed = raw.get("architectures")
+    names = [] if listed is None else listed
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"config.json: architectures: expected a list of names, found {listed!r:.80}")
+    of_type = [name for name, declared in ARCHITECTURES.items() if declared.model_type == model_type]
+    registered = [name for name in names if name in ARCHITECTURES]
+    chosen: str | None = next(iter(registered if model_type is None else of_type), None)
     known = ", ".join(ARCHITECTURES)
-    if listed is None:
-        names = [name for name, declared in ARCHITECTURES.items() if declared.model_type == model_type]
-        if not names:
-            raise UnsupportedModelError(f"config.json: model_type {model_type!r} is not supported; known: {known}")
-        return names[0]
-    if not isinstance(listed, list) or len(listed) != 1 or not isinstance(listed[0], str):
-        raise ConfigError(f"config.json: architectures: expected a list of one name, found {listed!r}")
-    name = listed[0]
-    if name not in ARCHITECTURES:
-        raise UnsupportedModelError(f"config.json: architecture {name} is not supported; known: {known}")
-    expected = ARCHITECTURES[name].model_type
-    if model_type not in (None, expected):
-        raise UnsupportedModelError(f"config.json: {name} has model_type {expected!r}, found {model_type!r}")
-    return name
+    for name in registered:
+        expected = ARCHITECTURES[name].model_type
+        if model_type not in (None, expected):
+            raise UnsupportedModelError(f"config.json: {name} has model_type {expected!r}, found {model_type!r}")
+    for name in names:
+        if chosen is None or name.lower().startswith(OTHER_FAMILIES):
+            raise UnsupportedModelError(
+                f"config.json: architecture {name} is not supported; known: {known} (model_type: {model_type!r})"
+            )
+    if chosen is None:
+        raise UnsupportedModelError(f"config.json: model_type {model_type!r} is not supported; known: {known}")
+    return chosen
 
 
 def _refuse_unhandled(raw: Mapping[str, Any]) -> None:
@@ -150,16 +161,18 @@ def _refuse_unhandled(raw: Mapping[str, Any]) -> None:
 
 
 def _rope(raw: Mapping[str, Any], context: int) -> Rope:
-    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    """Read either form as transformers does: rope_scaling, where there is any, replaces all of rope_parameters."""
+    field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    given = raw.get(field) or {}
     if not isinstance(given, Mapping):
-        raise ConfigError(f"config.json: rope_parameters: expected an object, found {given!r}")
+        raise ConfigError(f"config.json: {field}: expected an object, found {given!r:.80}")
     nested = [key for key, value in given.items() if isinstance(value, Mapping)]
     if nested:
-        raise UnsupportedModelError(f"config.json: rope_parameters per kind of layer ({nested[0]!r}) are not supported")
+        raise UnsupportedModelError(f"config.json: {field} per kind of layer ({nested[0]!r}) are not supported")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in _ROPE_KINDS:
         known = ", ".join(_ROPE_KINDS)
-        raise UnsupportedModelError(f"config.json: rope type {kind!r} is not supported; known: {known}")
+        raise UnsupportedModelError(f"config.json: {field}: rope type {kind!r} is not supported; known: {known}")
     if given.get("partial_rotary_factor", 1.0) not in (None, 1.0):
         found = given["partial_rotary_factor"]
         raise UnsupportedModelError(f"config.json: partial_rotary_factor = {found!r} is not supported; only 1.0 is")
@@ -173,7 +186,8 @@ def _rope(raw: Mapping[str, Any], context: int) -> Rope:
     low, high = _number(given, "low_freq_factor"), _number(given, "high_freq_factor")
     if low >= high:
         raise ConfigError(f"config.json: low_freq_factor {low} must be below high_freq_factor {high}")
-    source = given if given.get("original_max_position_embeddings") is not None else raw
+    # The field beside the object comes before that inside it.
+    source = raw if raw.get("original_max_position_embeddings") is not None else given
     original = _size(source, "original_max_position_embeddings", context, limit=1 << 31)
     return Rope(theta, "llama3", factor, low, high, original)
 
@@ -211,7 +225,12 @@ def _bias(raw: Mapping[str, Any], rule: Biases) -> bool:
     return rule == "always" or (rule == "attention_bias" and _flag(raw, "attention_bias"))
 
 
-def _divided(hidden: int, heads: int) -> int:
+def _head_dim(raw: Mapping[str, Any], declared: Architecture, hidden: int, heads: int) -> int | None:
+    """Return head_dim where the field is absent or null; None where it is not needed or may not be null."""
+    if raw.get("head_dim") is not None:
+        return None
+    if declared.head_dim is not None:
+        return None if "head_dim" in raw else declared.head_dim
     if hidden % heads:
         raise ConfigError(f"config.json: num_attention_heads {heads} does not divide hidden_size {hidden}")
     return hidden // heads

@@ -38,7 +38,7 @@ def frequencies(rope: Rope, head_dim: int) -> NDArray[np.float32]:
     return np.where(long, slow, np.where(short, plain, blended)).astype(np.float32)
 
 
-def table(rope: Rope, head_dim: int, positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return cosines and sines, each (positions, head_dim / 2)."""
-    angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies(rope, head_dim)
+def table(rope: Rope, head_dim: int, positions: int, first: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return cosines and sines of the positions first .. positions, each (positions - first, head_dim / 2)."""
+    angles = np.arange(first, positions).astype(np.float32)[:, None] * frequencies(rope, head_dim)
     return np.cos(angles), np.sin(angles)

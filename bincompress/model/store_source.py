@@ -1,14 +1,16 @@
 """A store as the decoder's weights: every matrix laid out for this CPU, by the form that it is stored in."""
 
+import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
 
 from bincompress.errors import StoreError
-from bincompress.model.config import ModelConfig
+from bincompress.model.config import ModelConfig, parse
+from bincompress.model.layout import settle
 from bincompress.model.linear import DenseLinear, Embedding, Floats, Linear
 from bincompress.model.lowering import Lowered, lower
 from bincompress.model.packed_linear import (
@@ -46,8 +48,7 @@ class StoreSource:
         kernel: str | None = None,
     ) -> None:
         """Check that the store is finished and has every tensor of the decoder in its shape; nothing is read yet."""
-        if store.attributes["status"] != "complete":
-            raise StoreError(f"{store.url}: not complete; run the same `bincompress compress` again to finish it")
+        _check_complete(store)
         kinds = store.tensors()
         for name, shape in config.tensors().items():
             if name not in kinds:
@@ -138,6 +139,52 @@ class StoreSource:
             self.paths |= dict.fromkeys(names, linear.path)
             self.nbytes += linear.nbytes
         return linear
+
+
+def store_config(store: Store, assets: Mapping[str, bytes]) -> ModelConfig:
+    """Return a finished store's config checked, with the names and the output head that its tensors have.
+
+    Raises UnsupportedModelError, ConfigError, or StoreError where the store is not finished.
+    """
+
+    def same(one: str, other: str) -> bool:
+        first, second = store.complete_attributes(one), store.complete_attributes(other)
+        # Of what the checkpoint had: the two may be packed with different settings.
+        sources = [attributes.get("fingerprint") for attributes in (first, second)]
+        keys = [(found.get("content"), found.get("dtype")) for found in sources if isinstance(found, dict)]
+        return keys[0] == keys[1] if len(keys) == 2 else bool(first["hashes"] == second["hashes"])
+
+    _check_complete(store)
+    raw = store.attributes.get("config")
+    config = parse(raw if isinstance(raw, dict) else json.loads(assets.get("config.json", b"{}")))
+    names = store.tensors()
+    return settle(config, _Shapes(store, names), same)
+
+
+class _Shapes(Mapping[str, tuple[int, ...]]):
+    """The shapes of a store's tensors, read when they are asked for: each is in a file of its own."""
+
+    def __init__(self, store: Store, names: Mapping[str, str]) -> None:
+        self._store, self._names = store, names
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._store.shape(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _check_complete(store: Store) -> None:
+    if store.attributes["status"] != "complete":
+        raise StoreError(f"{store.url}: not complete; run the same `bincompress compress` again to finish it")
 
 
 def _kind(entry: Entry) -> object:

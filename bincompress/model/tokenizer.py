@@ -1,12 +1,13 @@
 """Text to tokens and back, also token by token: the model's own tokenizer.json with the ids that end a text."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
 
+from bincompress.model.added_tokens import NAMED, SpecialTokens, add, special_tokens
 from bincompress.model.errors import TokenizerError
+from bincompress.model.files import json_object, pointer
 
 _UNFINISHED = "\ufffd"  # what decoders give for bytes that are not yet a whole character
 _LONGEST_CHARACTER = 4  # bytes in UTF-8, so tokens at most
@@ -14,24 +15,34 @@ _CONTEXT = 6  # tokens of the prompt that decide how the first new token is writ
 
 
 class Tokenizer:
-    """A tokenizer.json, its beginning-of-text token and the tokens that end generation."""
+    """A tokenizer.json with the tokens added beside it, its beginning-of-text token and the tokens that end a text."""
 
-    def __init__(self, data: bytes, *configs: Mapping[str, Any] | None) -> None:
-        """Read tokenizer.json's bytes; the first of `configs` that names eos_token_id (or bos_token_id) decides it.
+    def __init__(
+        self,
+        data: bytes,
+        *configs: Mapping[str, Any] | None,
+        tokens: SpecialTokens | None = None,
+        split_special_tokens: bool = False,
+    ) -> None:
+        """Read tokenizer.json's bytes and the ids that begin and end a text.
 
-        Give generation_config.json, config.json and tokenizer_config.json in this order, as far as the model has them;
-        the last names tokens by text.
+        configs: generation_config.json, config.json and tokenizer_config.json as far as the model has them. All end
+        tokens that any of them names end a text; the first that names a beginning-of-text token decides it. tokens:
+        those that the files beside tokenizer.json know. split_special_tokens: special tokens in a text are text.
         """
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"tokenizer.json: cannot be read: {str(error)[:200]}") from None
+            raise TokenizerError(f"tokenizer.json: {pointer(data) or f'cannot be read: {str(error)[:200]}'}") from None
         # A stored limit or padding belongs to training; transformers switches both off as well.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = split_special_tokens
+        if tokens is not None:
+            add(self._tokenizer, tokens)
         given = [config for config in configs if config is not None]
-        self.eos_ids = frozenset(self._ids(given, "eos"))
-        bos = self._ids(given, "bos")
+        self.eos_ids = frozenset(token for config in given for token in self._ids(config, "eos"))
+        bos = [token for config in given for token in self._ids(config, "bos")]
         self.bos_id: int | None = bos[0] if bos else None
 
     @property
@@ -47,21 +58,18 @@ class Tokenizer:
         """Return the text of these tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
-    def _ids(self, configs: Sequence[Mapping[str, Any]], kind: str) -> list[int]:
-        for config in configs:
-            value = config.get(f"{kind}_token_id")
-            listed = value if isinstance(value, list) else [value]
-            if value is not None:
-                numbers = [entry for entry in listed if type(entry) is int and entry >= 0]
-                if len(numbers) != len(listed):
-                    raise TokenizerError(f"{kind}_token_id: expected a token number or a list, found {value!r}")
-                return numbers
-            named = config.get(f"{kind}_token")
-            text = named.get("content") if isinstance(named, Mapping) else named
-            token = self._tokenizer.token_to_id(text) if isinstance(text, str) else None
-            if token is not None:
-                return [token]
-        return []
+    def _ids(self, config: Mapping[str, Any], kind: str) -> list[int]:
+        """Return the tokens that one file names as those that begin ("bos") or end ("eos") a text."""
+        value = config.get(f"{kind}_token_id")
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        numbers = [entry for entry in listed if type(entry) is int]
+        if len(numbers) != len(listed):
+            raise TokenizerError(f"{kind}_token_id: expected a token number or a list, found {value!r}")
+        named = config.get(f"{kind}_token")
+        text = named.get("content") if isinstance(named, Mapping) else named
+        token = self._tokenizer.token_to_id(text) if isinstance(text, str) else None
+        # A negative number is how files say that there is none.
+        return [number for number in numbers if number >= 0] + ([] if token is None else [token])
 
 
 class TextStream:
@@ -117,18 +125,15 @@ def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
     """Build the tokenizer from a model's files by name; raise TokenizerError if tokenizer.json is not among them."""
     if "tokenizer.json" not in files:
         raise TokenizerError("the model has no tokenizer.json; put it beside config.json")
-    names = ("generation_config.json", "config.json", "tokenizer_config.json")
-    return Tokenizer(files["tokenizer.json"], *(json_object(files, name) for name in names))
-
-
-def json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any] | None:
-    """Return a file's JSON object, None if the model lacks the file."""
-    if name not in files:
-        return None
-    try:
-        value = json.loads(files[name])
-    except ValueError as error:
-        raise TokenizerError(f"{name}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{name}: expected an object, found {type(value).__name__}")
-    return value
+    tokens = special_tokens(files)
+    own = {**(json_object(files, "tokenizer_config.json") or {}), **tokens.texts}
+    for name in NAMED:
+        if name not in tokens.named:
+            own.pop(name, None)
+    configs = (json_object(files, "generation_config.json"), json_object(files, "config.json"), own)
+    return Tokenizer(
+        files["tokenizer.json"],
+        *configs,
+        tokens=tokens,
+        split_special_tokens=own.get("split_special_tokens") is True,
+    )
