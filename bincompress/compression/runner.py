@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
+from bincompress.blas import one_blas_thread
 from bincompress.compression.job import run_job
 from bincompress.records import Job, JobReport
 
@@ -54,7 +55,10 @@ def run_local(
     be used and left running, where several runs follow each other.
     """
     if workers == 1:
-        yield from map(work, jobs)
+        for job in jobs:
+            with one_blas_thread():  # in the caller's process, which keeps its own setting
+                report = work(job)
+            yield report
         return
     waiting = list(jobs)
     with contextlib.nullcontext(processes) if processes is not None else Processes(workers) as pool:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import psutil
-import threadpoolctl
 
+from bincompress.blas import one_blas_thread
 from bincompress.errors import BincompressError, DamagedError, StoreError
 from bincompress.inference.chat import load_template
 from bincompress.inference.generate import GenerationSettings, Model
@@ -64,6 +64,12 @@ def load(
     threads: exactly so many are used (all usable CPUs if not given). activation_bits: 8 or 6, or 16 for float32
     activations on decoded weights. activation_scale: one per "token" or per token and "segment" of 128 columns.
     kernel: "lookup", "lookup-avx2", "popcount", ... (the best of this CPU if not given).
+
+    Several threads may use the model at once, in any mixture of generations and evaluations: each gets what it gets
+    alone. They take turns, a token or a block of prompt at a time, so they are no faster together; load a second model
+    for that. A generation is for one thread at a time, and one that is suspended or dropped holds nothing up. A process
+    forked after loading may use the model: it starts threads of its own. NumPy's BLAS keeps the threads that it has.
+
     Raises StoreError, DamagedError, UnsupportedModelError, TokenizerError or TooLittleMemoryError.
 
     >>> model = load("store")  # doctest: +SKIP
@@ -117,8 +123,8 @@ def load_decoder(url: str, threads: int | None, settings: ActivationSettings, ke
     source = StoreSource(store, config, settings, workers, kernel)
     check_memory(url, _needed(store, config), psutil.virtual_memory().available)
     # The engine shares rows among its own threads; BLAS must not start more in each of them.
-    threadpoolctl.threadpool_limits(1, user_api="blas")
-    decoder = Decoder(config, source, workers)
+    with one_blas_thread():
+        decoder = Decoder(config, source, workers)
     return Loaded(decoder, source.paths, source.nbytes, assets)
 
 
@@ -126,7 +132,6 @@ def load_baseline(checkpoint: Checkpoint, threads: int | None) -> Decoder:
     """Load an unquantized checkpoint in float32, held to `threads` threads."""
     weights = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     check_memory(checkpoint.name, 4 * weights + _BASE_BYTES, psutil.virtual_memory().available)
-    threadpoolctl.threadpool_limits(1, user_api="blas")
     return load_checkpoint(checkpoint, Workers(threads or usable_threads()))
 
 
