@@ -2,18 +2,15 @@
 
 import json
 import math
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import psutil
 
 from bincompress.blas import one_blas_thread
 from bincompress.errors import BincompressError, DamagedError, StoreError
 from bincompress.inference.chat import load_template
 from bincompress.inference.generate import GenerationSettings, Model
 from bincompress.inference.sampling import Sampling
+from bincompress.machine import free_memory, usable_cpus
 from bincompress.model.cache import cache_bytes
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.config import ModelConfig, parse
@@ -47,8 +44,8 @@ class Loaded:
 
 
 def usable_threads() -> int:
-    """Return the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Return the number of threads to use if none is given: `usable_cpus`."""
+    return usable_cpus()
 
 
 def load(
@@ -121,7 +118,7 @@ def load_decoder(url: str, threads: int | None, settings: ActivationSettings, ke
     config = parse(_config(store, assets))
     workers = Workers(threads or usable_threads())
     source = StoreSource(store, config, settings, workers, kernel)
-    check_memory(url, _needed(store, config), psutil.virtual_memory().available)
+    check_memory(url, _needed(store, config), free_memory())
     # The engine shares rows among its own threads; BLAS must not start more in each of them.
     with one_blas_thread():
         decoder = Decoder(config, source, workers)
@@ -131,7 +128,7 @@ def load_decoder(url: str, threads: int | None, settings: ActivationSettings, ke
 def load_baseline(checkpoint: Checkpoint, threads: int | None) -> Decoder:
     """Load an unquantized checkpoint in float32, held to `threads` threads."""
     weights = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    check_memory(checkpoint.name, 4 * weights + _BASE_BYTES, psutil.virtual_memory().available)
+    check_memory(checkpoint.name, 4 * weights + _BASE_BYTES, free_memory())
     return load_checkpoint(checkpoint, Workers(threads or usable_threads()))
 
 
@@ -150,12 +147,11 @@ def _needed(store: Store, config: ModelConfig) -> int:
     return matrices + cache_bytes(config, min(config.context, _USUAL_CONTEXT), "float16") + _BASE_BYTES
 
 
-def check_memory(
-    what: str, needed: int, available: int, tell: Callable[[int], str] = lambda n: f"{n / 1e6:,.0f} MB"
-) -> None:
-    """Raise TooLittleMemoryError where more is needed than available, both in bytes."""
+def check_memory(what: str, needed: int, free: tuple[int, str]) -> None:
+    """Raise TooLittleMemoryError where more bytes are needed than are free; free: as `free_memory` returns it."""
+    available, limit = free
     if needed > available:
         raise TooLittleMemoryError(
-            f"{what}: needs about {tell(needed)} of memory, {tell(available)} are free; close other programs, or "
-            "compress with fewer bits (--embeddings 4bit)"
+            f"{what}: needs about {needed / 1e6:,.0f} MB of memory, {available / 1e6:,.0f} MB are free ({limit}); "
+            "close other programs, raise the limit, or compress with fewer bits (--embeddings 4bit)"
         )
