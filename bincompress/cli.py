@@ -106,11 +106,10 @@ def _told(error: BaseException, command: str | None) -> str | int | None:
     if isinstance(error, click.ClickException):
         error.show()
         return 2
-    if isinstance(error, BrokenPipeError):
-        streams.give_up()
-        return 141
     if streams.failed_to_write(error):
         streams.give_up()
+        if isinstance(error, BrokenPipeError):
+            return 141
         return _line(f"standard output or error cannot be written: {faults.one_line(error)}")
     if isinstance(error, BincompressError):
         return _line(str(error))

@@ -28,8 +28,8 @@ from bincompress.errors import StoreError
 from bincompress.records import Job, JobReport
 from bincompress.reporting.inspection import inspect
 from bincompress.sources.checkpoint import open_checkpoint
-from bincompress.store.direct_store import write_one_chunk
 from bincompress.store import direct_store
+from bincompress.store.direct_store import write_one_chunk
 from bincompress.store.store import open_store
 from bincompress.store.verify import verify
 from tests.conftest import tiny_config, tiny_tensors, write_model
