@@ -1,15 +1,19 @@
 """The command line: one subcommand a verb, each one library call. Heavy imports happen inside the verbs."""
 
 import atexit
+import contextlib
 import gc
 import importlib
+import os
 import sys
+import traceback
 from typing import Any
 
 import click
 
-from bincompress import __version__
+from bincompress import __version__, faults, streams
 from bincompress.errors import BincompressError
+from bincompress.interrupts import Terminated, end_soon, terminations_raised
 
 _COMMANDS = {
     "demo": "Compress the small model that ships with the package, show the result, check it.",
@@ -26,6 +30,8 @@ _COMMANDS = {
     "bench": "Time a model: reading a prompt and writing tokens.",
     "report": "Write one self-contained HTML page about a store.",
 }
+
+_GO_ON = ("compress", "calibrate", "distill", "batch")  # run again, these do what is left
 
 
 class _Commands(click.Group):
@@ -62,28 +68,73 @@ def group(ctx: click.Context, debug: bool) -> None:
 
 
 def main() -> Any:
-    """Run the command line; errors of the user's are one line and exit code 2."""
+    """Run the command line, and end the process with the exit code of what came of it.
+
+    0 done, 1 some tensors failed or verify found damage, 2 refused or failed (one line says why), 130 interrupted,
+    143 and 129 ended by SIGTERM and SIGHUP, 141 the reader of the output has ended.
+    """
     # The interpreter would look for garbage among all that is left, 0.3 s with Numba, before the process ends.
     atexit.register(gc.freeze)
+    if "_BINCOMPRESS_COMPLETE" in os.environ:  # a shell asks what could follow
+        return group()
+    streams.prepare()
+    context = None
     try:
-        return group(standalone_mode=False)
-    except click.exceptions.Abort:  # what click makes of Ctrl-C
-        click.echo("interrupted; what was complete is kept: the same command goes on from there", err=True)
-        sys.exit(130)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-        sys.exit(2)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    except BincompressError as error:
-        if "--debug" in sys.argv:
-            import traceback
-
+        with terminations_raised():
+            context = group.make_context("bincompress", sys.argv[1:])
+            with context:
+                group.invoke(context)
+            streams.flush()
+    except BaseException as error:
+        if "--debug" in sys.argv and not isinstance(error, SystemExit | click.exceptions.Exit):
             traceback.print_exc()
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.exit(141)
+        sys.exit(_told(error, context.invoked_subcommand if context else None))
+    return None
+
+
+def _told(error: BaseException, command: str | None) -> str | int | None:
+    """Tell the user what ended a command, and return the exit code."""
+    if isinstance(error, SystemExit):
+        return error.code
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt | click.exceptions.Abort):
+        return _interrupted(error, command)
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        click.echo(error.format_message())
+        return 2
+    if isinstance(error, click.ClickException):
+        error.show()
+        return 2
+    if streams.failed_to_write(error):
+        streams.give_up()
+        if isinstance(error, BrokenPipeError):
+            return 141
+        return _line(f"standard output or error cannot be written: {faults.one_line(error)}")
+    if isinstance(error, BincompressError):
+        return _line(str(error))
+    known = faults.explain(error)
+    if known is not None:
+        url = next((f"{word}: " for word in sys.argv[1:] if "://" in word and word not in known), "")
+        return _line(url + known)
+    return _line(
+        f"this is a fault of bincompress: {type(error).__name__}: {faults.one_line(error)}; "
+        "`bincompress --debug ...` shows where; please report it"
+    )
+
+
+def _line(text: str) -> int:
+    with contextlib.suppress(OSError, ValueError):  # where no one can be told, the exit code has to do
+        click.echo(f"error: {text}", err=True)
+    return 2
+
+
+def _interrupted(error: BaseException, command: str | None) -> int:
+    code = 128 + error.number if isinstance(error, Terminated) else 130
+    end_soon(code)
+    what = f"ended by {error}" if isinstance(error, Terminated) else "interrupted"
+    if command in _GO_ON and "--dry-run" not in sys.argv:
+        what += "; what is complete is kept: the same command goes on from there"
+    with contextlib.suppress(OSError, ValueError):
+        click.echo(f"\n{what}", err=True)
+    return code

@@ -98,3 +98,25 @@ def drive(address: str, model: str, store: str, folder: str, held: str, events: 
             compress(plan_of(Path(model)), store, runner=runner)
         except KeyboardInterrupt:
             sys.exit(130)
+
+
+def held_job(folder: Path, job: Job) -> JobReport:
+    """A job that writes down its process and then waits to be released."""
+    (folder / f"{os.getpid()}.pid").touch()
+    wait_for((folder / "release").exists)
+    return run_job(job)
+
+
+def held_command(folder: str, *arguments: str) -> None:
+    """The command line, with jobs that wait to be released."""
+    import bincompress.compression.job
+    from bincompress import cli
+
+    bincompress.compression.job.run_job = functools.partial(held_job, Path(folder))  # type: ignore[assignment]
+    sys.argv = ["bincompress", *arguments]
+    cli.main()
+
+
+def end_at_once() -> None:
+    """What a process does that can do no job."""
+    os._exit(1)

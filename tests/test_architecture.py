@@ -18,6 +18,11 @@ TOP_PACKAGES = ("bincompress", "cpu_kernels", "jobs")
 # A part of bincompress imports only parts before it.
 ORDER = [
     "errors",
+    "blas",
+    "interrupts",
+    "machine",
+    "streams",
+    "faults",
     "tensors",
     "methods",
     "sources",

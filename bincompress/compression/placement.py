@@ -42,8 +42,8 @@ class Placement:
             if self.runner == "local" and value is not None:
                 raise BincompressError(f"{option} is for --runner ray; the local runner takes --workers")
         if self.runner == "local":
-            processes = held.enter_context(Processes(self.workers)) if held is not None else None
-            return functools.partial(run_local, workers=self.workers, work=work, processes=processes)
+            processes = held.enter_context(Processes(self.workers, on_event)) if held is not None else None
+            return functools.partial(run_local, workers=self.workers, work=work, processes=processes, on_event=on_event)
         if self.workers != 1:
             raise BincompressError("--workers is for --runner local; --max-in-flight bounds the jobs on a cluster")
         from jobs.runner import connected, run_ray

@@ -95,10 +95,10 @@ def _score(model: Decoder, baseline: Decoder | None, states: list[Floats], ids: 
         stop = min(start + step, len(ids) - 1)
         following = ids[start + 1 : stop + 1]
         rows = np.arange(len(following))
-        own = log_softmax(model.head(states[0][start:stop]))
+        own = log_softmax(model.logits_of(states[0][start:stop]))
         sums[0] -= own[rows, following].sum()
         if baseline is not None:
-            other = log_softmax(baseline.head(states[1][start:stop]))
+            other = log_softmax(baseline.logits_of(states[1][start:stop]))
             sums[1] -= other[rows, following].sum()
             sums[3] += np.count_nonzero(own.argmax(axis=1) == other.argmax(axis=1))
             np.subtract(other, own, out=own)

@@ -2,17 +2,14 @@
 
 import json
 import math
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import psutil
-import threadpoolctl
-
+from bincompress.blas import one_blas_thread
 from bincompress.errors import BincompressError, DamagedError, StoreError
 from bincompress.inference.chat import load_template
 from bincompress.inference.generate import GenerationSettings, Model
 from bincompress.inference.sampling import Sampling
+from bincompress.machine import free_memory, usable_cpus
 from bincompress.model.cache import cache_bytes
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.config import ModelConfig
@@ -46,8 +43,8 @@ class Loaded:
 
 
 def usable_threads() -> int:
-    """Return the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Return the number of threads to use if none is given: `usable_cpus`."""
+    return usable_cpus()
 
 
 def load(
@@ -63,6 +60,12 @@ def load(
     threads: exactly so many are used (all usable CPUs if not given). activation_bits: 8 or 6, or 16 for float32
     activations on decoded weights. activation_scale: one per "token" or per token and "segment" of 128 columns.
     kernel: "lookup", "lookup-avx2", "popcount", ... (the best of this CPU if not given).
+
+    Several threads may use the model at once, in any mixture of generations and evaluations: each gets what it gets
+    alone. They take turns, a token or a block of prompt at a time, so they are no faster together; load a second model
+    for that. A generation is for one thread at a time, and one that is suspended or dropped holds nothing up. A process
+    forked after loading may use the model: it starts threads of its own. NumPy's BLAS keeps the threads that it has.
+
     Raises StoreError, DamagedError, UnsupportedModelError, TokenizerError or TooLittleMemoryError.
 
     >>> model = load("store")  # doctest: +SKIP
@@ -114,18 +117,17 @@ def load_decoder(url: str, threads: int | None, settings: ActivationSettings, ke
     config = store_config(store, assets)
     workers = Workers(threads or usable_threads())
     source = StoreSource(store, config, settings, workers, kernel)
-    check_memory(url, _needed(store, config), psutil.virtual_memory().available)
+    check_memory(url, _needed(store, config), free_memory())
     # The engine shares rows among its own threads; BLAS must not start more in each of them.
-    threadpoolctl.threadpool_limits(1, user_api="blas")
-    decoder = Decoder(config, source, workers)
+    with one_blas_thread():
+        decoder = Decoder(config, source, workers)
     return Loaded(decoder, source.paths, source.nbytes, assets)
 
 
 def load_baseline(checkpoint: Checkpoint, threads: int | None) -> Decoder:
     """Load an unquantized checkpoint in float32, held to `threads` threads."""
     weights = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    check_memory(checkpoint.name, 4 * weights + _BASE_BYTES, psutil.virtual_memory().available)
-    threadpoolctl.threadpool_limits(1, user_api="blas")
+    check_memory(checkpoint.name, 4 * weights + _BASE_BYTES, free_memory())
     return load_checkpoint(checkpoint, Workers(threads or usable_threads()))
 
 
@@ -137,12 +139,11 @@ def _needed(store: Store, config: ModelConfig) -> int:
     return matrices + cache_bytes(config, min(config.context, _USUAL_CONTEXT), "float16") + _BASE_BYTES
 
 
-def check_memory(
-    what: str, needed: int, available: int, tell: Callable[[int], str] = lambda n: f"{n / 1e6:,.0f} MB"
-) -> None:
-    """Raise TooLittleMemoryError where more is needed than available, both in bytes."""
+def check_memory(what: str, needed: int, free: tuple[int, str]) -> None:
+    """Raise TooLittleMemoryError where more bytes are needed than are free; free: as `free_memory` returns it."""
+    available, limit = free
     if needed > available:
         raise TooLittleMemoryError(
-            f"{what}: needs about {tell(needed)} of memory, {tell(available)} are free; close other programs, or "
-            "compress with fewer bits (--embeddings 4bit)"
+            f"{what}: needs about {needed / 1e6:,.0f} MB of memory, {available / 1e6:,.0f} MB are free ({limit}); "
+            "close other programs, raise the limit, or compress with fewer bits (--embeddings 4bit)"
         )

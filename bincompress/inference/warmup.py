@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from bincompress.interrupts import end_with
+from bincompress.machine import usable_cpus
 from cpu_kernels.decoder.attention import ATTEND
 from cpu_kernels.decoder.norms import PLACE, add_norm, gate
 from cpu_kernels.jit.compiler import Kernel, cache_is_kept
@@ -37,15 +39,16 @@ def compiling_ahead() -> Iterator[Callable[[], None]]:
     started: list[subprocess.Popen[bytes]] = []
 
     def start() -> None:
-        if not started and len(os.sched_getaffinity(0)) > 1 and cache_is_kept():
+        if not started and usable_cpus() > 1 and cache_is_kept():
             # -P and this process's path, so that nothing is imported from the folder that the user happens to be in.
             path = os.pathsep.join(entry for entry in sys.path if entry)
             started.append(
                 subprocess.Popen(
                     [sys.executable, "-P", "-m", "bincompress.inference.warmup"],
                     env={**os.environ, "PYTHONPATH": path},
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.PIPE,  # which closes when this process ends, however it does, and it with it
                     stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
                     process_group=0,  # Ctrl-C is for the first process, which then ends this one
                 )
             )
@@ -54,10 +57,19 @@ def compiling_ahead() -> Iterator[Callable[[], None]]:
         yield start
     finally:
         for process in started:
-            process.terminate()
-            process.wait()
+            process.kill()
+            process.communicate()
+
+
+class _Parent:
+    """The process that holds the other end of standard input."""
+
+    def join(self) -> None:
+        """Wait for its end."""
+        sys.stdin.buffer.read()
 
 
 if __name__ == "__main__":
+    end_with(_Parent())
     for kernel in first_token_kernels():
         kernel.compile()

@@ -20,7 +20,9 @@ _NONE = np.zeros(0, np.float32)
 
 
 class Decoder:
-    """A decoder-only transformer. One instance serves one caller at a time; its work buffers are reused.
+    """A decoder-only transformer, which any number of threads may call, each with a cache of its own.
+
+    Its work buffers are shared, so blocks of tokens run one after the other, whichever thread they come from.
 
     >>> decoder = Decoder(config, source)  # doctest: +SKIP
     >>> cache = decoder.new_cache(128)  # doctest: +SKIP
@@ -45,8 +47,9 @@ class Decoder:
         """Run these tokens after those in the cache and return the logits that follow the last, (vocab,)."""
         tokens = self._checked(ids, cache)
         for start in range(0, len(tokens), PREFILL_BLOCK):
-            state = self._advance(self.embedding.rows_of(tokens[start : start + PREFILL_BLOCK]), cache).normed[-1:]
-        return np.asarray(self.head(np.ascontiguousarray(state))[0])
+            with self.workers.lock:
+                state = self._advance(tokens[start : start + PREFILL_BLOCK], cache).normed[-1:].copy()
+        return np.asarray(self.logits_of(state)[0])
 
     def states(self, ids: Sequence[int] | NDArray[np.int64], cache: KvCache) -> Floats:
         """Run these tokens after those in the cache and return what the output head reads, (n, hidden)."""
@@ -54,12 +57,24 @@ class Decoder:
         result = np.empty((len(tokens), self.config.hidden), np.float32)
         for start in range(0, len(tokens), PREFILL_BLOCK):
             stop = start + PREFILL_BLOCK
-            result[start:stop] = self._advance(self.embedding.rows_of(tokens[start:stop]), cache).normed
+            with self.workers.lock:
+                result[start:stop] = self._advance(tokens[start:stop], cache).normed
         return result
 
     def logits(self, ids: Sequence[int] | NDArray[np.int64], cache: KvCache) -> Floats:
         """Run these tokens after those in the cache and return the logits after each, (n, vocab)."""
-        return self.head(self.states(ids, cache))
+        return self.logits_of(self.states(ids, cache))
+
+    def logits_of(self, states: Floats) -> Floats:
+        """Return the logits (n, vocab) of final states (n, hidden)."""
+        workers = self.workers
+        with workers.lock:
+            workers.claim()
+            workers.busy = True
+            try:
+                return self.head(states)
+            finally:
+                workers.busy = False
 
     def check_ids(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the tokens as an array; raise PromptError if there is none, or one outside of the vocabulary."""
@@ -80,8 +95,16 @@ class Decoder:
             )
         return tokens
 
-    def _advance(self, vectors: Floats, cache: KvCache) -> Buffers:
-        """Run one block of vectors (n, hidden); the next one overwrites the buffers."""
+    def _advance(self, tokens: NDArray[np.int64], cache: KvCache) -> Buffers:
+        """Run one block of tokens (n,); the next one overwrites the buffers, so the caller holds the workers' lock."""
+        self.workers.claim()
+        self.workers.busy = True
+        try:
+            return self._run(self.embedding.rows_of(tokens), cache)
+        finally:
+            self.workers.busy = False
+
+    def _run(self, vectors: Floats, cache: KvCache) -> Buffers:
         n = len(vectors)
         cache.reach(cache.length + n)
         if len(self._buffers.stream) < n:

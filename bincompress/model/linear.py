@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from bincompress.blas import one_blas_thread
 from bincompress.model.threads import over_ranges
 from cpu_kernels.matmul.dense import bfloat16_rows
 from cpu_kernels.parallel.workers import Workers
@@ -74,7 +75,8 @@ class DenseLinear:
                 last = min(stop, row + tile)
                 result[:, row:last] = x @ widened(self._weight[row:last]).T
 
-        over_ranges(self._workers, work, self.rows, _ROWS_PER_THREAD)
+        with one_blas_thread():
+            over_ranges(self._workers, work, self.rows, _ROWS_PER_THREAD)
         return result
 
     def rows_of(self, ids: NDArray[np.int64]) -> Floats:

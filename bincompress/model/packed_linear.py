@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bincompress.blas import one_blas_thread
 from bincompress.model.linear import Floats, Linear
 from bincompress.model.threads import over_ranges
 from bincompress.tensors.dequantize import dequantize
@@ -117,7 +118,8 @@ class DecodedLinear:
                 last = min(stop, row + tile)
                 result[:, row:last] = x @ dequantize(self._packed, slice(row, last)).T
 
-        over_ranges(self._workers, work, self.rows, _ROWS_PER_THREAD)
+        with one_blas_thread():
+            over_ranges(self._workers, work, self.rows, _ROWS_PER_THREAD)
         return result
 
 

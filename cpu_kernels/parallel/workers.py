@@ -1,6 +1,7 @@
 """Threads that share the work of one call: Python functions, or a kernel's items without a return to Python."""
 
 import itertools
+import os
 import queue
 import threading
 import weakref
@@ -10,56 +11,102 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from llvmlite.binding import ffi
+from numba.core.compiler_lock import global_compiler_lock
 from numpy.typing import NDArray
 
+from cpu_kernels.jit import compiler
 from cpu_kernels.jit.addresses import address
 from cpu_kernels.jit.compiler import Kernel
 from cpu_kernels.parallel import spin_wait as handover
 
+Done = queue.SimpleQueue[BaseException | None]
+
 
 class Workers:
-    """A pool of `threads` threads, of which the caller's is one: `threads - 1` are started, and end with close()."""
+    """A pool of `threads` threads, of which the caller's is one: `threads - 1` are started, and end with close().
+
+    Jobs of several threads run one after the other. A process that is forked starts threads of its own when it has a
+    job, and a call that an interrupt ended early disturbs no later one.
+    """
 
     def __init__(self, threads: int) -> None:
         if threads < 1:
             raise ValueError(f"threads: {threads}; expected at least 1")
         self.threads = threads
-        self._tasks: list[queue.SimpleQueue[Callable[[], object] | None]] = []
-        self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._tasks: list[queue.SimpleQueue[tuple[Callable[[], object], Done] | None]] = []
+        # Whoever uses `scratch` in several jobs holds this meanwhile; jobs take it, too.
+        self.lock = threading.RLock()
+        self.busy = False  # for the holder of the lock, who may be called again in its own thread
         self.scratch: dict[Any, Any] = {}  # what kernels keep between jobs, used by one job at a time
         # Workers that wait in native code; all others wait in their queue of tasks.
         self._turns = np.full((threads - 1) * handover.SPACING, handover.ASLEEP, np.int64)
         self._posted = np.zeros(handover.posted_words(threads), np.int64)
         self._waiting = False  # some may be waiting in native code
         self._asleep = True  # some may not be
-        for number in range(threads - 1):
-            tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-            self._tasks.append(tasks)
-            arguments = number, tasks, self._done, self._turns, self._posted
-            threading.Thread(target=_serve, args=arguments, name=f"product-{number + 1}", daemon=True).start()
+        self._unsettled = False  # a run was left before all of its tasks had ended
         # The threads know nothing of this object, so that they end with it.
         self._end = weakref.finalize(self, _end, self._tasks)
+        self._start()
+        _ALL.add(self)
+
+    def _start(self) -> None:
+        for number in range(len(self._tasks), self.threads - 1):
+            tasks: queue.SimpleQueue[tuple[Callable[[], object], Done] | None] = queue.SimpleQueue()
+            arguments = number, tasks, self._turns, self._posted
+            threading.Thread(target=_serve, args=arguments, name=f"product-{number + 1}", daemon=True).start()
+            self._tasks.append(tasks)
+
+    def after_fork(self) -> None:
+        """Forget, in a process that has just been forked, the threads of its parent and the locks that they held."""
+        self.lock = threading.RLock()
+        self._tasks.clear()
+        self._turns.fill(handover.ASLEEP)
+        self._waiting, self._asleep, self._unsettled, self.busy = False, True, False, False
 
     def run(self, tasks: Sequence[Callable[[], object]]) -> None:
         """Run at most `threads` tasks, the first in the calling thread, and return when all have ended."""
         if len(tasks) > self.threads:
             raise ValueError(f"{len(tasks)} tasks for {self.threads} threads")
-        with self._lock:
+        with self.lock:
+            self._start()
             if self._waiting:
                 handover.dismiss(self._turns)
                 self._waiting, self._asleep = False, True
+            self.settle()
+            self._unsettled = True
+            done: Done = queue.SimpleQueue()
             # Queues, not a Future per task: 24 microseconds for a round trip, about 50 fewer than an executor.
             for target, task in zip(self._tasks, tasks[1:], strict=False):
-                target.put(task)
+                target.put((task, done))
             failed: BaseException | None = None
             try:
                 tasks[0]()
             finally:
                 for _ in tasks[1:]:
-                    failed = self._done.get() or failed
+                    failed = done.get() or failed
+            self._unsettled = False
             if failed is not None:
                 raise failed
+
+    def claim(self) -> None:
+        """Prepare for jobs that share `scratch`, with the lock held; raises RuntimeError in the midst of such jobs.
+
+        The lock does not keep a thread from calling again what it is in, as a signal handler may.
+        """
+        if self.busy:
+            raise RuntimeError("called again, by the same thread, from within a call (from a signal handler?)")
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for tasks of an earlier run whose caller did not: an interrupt may come at any moment of a run."""
+        if self._unsettled:
+            done: Done = queue.SimpleQueue()
+            for target in self._tasks:
+                target.put((_nothing, done))
+            for _ in self._tasks:
+                done.get()
+            self._unsettled = False
 
     def run_kernel(self, kernel: Kernel, blocks: int, step: int, items: int) -> None:
         """Share items 0 .. items - 1 of a kernel's work among the threads, of which thread k is given block k.
@@ -67,10 +114,11 @@ class Workers:
         `blocks` is the address of the first of them and `step` the bytes to the next; the kernel takes (address of
         its block, first item, item after the last), and must not raise.
         """
-        with self._lock:
+        with self.lock:
             if self.threads == 1:
                 kernel(blocks, 0, items)
                 return
+            self.settle()
             function = address(kernel)
             if self._asleep:
                 self._wake()
@@ -79,17 +127,18 @@ class Workers:
 
     def _wake(self) -> None:
         handover.compile_all()  # here, so that no worker keeps a job waiting meanwhile
+        self._start()
         for number, tasks in enumerate(self._tasks):
             place = number * handover.SPACING
             if self._turns[place] == handover.ASLEEP:
                 self._turns[place] = handover.READY
-                tasks.put(_wait_for_jobs)
+                tasks.put((_wait_for_jobs, _NOBODY))
         self._waiting = True
 
     def close(self) -> None:
         """End the threads."""
         self._end()
-        self._tasks = []
+        self._tasks.clear()
         self._turns = self._turns[:0]
         self.threads = 1
 
@@ -104,12 +153,13 @@ class Workers:
 
 def _serve(
     number: int,
-    tasks: "queue.SimpleQueue[Callable[[], object] | None]",
-    done: "queue.SimpleQueue[BaseException | None]",
+    tasks: "queue.SimpleQueue[tuple[Callable[[], object], Done] | None]",
     turns: NDArray[np.int64],
     posted: NDArray[np.int64],
 ) -> None:
-    while (task := tasks.get()) is not None:
+    while (found := tasks.get()) is not None:
+        task, done = found
+        del found
         if task is _wait_for_jobs:
             handover.serve(turns, posted, number)
             continue
@@ -120,16 +170,41 @@ def _serve(
             failed = error
         del task  # which would keep what it worked on, a whole model perhaps, until the next one comes
         done.put(failed)
-        del failed
+        del failed, done
 
 
-def _end(threads: "list[queue.SimpleQueue[Callable[[], object] | None]]") -> None:
+def _end(threads: "list[queue.SimpleQueue[tuple[Callable[[], object], Done] | None]]") -> None:
     for tasks in threads:
         tasks.put(None)
 
 
 def _wait_for_jobs() -> None:
     """Stand in a worker's queue for waiting in native code."""
+
+
+def _nothing() -> None:
+    """Stand in a worker's queue behind what it still has to do."""
+
+
+_NOBODY: Done = queue.SimpleQueue()  # waits for the end of _wait_for_jobs
+_ALL: "weakref.WeakSet[Workers]" = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for workers in list(_ALL):
+        workers.after_fork()
+    # A thread that is not here any more may have been compiling.
+    for holder, name in (
+        (compiler, "_process_lock"),
+        (global_compiler_lock, "_lock"),
+        (getattr(ffi.lib, "_lock", None), "_lock"),
+    ):
+        if hasattr(holder, name):
+            setattr(holder, name, threading.RLock())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 Pool = Workers | ThreadPoolExecutor
