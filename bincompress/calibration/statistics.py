@@ -24,8 +24,8 @@ from zarr.core.sync import sync
 from bincompress.errors import DamagedError, StoreError
 from bincompress.methods import Inputs
 from bincompress.store.files import is_local
-from bincompress.store.layout import STATISTICS, array_hash, group_node
-from bincompress.store.replace import BEGINNING, check_place, clear, remove
+from bincompress.store.layout import BEGINNING, STATISTICS, array_hash, group_node
+from bincompress.store.replace import check_place, clear, remove
 from bincompress.store.store import difference_of
 from bincompress.store.zarr_access import zarr_store
 

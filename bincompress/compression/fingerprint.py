@@ -28,22 +28,16 @@ def fingerprint(job: Job, weight: Weight) -> dict[str, Any]:
         "archive": job.archive,
         "bytes_version": BYTES_VERSION,
         **({"inputs": job.inputs_hash} if job.inputs_hash else {}),
-        **(
-            {"shared": {"members": list(member_hashes(shared)), "settings": shared.settings.record()}} if shared else {}
-        ),
+        **({"shared": _shared_record(shared)} if shared else {}),
     }
 
 
 def _shared_record(shared: Shared) -> dict[str, Any]:
     """Return what the bytes of a norm and its readers depend on beside the tensor itself."""
-    return {"members": list(member_hashes(shared)), "settings": shared.settings.record()}
+    members = [content_hash(read_weight(member)) for member in shared.members]
+    return {"members": members, "settings": shared.settings.record()}
 
 
 def content_hash(weight: Weight) -> str:
     """Return the xxh3-128 hash of a weight's bytes."""
     return xxhash.xxh3_128_hexdigest(weight.flat.view(np.uint8).data)
-
-
-def member_hashes(shared: Shared) -> tuple[str, ...]:
-    """Return the hashes of the matrices that share a norm."""
-    return tuple(content_hash(read_weight(member)) for member in shared.members)

@@ -5,17 +5,16 @@ import functools
 import time
 import traceback
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from bincompress.compression.fingerprint import fingerprint
-from bincompress.compression.plan import kind_of
-from bincompress.compression.prepare import binarize, divided_norm, prepare
+from bincompress.compression.prepare import prepare
 from bincompress.compression.records import Job, JobReport, failed_report
-from bincompress.compression.tensor_report import kept_report, packed_report
-from bincompress.errors import BincompressError, StoreError
+from bincompress.compression.tensor_report import tensor_report
+from bincompress.errors import BincompressError
 from bincompress.methods import KEEP
 from bincompress.sources.checkpoint import read_weight
-from bincompress.store.store import Store, is_local, open_store
+from bincompress.store.store import Store, open_store
 
 _FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -44,7 +43,7 @@ def run_job(job: Job) -> JobReport:
     return JobReport(job.name, status, seconds, job.source.nbytes, report, store=job.store)
 
 
-def _done(job: Job) -> tuple[Any, dict[str, Any]]:
+def _done(job: Job) -> tuple[Literal["done", "unchanged"], dict[str, Any]]:
     """Do a job that is not done already; returns whether it was, and the tensor's report."""
     begin = time.perf_counter()
     store = _opened(job.store, job.run_id)
@@ -53,20 +52,19 @@ def _done(job: Job) -> tuple[Any, dict[str, Any]]:
     before = store.look_at(job.name)
     if before.get("status") == "complete" and before.get("fingerprint") == mark:
         return "unchanged", before["report"]
+    prepared = prepare(job, weight, mark)
     if job.settings == KEEP:
-        weight = divided_norm(job, weight)
-        bad = store.check_plain(job.name, weight, job.source.shape, refuse=kind_of(job.source) == "other")
-        hashes, nbytes = store.write_plain(job.name, weight, job.source.shape, job.archive)
-        report = kept_report(weight, nbytes, job.shared, bad)
-        attributes: dict[str, Any] = {"dtype": weight.dtype_name, "hashes": hashes}
+        plain = prepared.as_it_is()
+        bad = store.check_plain(job.name, plain, job.source.shape, refuse=job.required)
+        hashes, nbytes = store.write_plain(job.name, plain, job.source.shape, job.archive)
+        attributes: dict[str, Any] = {"dtype": plain.dtype_name}
     else:
-        found = binarize(prepare(job, weight))
+        found, bad = prepared.binarized(), ""
         hashes, nbytes = store.write_packed(job.name, found.tensor, job.archive)
-        report = packed_report(job.settings.method, found, weight, nbytes)
         record = {"shape": list(job.source.shape), "method": job.settings.method, "settings": job.settings.record()}
-        attributes = {**record, "block": found.tensor.block, **found.tensor.attributes(), "hashes": hashes}
-    _check_holder(job)
-    store.commit(job.name, {**attributes, "fingerprint": mark, "report": report})
+        attributes = {**record, "block": found.tensor.block, **found.tensor.attributes()}
+    report = tensor_report(job, weight, plain if job.settings == KEEP else found, nbytes, bad)
+    store.commit(job.name, {**attributes, "hashes": hashes, "fingerprint": mark, "report": report})
     store.write_log(job.name, {"seconds": time.perf_counter() - begin})
     return "done", report
 
@@ -74,10 +72,4 @@ def _done(job: Job) -> tuple[Any, dict[str, Any]]:
 @functools.lru_cache(maxsize=4)
 def _opened(url: str, run_id: str) -> Store:
     """Open a store once per run and process: its list of tensors does not change within a run."""
-    return open_store(url)
-
-
-def _check_holder(job: Job) -> None:
-    """Raise StoreError where another run has taken the store over; a local one is locked for this run."""
-    if not is_local(job.store) and open_store(job.store).attributes.get("run_id") != job.run_id:
-        raise StoreError(f"{job.name}: another run has taken over {job.store}; wait for it, or use another store")
+    return open_store(url, run_id)

@@ -1,63 +1,94 @@
 """What is binarized? The matrix without the weights that stay as they are, and what is known of the layer's inputs."""
 
-import functools
+from collections import OrderedDict
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import threadpoolctl
 from numpy.typing import NDArray
 
-from bincompress.compression.fingerprint import member_hashes
 from bincompress.compression.records import Job, Shared
 from bincompress.errors import TensorError
-from bincompress.methods import Binarized, Inputs, Settings, method_named
+from bincompress.methods import KEEP, Binarized, Inputs, Method, Settings, method_named
 from bincompress.sources.checkpoint import read_weight
 from bincompress.tensors.dequantize import dequantize_at
 from bincompress.tensors.weight import Weight
 from cpu_kernels.quantize.counting import greatest_magnitude
 
 _FINITE = {"BF16": 0x7F7F, "F16": 0x7BFF, "F32": 0x7F7FFFFF}  # greatest finite magnitude
-Places = tuple[NDArray[np.intp], NDArray[np.intp]]
+_MOST_SCALES = 512  # one of every norm: for those of its readers that this process has
+_scales: OrderedDict[str, NDArray[np.float32]] = OrderedDict()  # by what a scale was found from
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A matrix as a method gets it, and what is done with its result."""
+    """A tensor as it is worked on."""
 
     name: str
-    original: Weight
+    weight: Weight
     settings: Settings
+    method: Method | None  # None: it is not packed, and no scale is folded into it
     inputs: Inputs | None
     kept: tuple[tuple[int, int], ...]  # single weights, (row, column), that the result lists with their exact values
 
+    def as_it_is(self) -> Weight:
+        """Return what is written of a tensor that is not packed; a norm is divided by the scale of its readers."""
+        if self.inputs is None or self.inputs.channel_scale is None:
+            return self.weight
+        return Weight((self.weight.float32() / self.inputs.channel_scale).view(np.uint32), "F32")
 
-def prepare(job: Job, weight: Weight) -> Prepared:
-    """Return what a job's method is to work on; raises TensorError where its statistics are not there."""
-    inputs = _inputs(job.statistics, job.name, job.shared, job.inputs_hash)
+    def binarized(self) -> Binarized:
+        """Run the method; raises TensorError naming the first weight that is not finite."""
+        method = self.method
+        assert method is not None  # of a tensor that is packed
+        if not method.finds_nonfinite(self.settings):
+            check_finite(self.name, self.weight)
+        try:
+            found = method.binarize(_with_stand_ins(self.weight, self.kept), self.settings, self.inputs)
+        except FloatingPointError:
+            check_finite(self.name, self.weight)
+            raise
+        return _with_kept(found, self.weight, self.kept) if self.kept else found
+
+
+def prepare(job: Job, weight: Weight, mark: dict[str, Any]) -> Prepared:
+    """Return what is to be worked on; mark: the job's fingerprint. Raises TensorError where statistics are missing."""
+    inputs = _inputs(job)
     if inputs is None and job.settings.calibrated:  # some methods could do without, and give other planes
         raise TensorError(f"{job.name}: the statistics of its inputs are gone; calibrate again")
-    return Prepared(job.name, weight, job.settings, inputs, job.kept)
+    decides = job.shared.settings if job.shared is not None else job.settings
+    method = None if decides == KEEP else method_named(decides.method)
+    if inputs is not None and method is not None and job.shared is not None:
+        scale = _shared_scale(job.shared, inputs, method, f"{mark.get('inputs')} {mark.get('shared')}")
+        inputs = replace(inputs, name=job.name, channel_scale=scale)
+    return Prepared(job.name, weight, job.settings, method, inputs, job.kept)
 
 
-def binarize(prepared: Prepared) -> Binarized:
-    """Run the method; raises TensorError naming the first weight that is not finite."""
-    method, settings, weight = method_named(prepared.settings.method), prepared.settings, prepared.original
-    if not method.finds_nonfinite(settings):
-        check_finite(prepared.name, weight)
-    try:
-        found = method.binarize(_with_stand_ins(weight, prepared.kept), settings, prepared.inputs)
-    except FloatingPointError:
-        check_finite(prepared.name, weight)
-        raise
-    return _with_kept(found, weight, prepared.kept) if prepared.kept else found
+def _inputs(job: Job) -> Inputs | None:
+    """Read what calibration found of a tensor's inputs, a norm's being its readers'; None where it is not needed."""
+    if not job.statistics:
+        return None
+    from bincompress.calibration.statistics import open_unfinished
+
+    # One thread, whatever the machine has: BLAS sums in another order with more, and a job is one core's work.
+    threadpoolctl.threadpool_limits(1, user_api="blas")
+    return open_unfinished(job.statistics).read(job.name if job.shared is None else job.shared.members[0].name)
 
 
-def divided_norm(job: Job, norm: Weight) -> Weight:
-    """Return a norm's weight, float32 and divided by the scale of its readers' columns where they share one."""
-    inputs = _inputs(job.statistics, job.name, job.shared, job.inputs_hash) if job.shared else None
-    if inputs is None or inputs.channel_scale is None:
-        return norm
-    return Weight((norm.float32() / inputs.channel_scale).view(np.uint32), "F32")
+def _shared_scale(shared: Shared, inputs: Inputs, method: Method, key: str) -> NDArray[np.float32]:
+    """Return the scale of a norm's channels, found from all matrices that read it; key: all that it depends on."""
+    if key not in _scales:
+        members = [read_weight(member) for member in shared.members]
+        for source, weight in zip(shared.members, members, strict=True):
+            check_finite(source.name, weight)
+        assert method.channel_scale is not None  # the plan shares only where the method scales channels
+        scale = method.channel_scale(members, inputs, shared.settings)
+        scale.flags.writeable = False
+        _scales[key] = scale
+        while len(_scales) > _MOST_SCALES:
+            _scales.popitem(last=False)
+    return _scales[key]
 
 
 def check_finite(name: str, weight: Weight) -> None:
@@ -88,8 +119,8 @@ def _with_stand_ins(weight: Weight, kept: tuple[tuple[int, int], ...]) -> Weight
 def _with_kept(found: Binarized, weight: Weight, kept: tuple[tuple[int, int], ...]) -> Binarized:
     """Return a result that lists single weights with their exact values, its errors told anew."""
     rows, cols = (np.array(part) for part in zip(*kept, strict=True))
-    exact = weight.at(rows, cols)
     stood = _with_stand_ins(weight, kept).at(rows, cols).astype(np.float64)
+    exact = weight.at(rows, cols)
     tensor = found.tensor
     flat = (rows * weight.shape[1] + cols).astype(np.uint64)
     other = ~np.isin(tensor.listed_index, flat)  # what the method lists itself: zeros
@@ -104,35 +135,3 @@ def _with_kept(found: Binarized, weight: Weight, kept: tuple[tuple[int, int], ..
         squared_norm=found.squared_norm + float(np.sum(exact.astype(np.float64) ** 2 - stood**2)),
         notes={**found.notes, "kept": len(kept)},
     )
-
-
-def _inputs(statistics: str, name: str, shared: Shared | None, inputs_hash: str) -> Inputs | None:
-    """Read what calibration found of a tensor's inputs; None where its settings do not ask for it."""
-    if not statistics:
-        return None
-    from bincompress.calibration.statistics import open_unfinished
-
-    # One thread, whatever the machine has: BLAS sums in another order with more, and a job is one core's work.
-    threadpoolctl.threadpool_limits(1, user_api="blas")
-    if shared is None:
-        return open_unfinished(statistics).read(name)
-    scale = _shared_scale(shared, member_hashes(shared), statistics, inputs_hash)
-    found = open_unfinished(statistics).read(shared.members[0].name)
-    return replace(found, name=name, channel_scale=scale)
-
-
-@functools.lru_cache(maxsize=512)  # one of every norm: for those of its readers that this process has
-def _shared_scale(
-    shared: Shared, contents: tuple[str, ...], statistics: str, inputs_hash: str
-) -> NDArray[np.float32] | None:
-    """Return the scale of a norm's channels, found from all its readers; contents and inputs_hash tell them apart."""
-    from bincompress.calibration.statistics import open_unfinished
-
-    members = [read_weight(member) for member in shared.members]
-    for source, weight in zip(shared.members, members, strict=True):
-        check_finite(source.name, weight)
-    find = method_named(shared.settings.method).channel_scale
-    assert find is not None  # the plan shares only where the method scales channels
-    scale = find(members, open_unfinished(statistics).read(shared.members[0].name), shared.settings)
-    scale.flags.writeable = False
-    return scale

@@ -27,6 +27,7 @@ class Job:
     archive: bool = False
     run_id: str = ""
     peak_memory: int = 0  # bytes, as planned; 0: not known
+    required: bool = False  # whether the model cannot run with numbers in it that are not finite
     statistics: str = ""  # the store of what calibration found; empty: not needed
     inputs_hash: str = ""  # of what it found of this tensor's inputs
     shared: Shared | None = None  # of a norm and of the matrices that read it, where a transformation is folded into it

@@ -95,6 +95,7 @@ def make_jobs(plan: Plan, store: str, run_id: str) -> list[Job]:
             plan.archive,
             run_id,
             t.peak_memory,
+            t.kind == "other",
             plan.statistics if t.inputs_hash else "",
             t.inputs_hash,
             t.shared,

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from bincompress.compression.records import Shared
+from bincompress.compression.records import Job, Shared
 from bincompress.methods import KEEP, Binarized
 from bincompress.tensors.weight import Weight
 
@@ -12,33 +12,40 @@ _SAMPLE = 1 << 14  # weights in a tensor's histogram
 _BINS = 100
 
 
-def packed_report(method: str, found: Binarized, weight: Weight, stored_bytes: int) -> dict[str, Any]:
-    """Return the report of a packed tensor, as JSON: bits, errors, and a histogram of the weight as it was."""
-    relative = found.squared_error / found.squared_norm if found.squared_norm else 0.0
+def tensor_report(
+    job: Job, weight: Weight, written: Weight | Binarized, nbytes: int, not_finite: str
+) -> dict[str, Any]:
+    """Return a tensor's report, as JSON: bits and errors, and of a packed one a histogram of the weight as it was.
+
+    nbytes: of its arrays in the store. not_finite: what of a kept tensor is not; empty where all of it is.
+    """
+    if isinstance(written, Weight):
+        return _kept_report(written, nbytes, not_finite, job.shared)
+    relative = written.squared_error / written.squared_norm if written.squared_norm else 0.0
     return {
-        "method": method,
-        "groups": found.groups,
-        "nominal_bits": six_digits(found.nominal_bits),
-        "stored_bits": six_digits(8 * stored_bytes / weight.bits.size),
-        "stored_bytes": stored_bytes,
+        "method": job.settings.method,
+        "groups": written.groups,
+        "nominal_bits": six_digits(written.nominal_bits),
+        "stored_bits": six_digits(8 * nbytes / weight.bits.size),
+        "stored_bytes": nbytes,
         "relative_error": six_digits(relative),
-        "squared_error": six_digits(found.squared_error),
-        "squared_norm": six_digits(found.squared_norm),
+        "squared_error": six_digits(written.squared_error),
+        "squared_norm": six_digits(written.squared_norm),
         "weights": weight.bits.size,
-        **found.notes,
+        **written.notes,
         "histogram": sample_histogram(weight),
     }
 
 
-def kept_report(weight: Weight, stored_bytes: int, shared: Shared | None, not_finite: str = "") -> dict[str, Any]:
+def _kept_report(weight: Weight, nbytes: int, not_finite: str, shared: Shared | None) -> dict[str, Any]:
     """Return the report of a tensor that stays as it is, or that is a norm divided by the scale of its readers."""
     size = max(1, weight.bits.size)
-    report = {
+    report: dict[str, Any] = {
         "method": KEEP.method,
         "groups": 0,
         "nominal_bits": 8.0 * weight.bits.nbytes / size,
-        "stored_bits": six_digits(8 * stored_bytes / size),
-        "stored_bytes": stored_bytes,
+        "stored_bits": six_digits(8 * nbytes / size),
+        "stored_bytes": nbytes,
         "relative_error": 0.0,
         "squared_error": 0.0,
         "squared_norm": 0.0,

@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+BEGINNING = "beginning"  # the status of a store that is being created, or made room for: nothing in it counts
 FORMAT = "bincompress"
 VERSION = 1
 ALWAYS = ("planes", "coef")  # arrays of every packed tensor

@@ -1,5 +1,6 @@
 """How is a store read? Attributes, arrays and assets, each held against its hash and the format."""
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +15,11 @@ from bincompress.store.files import files_at, is_local
 from bincompress.store.layout import (
     ALWAYS,
     ARRAYS,
+    BEGINNING,
+    FORMAT,
     NODES,
     SEAL,
+    VERSION,
     ArrayLayout,
     array_hash,
     parse_array,
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     import zarr
 
 _UNREADABLE = (ArithmeticError, KeyError, MemoryError, OSError, TypeError, ValueError, RuntimeError, AttributeError)
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,254}")  # of a tensor: it becomes a folder's
 
 
 class StoreReader:
@@ -320,3 +325,35 @@ def root_attributes(url: str) -> dict[str, Any]:
     if node.get("zarr_format") != 3 or node.get("node_type") != "group":
         raise ValueError("zarr.json is not a group's")
     return dict(node.get("attributes", {}))
+
+
+def read_root(url: str) -> dict[str, Any]:
+    """Return the root's attributes of a store; raises StoreError where there is none or another version wrote it."""
+    if is_local(url) and not Path(url).is_dir():
+        raise StoreError(f"{url}: no such store; `bincompress compress SOURCE {url}` makes one")
+    try:
+        attributes = root_attributes(url)
+    except (FileNotFoundError, KeyError, ValueError, RecursionError) as error:
+        raise StoreError(f"{url}: not a Zarr v3 store: {str(error) or type(error).__name__}") from None
+    check_format(url, attributes)
+    return attributes
+
+
+def check_format(url: str, attributes: Mapping[str, Any]) -> None:
+    """Raise StoreError where the root's attributes are not those of a store that this program reads."""
+    if attributes.get("format") != FORMAT:
+        raise StoreError(f"{url}: a Zarr store, but not of bincompress (format {attributes.get('format')!r})")
+    if attributes.get("version") != VERSION:
+        raise StoreError(
+            f"{url}: store version {attributes.get('version')!r}; this program reads version {VERSION}: "
+            "install the one that wrote it, or compress again"
+        )
+    if attributes.get("status") == BEGINNING:
+        raise StoreError(f"{url}: a run ended while it was creating this store; run the same command again")
+    for key, kind in (("tensors", dict), ("status", str), ("failures", dict)):
+        if not isinstance(attributes.get(key), kind):
+            raise StoreError(f"{url}: its manifest lacks {key}; compress again with --overwrite")
+    for name, kind in attributes["tensors"].items():
+        if kind not in ("packed", "plain") or not _NAME.fullmatch(name) or ".." in name:
+            raise StoreError(f"{url}: its manifest lists {name!r:.80} as {kind!r:.40}, which names no tensor")
+    check_root(url, attributes)

@@ -13,9 +13,7 @@ from typing import Any, Literal
 
 from bincompress.errors import StoreError
 from bincompress.store.files import Files, ObjectFiles, files_at, nobodys
-from bincompress.store.layout import NEW, Format, group_node, parse_node
-
-BEGINNING = "beginning"  # the status of a store that is being created, or made room for: nothing in it counts
+from bincompress.store.layout import BEGINNING, NEW, Format, group_node, parse_node
 
 _LOG = logging.getLogger(__name__)
 _NAMED = 5  # foreign names in a message

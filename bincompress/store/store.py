@@ -5,54 +5,28 @@ A store that is being created says so in its root, until all but its tensors is 
 """
 
 import logging
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from bincompress.errors import DamagedError, StoreError
 from bincompress.store.arrays import let_go
 from bincompress.store.files import is_local
 from bincompress.store.layout import FORMAT, MODEL, NODES, VERSION, array_hash
-from bincompress.store.reading import check_root, root_attributes
-from bincompress.store.replace import BEGINNING, Place, check_place, clear
+from bincompress.store.reading import check_format, read_root
+from bincompress.store.replace import Place, check_place, clear
 from bincompress.store.writing import Store
 
 __all__ = ["FORMAT", "VERSION", "Store", "array_hash", "begin_store", "is_local", "let_go", "open_store"]
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,254}")  # of a tensor: it becomes a folder's
 _LOG = logging.getLogger(__name__)
 
 
-def open_store(url: str) -> Store:
-    """Open a store for reading; raises StoreError where there is none or another version wrote it."""
-    if is_local(url) and not Path(url).is_dir():
-        raise StoreError(f"{url}: no such store; `bincompress compress SOURCE {url}` makes one")
-    try:
-        attributes = root_attributes(url)
-    except (FileNotFoundError, KeyError, ValueError, RecursionError) as error:
-        raise StoreError(f"{url}: not a Zarr v3 store: {str(error) or type(error).__name__}") from None
-    _check_format(url, attributes)
-    return Store(url, attributes)
+def open_store(url: str, run_id: str | None = None) -> Store:
+    """Open a store for reading; raises StoreError where there is none or another version wrote it.
 
-
-def _check_format(url: str, attributes: dict[str, Any]) -> None:
-    if attributes.get("format") != FORMAT:
-        raise StoreError(f"{url}: a Zarr store, but not of bincompress (format {attributes.get('format')!r})")
-    if attributes.get("version") != VERSION:
-        raise StoreError(
-            f"{url}: store version {attributes.get('version')!r}; this program reads version {VERSION}: "
-            "install the one that wrote it, or compress again"
-        )
-    if attributes.get("status") == BEGINNING:
-        raise StoreError(f"{url}: a run ended while it was creating this store; run the same command again")
-    for key, kind in (("tensors", dict), ("status", str), ("failures", dict)):
-        if not isinstance(attributes.get(key), kind):
-            raise StoreError(f"{url}: its manifest lacks {key}; compress again with --overwrite")
-    for name, kind in attributes["tensors"].items():
-        if kind not in ("packed", "plain") or not _NAME.fullmatch(name) or ".." in name:
-            raise StoreError(f"{url}: its manifest lists {name!r:.80} as {kind!r:.40}, which names no tensor")
-    check_root(url, attributes)
+    run_id: of the run that writes it, for writing: a store that is no local folder refuses what another run writes.
+    """
+    return Store(url, read_root(url), run_id)
 
 
 def begin_store(url: str, plan: Mapping[str, Any], assets: Mapping[str, bytes], run_id: str, overwrite: bool) -> Store:
@@ -101,7 +75,7 @@ def _continue(place: Place, url: str, record: Mapping[str, Any], extra: dict[str
 def _check_equal(place: Place, url: str, record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the root's attributes where a plan is the one that began the store; raises StoreError where not."""
     try:
-        _check_format(url, place.attributes)
+        check_format(url, place.attributes)
     except StoreError as error:
         kind = DamagedError if isinstance(error, DamagedError) else StoreError
         raise kind(f"{error}; nothing was changed (--overwrite replaces a bincompress store)") from None

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bincompress.errors import TensorError
+from bincompress.errors import StoreError, TensorError
 from bincompress.store.arrays import write_array, write_chunks
 from bincompress.store.files import is_local
 from bincompress.store.layout import (
@@ -20,7 +20,7 @@ from bincompress.store.layout import (
     seal_problem,
     sealed,
 )
-from bincompress.store.reading import StoreReader, not_finite
+from bincompress.store.reading import StoreReader, not_finite, root_attributes
 from bincompress.tensors.packed import PackedTensor
 from bincompress.tensors.weight import Weight
 
@@ -30,8 +30,9 @@ _LOG = logging.getLogger(__name__)
 class Store(StoreReader):
     """A bincompress store, open for reading or writing."""
 
-    def __init__(self, url: str, attributes: dict[str, Any]) -> None:
+    def __init__(self, url: str, attributes: dict[str, Any], run_id: str | None = None) -> None:
         super().__init__(url, attributes)
+        self._run_id = run_id
         self._written: dict[str, dict[str, ArrayLayout]] = {}  # arrays of tensors that this process has written
         self._found: dict[str, list[str]] = {}  # keys of tensors that this process has looked at and not yet written
 
@@ -93,7 +94,13 @@ class Store(StoreReader):
         return {"array": array_hash(values)}, stored
 
     def commit(self, name: str, attributes: Mapping[str, Any]) -> None:
-        """Mark a tensor complete: its arrays, which this process wrote, are there, and these are its attributes."""
+        """Mark a tensor complete: its arrays, which this process wrote, are there, and these are its attributes.
+
+        Raises StoreError where another run has taken the store over; a local one is locked for its run.
+        """
+        shared = self._run_id is not None and not is_local(self.url)
+        if shared and root_attributes(self.url).get("run_id") != self._run_id:
+            raise StoreError(f"{name}: another run has taken over {self.url}; wait for it, or use another store")
         layouts = self._written[name]
         records = {key: layout.record() for key, layout in layouts.items()}
         complete = sealed(name, {**attributes, "status": "complete"}, records)
