@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from cpu_kernels.matmul.activations import Activations
 from cpu_kernels.matmul.prepacking import kernels
-from cpu_kernels.reference.planes import products as reference_products
+from cpu_kernels.reference import products as reference_products
 
 COLUMNS = [1, 4, 63, 64, 65, 127, 128, 129, 200, 256, 257, 400, 1100]
 ROWS = [1, 2, 31, 32, 33, 63, 64, 65, 130]

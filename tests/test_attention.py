@@ -12,7 +12,7 @@ from bincompress.model.config import parse
 from bincompress.model.errors import PromptError
 from cpu_kernels.decoder.attention import ATTEND, BLOCK, NO_WINDOW, padded, scratch_size, work_items
 from cpu_kernels.decoder.norms import PLACE, add_norm, gate
-from cpu_kernels.reference.planes import attention as reference
+from cpu_kernels.reference import attention as reference
 
 FLOAT32, FLOAT16 = np.dtype(np.float32), np.dtype(np.uint16)
 

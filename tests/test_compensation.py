@@ -17,7 +17,7 @@ from bincompress.methods.rounding.initial_scales import of_planes
 from bincompress.records import Inputs, Settings
 from bincompress.tensors.float8 import as_float16, from_float8, to_float8
 from cpu_kernels.quantize import compensation
-from cpu_kernels.reference.planes import compensation as reference_compensation
+from cpu_kernels.reference import compensation as reference_compensation
 from cpu_kernels.reference.planes import expand
 from tests.conftest import as_weight
 

@@ -30,7 +30,7 @@ from bincompress.tensors.packed import Packed, assemble
 from cpu_kernels.matmul.activations import quantize
 from cpu_kernels.matmul.prepacking import prepack_rows
 from cpu_kernels.matmul.products import multiply
-from cpu_kernels.reference.planes import planes as reference
+from cpu_kernels.reference import planes as reference
 from tests.conftest import EVERY_METHOD, tiny_config, tiny_tensors, write_model
 
 IDS = np.random.default_rng(3).integers(0, 96, 40)

@@ -12,7 +12,7 @@ from cpu_kernels.quantize.counting import MAGNITUDES, count_magnitudes, find_zer
 from cpu_kernels.quantize.packing import pack_by_table, pack_codes, pack_signs, pack_two, words_for
 from cpu_kernels.quantize.uniform_levels import block_ranges, nearest_levels
 from cpu_kernels.quantize.unpacking import expand, widen
-from cpu_kernels.reference.planes import planes as reference
+from cpu_kernels.reference import planes as reference
 from tests.conftest import EVERY_METHOD, as_weight
 
 shapes = st.tuples(st.integers(1, 5), st.sampled_from([1, 7, 63, 64, 65, 100, 127, 128, 129, 200, 257]))

@@ -21,6 +21,7 @@ def kernels_announced(bar: Any = None, ahead: Callable[[], None] = lambda: None)
     ahead: called then, to compile others meanwhile.
     """
     from cpu_kernels.jit.compiler import announce
+    from cpu_kernels.jit.kernel_cache import cache_is_kept
 
     told = False
 
@@ -29,7 +30,8 @@ def kernels_announced(bar: Any = None, ahead: Callable[[], None] = lambda: None)
         if not told:
             told = True
             ahead()
-            message = "compiling kernels for this CPU (once; later runs load them from the cache) ..."
+            kept = " (once; later runs load them from the cache)" if cache_is_kept() else ""
+            message = f"compiling kernels for this CPU{kept} ..."
             if bar is None:
                 click.echo(message, err=True)
             else:

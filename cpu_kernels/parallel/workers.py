@@ -1,5 +1,6 @@
 """Threads that share the work of one call: Python functions, or a kernel's items without a return to Python."""
 
+import functools
 import itertools
 import queue
 import threading
@@ -12,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_kernels.jit.addresses import address
+from cpu_kernels.jit.addresses import NATIVE_CALLS, address
 from cpu_kernels.jit.compiler import Kernel
-from cpu_kernels.parallel import spin_wait as handover
+from cpu_kernels.parallel import spin_wait
 
 
 class Workers:
@@ -29,14 +30,14 @@ class Workers:
         self._lock = threading.Lock()
         self.scratch: dict[Any, Any] = {}  # what kernels keep between jobs, used by one job at a time
         # Workers that wait in native code; all others wait in their queue of tasks.
-        self._turns = np.full((threads - 1) * handover.SPACING, handover.ASLEEP, np.int64)
-        self._posted = np.zeros(handover.posted_words(threads), np.int64)
+        self._slots = np.full((threads - 1) * spin_wait.SLOT_WORDS, spin_wait.PARKED, np.int64)
+        self._job = np.zeros(spin_wait.job_words(threads), np.int64)
         self._waiting = False  # some may be waiting in native code
-        self._asleep = True  # some may not be
+        self._parked = True  # some may not be
         for number in range(threads - 1):
             tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
             self._tasks.append(tasks)
-            arguments = number, tasks, self._done, self._turns, self._posted
+            arguments = number, tasks, self._done, self._slots, self._job
             threading.Thread(target=_serve, args=arguments, name=f"product-{number + 1}", daemon=True).start()
         # The threads know nothing of this object, so that they end with it.
         self._end = weakref.finalize(self, _end, self._tasks)
@@ -47,8 +48,8 @@ class Workers:
             raise ValueError(f"{len(tasks)} tasks for {self.threads} threads")
         with self._lock:
             if self._waiting:
-                handover.dismiss(self._turns)
-                self._waiting, self._asleep = False, True
+                spin_wait.stop_workers(self._slots)
+                self._waiting, self._parked = False, True
             # Queues, not a Future per task: 24 microseconds for a round trip, about 50 fewer than an executor.
             for target, task in zip(self._tasks, tasks[1:], strict=False):
                 target.put(task)
@@ -61,28 +62,36 @@ class Workers:
             if failed is not None:
                 raise failed
 
-    def run_kernel(self, kernel: Kernel, blocks: int, step: int, items: int) -> None:
+    def run_kernel(
+        self, kernel: "Kernel | Callable[[int, int, int], object]", blocks: int, step: int, items: int
+    ) -> None:
         """Share items 0 .. items - 1 of a kernel's work among the threads, of which thread k is given block k.
 
         `blocks` is the address of the first of them and `step` the bytes to the next; the kernel takes (address of
-        its block, first item, item after the last), and must not raise.
+        its block, first item, item after the last), and must not raise. A Python function will do in its place where
+        there are no NATIVE_CALLS.
         """
+        if not NATIVE_CALLS and self.threads > 1:
+            edges = itertools.pairwise(items * k // self.threads for k in range(self.threads + 1))
+            self.run([functools.partial(kernel, blocks + k * step, *edge) for k, edge in enumerate(edges)])
+            return
         with self._lock:
             if self.threads == 1:
                 kernel(blocks, 0, items)
                 return
+            assert isinstance(kernel, Kernel)
             function = address(kernel)
-            if self._asleep:
+            if self._parked:
                 self._wake()
-            asleep = handover.lead(self._turns, self._posted, function, blocks, step, items)
-            self._asleep = asleep > 0
+            parked = spin_wait.run_shared(self._slots, self._job, function, blocks, step, items)
+            self._parked = parked > 0
 
     def _wake(self) -> None:
-        handover.compile_all()  # here, so that no worker keeps a job waiting meanwhile
+        spin_wait.compile_all()  # here, so that no worker keeps a job waiting meanwhile
         for number, tasks in enumerate(self._tasks):
-            place = number * handover.SPACING
-            if self._turns[place] == handover.ASLEEP:
-                self._turns[place] = handover.READY
+            place = number * spin_wait.SLOT_WORDS
+            if self._slots[place] == spin_wait.PARKED:
+                self._slots[place] = spin_wait.IDLE
                 tasks.put(_wait_for_jobs)
         self._waiting = True
 
@@ -90,7 +99,7 @@ class Workers:
         """End the threads."""
         self._end()
         self._tasks = []
-        self._turns = self._turns[:0]
+        self._slots = self._slots[:0]
         self.threads = 1
 
     def __enter__(self) -> "Workers":
@@ -106,12 +115,12 @@ def _serve(
     number: int,
     tasks: "queue.SimpleQueue[Callable[[], object] | None]",
     done: "queue.SimpleQueue[BaseException | None]",
-    turns: NDArray[np.int64],
-    posted: NDArray[np.int64],
+    slots: NDArray[np.int64],
+    job: NDArray[np.int64],
 ) -> None:
     while (task := tasks.get()) is not None:
         if task is _wait_for_jobs:
-            handover.serve(turns, posted, number)
+            spin_wait.work(slots, job, number)
             continue
         failed: BaseException | None = None
         try:
