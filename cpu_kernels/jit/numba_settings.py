@@ -1,5 +1,8 @@
 """Numba's settings (NUMBA_... variables, .numba_config.yaml, numba.config): which change code, which cannot work?"""
 
+import functools
+import subprocess
+import sys
 import warnings
 
 from cpu_kernels.errors import KernelError
@@ -8,6 +11,7 @@ from cpu_kernels.errors import KernelError
 # on with its default: here they are kept for one line (see check_settings).
 with warnings.catch_warnings(record=True) as _warned:
     warnings.simplefilter("always", RuntimeWarning)
+    import llvmlite.binding
     import numba
 
 _UNREAD = [str(one.message).splitlines()[0] for one in _warned if "NUMBA_" in str(one.message)]
@@ -47,4 +51,25 @@ def check_settings() -> None:
     if numba.config.DISABLE_JIT or _DISABLED_AT_IMPORT:  # type: ignore[attr-defined]
         raise KernelError("NUMBA_DISABLE_JIT is set, and kernels run compiled only: unset it and start again")
     if _UNREAD:
-        raise KernelError(f"{_UNREAD[0]} Numba expects another value: change or unset it")
+        raise KernelError(f"{_UNREAD[0].removesuffix('.')}: Numba cannot read it; change or unset it")
+    config = vars(numba.config)  # type: ignore[attr-defined]
+    if config["CPU_NAME"] is not None or config["CPU_FEATURES"] is not None:
+        _check_cpu(config["CPU_NAME"], config["CPU_FEATURES"])
+
+
+# Compiled in a process of its own: LLVM ends the process where it is asked for a CPU that it cannot compile for.
+_TRIAL = "import numba; assert numba.njit('float64(float64)')(lambda x: 2.0 * x + 1.0)(2.0) == 5.0"
+
+
+@functools.cache
+def _check_cpu(name: str | None, features: str | None) -> None:
+    """Raise KernelError for a CPU that this one is not, or for which LLVM cannot compile."""
+    told = f"NUMBA_CPU_NAME={name or ''} NUMBA_CPU_FEATURES={features or ''}"
+    host = llvmlite.binding.get_host_cpu_features()
+    for feature in (features or "").split(","):
+        if feature.startswith("+") and host.get(feature[1:]) is False:
+            raise KernelError(f"{told}: this CPU has no {feature[1:]}; change or unset them")
+    done = subprocess.run([sys.executable, "-P", "-c", _TRIAL], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise KernelError(f"{told}: no kernel can be compiled with them ({last}); change or unset them")

@@ -5,6 +5,7 @@ columns it holds the scales of every plane (and of the offset), then for every k
 plane the packed bits (see stream.py).
 """
 
+import collections
 import functools
 from typing import Any
 
@@ -212,12 +213,9 @@ FIELDS = (
     "prepared",  # 1 where they are
     "result",  # float32 (tokens, rows)
 )  # fmt: skip
-(
-    _STREAM, _ROWS, _K_TILES, _K_TILES_PER_BLOCK, _SCALE_SETS, _HAS_OFFSET, _PLANES, _WEIGHTS, _MULTIPLIERS, _QUANTIZE,
-    _QUANTIZING, _, _, _, _TOKENS, _SEGMENTS, _Q, _SCALE, _SUMS, _ABSOLUTE, _TABLES, _CONSTANTS, _FACTORS, _OFFSETS,
-    _HEADROOMS, _ACCUMULATORS, _TOKEN_BLOCK, _PREPARED, _RESULT,
-) = range(len(FIELDS))  # fmt: skip
+_AT: Any = collections.namedtuple("_AT", FIELDS)(*range(len(FIELDS)))  # type: ignore[misc]  # the word of each field
 _WORDS = len(FIELDS)
+_QUANTIZING = FIELDS.index(QUANTIZING[0])  # where the words that the quantizing kernel is given begin
 
 
 @inline_whole
@@ -359,23 +357,23 @@ def product_kernel(instruction_set: int, bits: int, words: int, half: int) -> Ke
     @kernel(types.void(types.int64, types.int64, types.int64), _add_tiles=add_tiles)
     def multiply(job_address: Any, first: Any, last: Any) -> None:
         job = int64_items(job_address, _WORDS)
-        rows, k_tiles, k_tiles_per_block = job[_ROWS], job[_K_TILES], job[_K_TILES_PER_BLOCK]
-        scale_sets, has_offset, planes = job[_SCALE_SETS], job[_HAS_OFFSET], job[_PLANES]
-        tokens, segments, token_block = job[_TOKENS], job[_SEGMENTS], job[_TOKEN_BLOCK]
-        stream = uint8_items(job[_STREAM], 1)
-        weights = float32_items(job[_WEIGHTS], planes)
-        multipliers = float32_items(job[_MULTIPLIERS], rows)
-        q = int8_rows(job[_Q], tokens, 128 * segments)
-        token_scale = float32_rows(job[_SCALE], tokens, segments)
-        sums = int32_rows(job[_SUMS], tokens, 2 * segments)
-        absolute = int32_rows(job[_ABSOLUTE], tokens, 2 * segments)
-        tables = uint8_items(job[_TABLES], 1)
-        constants = int32_items(job[_CONSTANTS], k_tiles * token_block)
-        factors = float32_items(job[_FACTORS], k_tiles * token_block)
-        offsets = float32_items(job[_OFFSETS], k_tiles * token_block)
-        headrooms = int32_items(job[_HEADROOMS], k_tiles * token_block)
-        accumulators = float32_items(job[_ACCUMULATORS], token_block * tile)
-        result = float32_rows(job[_RESULT], tokens, rows)
+        rows, k_tiles, k_tiles_per_block = job[_AT.rows], job[_AT.k_tiles], job[_AT.k_tiles_per_block]
+        scale_sets, has_offset, planes = job[_AT.scale_sets], job[_AT.has_offset], job[_AT.planes]
+        tokens, segments, token_block = job[_AT.tokens], job[_AT.segments], job[_AT.token_block]
+        stream = uint8_items(job[_AT.stream], 1)
+        weights = float32_items(job[_AT.weights], planes)
+        multipliers = float32_items(job[_AT.multipliers], rows)
+        q = int8_rows(job[_AT.q], tokens, 128 * segments)
+        token_scale = float32_rows(job[_AT.scale], tokens, segments)
+        sums = int32_rows(job[_AT.sums], tokens, 2 * segments)
+        absolute = int32_rows(job[_AT.absolute], tokens, 2 * segments)
+        tables = uint8_items(job[_AT.tables], 1)
+        constants = int32_items(job[_AT.constants], k_tiles * token_block)
+        factors = float32_items(job[_AT.factors], k_tiles * token_block)
+        offsets = float32_items(job[_AT.offsets], k_tiles * token_block)
+        headrooms = int32_items(job[_AT.headrooms], k_tiles * token_block)
+        accumulators = float32_items(job[_AT.accumulators], token_block * tile)
+        result = float32_rows(job[_AT.result], tokens, rows)
         header = (scale_sets + has_offset) * scale_bytes
         blocks = (k_tiles + k_tiles_per_block - 1) // k_tiles_per_block
         tile_bytes = blocks * header + k_tiles * planes * k_tile_bytes
@@ -387,11 +385,11 @@ def product_kernel(instruction_set: int, bits: int, words: int, half: int) -> Ke
         if asking and first < last:
             for prefetch_at in range(first * tile_bytes, first * tile_bytes + apart, lookup.LINE):
                 _prefetch(stream, prefetch_at, apart)
-        if job[_QUANTIZE]:
-            call(job[_QUANTIZE], job_address + 8 * _QUANTIZING, 0, tokens)
+        if job[_AT.quantize]:
+            call(job[_AT.quantize], job_address + 8 * _QUANTIZING, 0, tokens)
         for start in range(0, tokens, token_block):
             count = min(token_block, tokens - start)
-            if not job[_PREPARED]:
+            if not job[_AT.prepared]:
                 _prepare(
                     instruction_set, bits, words, per_word, k_tiles, start, count, q, token_scale, sums, absolute,
                     tables, constants, factors, offsets, headrooms, capacity,

@@ -158,6 +158,8 @@ def _table_bytes(matrix: PackedMatrix, bits: int) -> int:
 
 def _job(operands: dict[str, int]) -> NDArray[np.int64]:
     """Return a job, int64 (fields,), in which what is not given is zero."""
+    if unknown := operands.keys() - set(FIELDS):
+        raise ValueError(f"a job has no fields {sorted(unknown)}")
     return np.array([operands.get(field, 0) for field in FIELDS], np.int64)
 
 
