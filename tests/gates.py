@@ -71,13 +71,14 @@ def dies(name: str, job: Job) -> JobReport:
 
 def probe(job: Job) -> JobReport:
     """A job that tells which kernels it compiled, and how its process is set up."""
-    from cpu_kernels.jit.compiler import announce, cache_path
+    from cpu_kernels.jit.compiler import announce
+    from cpu_kernels.jit.kernel_cache import cache_folder
 
     compiled: list[str] = []
     with announce(compiled.append):
         report = run_job(job)
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-    found = {"compiled": compiled, "cache": str(cache_path()), "threads": [os.environ[name] for name in names]}
+    found = {"compiled": compiled, "cache": str(cache_folder()), "threads": [os.environ[name] for name in names]}
     return replace(report, report={**found, "pid": os.getpid()})
 
 

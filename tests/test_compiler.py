@@ -134,8 +134,9 @@ def _calls_helper(x: int) -> int:
 
 def test_another_kernel_is_compiled_while_one_is_being_compiled(tmp_path: Path) -> None:
     # As many processes as hold a lock each: this one's must not stop the other.
-    code = "import time; from cpu_kernels.jit import compiler; from cpu_kernels.quantize import counting\n"
-    code += "with compiler._cache_folder('some-kernel'): print('held', flush=True); time.sleep(60)"
+    code = "import time; from cpu_kernels.jit import kernel_cache as c\n"
+    code += "with c.kernel_lock(c.kernel_folder('some-kernel')) as lock:\n"
+    code += "    lock(); print('held', flush=True); time.sleep(60)"
     environment = {**os.environ, "BINCOMPRESS_CACHE": str(tmp_path)}
     holder = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
     try:
@@ -149,7 +150,7 @@ def test_another_kernel_is_compiled_while_one_is_being_compiled(tmp_path: Path) 
 
 
 def test_kernels_that_differ_in_closed_over_numbers_or_signature_differ_in_name() -> None:
-    names = {kernel._name() for kernel in (packer(1, 32), packer(1, 64), packer(0, 32), *ATTEND.values())}
+    names = {kernel.name() for kernel in (packer(1, 32), packer(1, 64), packer(0, 32), *ATTEND.values())}
     assert len(names) == 5
 
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cpu_kernels.jit import vector
+from cpu_kernels.jit import cpu_features
 from cpu_kernels.matmul.activations import quantize
-from cpu_kernels.matmul.aligned_memory import room
+from cpu_kernels.matmul.aligned_memory import allocate
 from cpu_kernels.matmul.prepacking import Part, prepack, prepack_rows
 from cpu_kernels.matmul.products import multiply
 from tests.product_cases import COLUMNS, EACH_KERNEL, KERNELS, assert_near, make, tokens
@@ -122,7 +122,7 @@ def test_scales_laid_out_as_they_are_stored_give_the_products_of_float32_scales(
 def test_arrays_of_an_arena_are_zeros_of_their_own() -> None:
     sizes = [1, 63, 64, 65, 5 << 20, 40 << 20, 3, 30 << 20]
     with ThreadPoolExecutor(4) as pool:
-        arrays = list(pool.map(room, sizes * 2))
+        arrays = list(pool.map(allocate, sizes * 2))
     for number, (array, size) in enumerate(zip(arrays, sizes * 2, strict=True)):
         assert array.size == size
         assert array.ctypes.data % 64 == 0
@@ -133,8 +133,8 @@ def test_arrays_of_an_arena_are_zeros_of_their_own() -> None:
 
 @pytest.mark.parametrize("kernel", [name for name in KERNELS if name.startswith("lookup")])
 def test_layout_of_the_lookup_stream(kernel: str) -> None:
-    code = {f"lookup-{name}": number for number, name in vector.NAMES.items()}[kernel]
-    tile = vector.tile_rows(code)
+    code = {f"lookup-{name}": number for number, name in cpu_features.NAMES.items()}[kernel]
+    tile = cpu_features.tile_rows(code)
     case = make(15, tile, 128, 2, 128, False, ones=True)
     stream = prepack(case.planes, case.scale, 128, 128, kernel=kernel).stream
     assert stream.ctypes.data % 64 == 0

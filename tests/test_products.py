@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llvmlite import binding, ir
 
-from cpu_kernels.jit import vector
+from cpu_kernels.jit import cpu_features, llvm
 from cpu_kernels.matmul import lookup
 from cpu_kernels.matmul.activations import SEGMENT, Per, quantize
 from cpu_kernels.matmul.prepacking import prepack
@@ -275,12 +275,12 @@ def test_the_neon_form_compiles_to_table_instructions() -> None:
     except RuntimeError:
         pytest.skip("LLVM was built without this target")
     module = ir.Module()
-    byte = vector.I8.as_pointer()
+    byte = llvm.I8.as_pointer()
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [byte, byte, byte]), "sums")
     builder = ir.IRBuilder(function.append_basic_block())
     packed, table, to = function.args
-    even, odd = lookup.emit_sums(builder, vector.NEON, 8, 16, 4, packed, [table], [])[0]
-    vector.store(builder, vector.join(builder, even, odd), to, 2)
+    even, odd = lookup.emit_sums(builder, cpu_features.NEON, 8, 16, 4, packed, [table], [])[0]
+    llvm.store(builder, llvm.join(builder, even, odd), to, 2)
     builder.ret_void()
     text = str(module).replace('target triple = "unknown-unknown-unknown"', "")
     machine = target.create_target_machine(cpu="generic", opt=2)

@@ -23,6 +23,7 @@ def kernels_announced(
     say: writes a line. ahead: called then, to compile others meanwhile.
     """
     from cpu_kernels.jit.compiler import announce
+    from cpu_kernels.jit.kernel_cache import cache_is_kept
 
     told = False
 
@@ -31,7 +32,8 @@ def kernels_announced(
         if not told:
             told = True
             ahead()
-            say("compiling kernels for this CPU (once; later runs load them from the cache) ...")
+            kept = " (once; later runs load them from the cache)" if cache_is_kept() else ""
+            say(f"compiling kernels for this CPU{kept} ...")
 
     with announce(tell):
         yield

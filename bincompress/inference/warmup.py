@@ -17,7 +17,8 @@ from bincompress.interrupts import end_with
 from bincompress.machine import usable_cpus
 from cpu_kernels.decoder.attention import ATTEND
 from cpu_kernels.decoder.norms import PLACE, add_norm, gate
-from cpu_kernels.jit.compiler import Kernel, cache_is_kept
+from cpu_kernels.jit.compiler import Kernel
+from cpu_kernels.jit.kernel_cache import cache_is_kept
 from cpu_kernels.matmul.dense import bfloat16_rows
 from cpu_kernels.matmul.products import product_kernels
 from cpu_kernels.quantize.unpacking import expand

@@ -12,8 +12,8 @@ from numba import types
 from numpy import float32
 
 from cpu_kernels.decoder.exponential import exponential
+from cpu_kernels.decoder.tiles import TILE_COLUMNS, TILE_ROWS, largest, multiply_tile, total
 from cpu_kernels.jit.compiler import Kernel, kernel, out, view
-from cpu_kernels.jit.tiles import TILE_COLUMNS, TILE_ROWS, largest, multiply_tile, total
 
 BLOCK = TILE_COLUMNS  # positions that lie side by side in the cache
 QUERY_ROWS = 32  # (token, head of the group) rows that share one pass over the keys

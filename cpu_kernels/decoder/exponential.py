@@ -3,8 +3,8 @@
 import numpy as np
 from numpy import float32
 
+from cpu_kernels.decoder.tiles import multiply_add, power_of_two
 from cpu_kernels.jit.compiler import inline
-from cpu_kernels.jit.tiles import multiply_add, power_of_two
 
 _LOG2_E = float32(1.4426950408889634)
 _LN2_HIGH = float32(0.693359375)  # ln 2 in two parts: n * high is exact for every n that occurs

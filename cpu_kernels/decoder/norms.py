@@ -8,8 +8,8 @@ from numpy import float32
 
 from cpu_kernels.decoder.attention import BLOCK
 from cpu_kernels.decoder.exponential import exponential
+from cpu_kernels.decoder.tiles import LANES, square_total, stored_as
 from cpu_kernels.jit.compiler import Kernel, inline, kernel, out, view
-from cpu_kernels.jit.tiles import LANES, square_total, stored_as
 
 _F4 = types.float32
 _SIZE = types.intp
@@ -58,7 +58,7 @@ def gate(gate_up: Any, bias: Any, start: int, stop: int, result: Any) -> None:
 
 
 @inline
-def _turn(
+def _finish_head(
     head: Any, norm: Any, normalise: bool, epsilon: Any, cosines: Any, sines: Any, scale: float32
 ) -> None:  # fmt: skip
     """Normalise (if asked), rotate and scale one head (dim,) in place; cosines and sines (dim / 2,)."""
@@ -95,9 +95,9 @@ def _place(
         for head in range(heads + kv_heads):
             own = row[head * dim : (head + 1) * dim]
             if head < heads:
-                _turn(own, q_norm, normalise, epsilon, cosines[position], sines[position], scale)
+                _finish_head(own, q_norm, normalise, epsilon, cosines[position], sines[position], scale)
             else:
-                _turn(own, k_norm, normalise, epsilon, cosines[position], sines[position], _ONE)
+                _finish_head(own, k_norm, normalise, epsilon, cosines[position], sines[position], _ONE)
         for head in range(kv_heads):
             key = row[(heads + head) * dim : (heads + head + 1) * dim]
             value = row[(heads + kv_heads + head) * dim : (heads + kv_heads + head + 1) * dim]

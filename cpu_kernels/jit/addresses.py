@@ -1,92 +1,113 @@
-"""Arrays and kernels known by their address, so that a job handed to another thread is a block of numbers."""
+"""Arrays and kernels known by their address, so that a job handed to another thread is a block of numbers.
+
+Where Numba's private API is not as expected (see numba_private.py), arrays are made by Numba's carray, and kernels are
+called from Python: NATIVE_CALLS is false.
+"""
 
 import functools
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from cpu_kernels.jit import vector as v
-from cpu_kernels.jit.compiler import Kernel
+from cpu_kernels.jit import llvm, numba_private
+from cpu_kernels.jit.compiler import Kernel, inline, inline_whole
+
+NATIVE_CALLS = numba_private.PROBLEM is None
 
 
 @functools.cache
 def address(work: Kernel) -> int:
     """Return the native address of a kernel whose arguments are three int64: a block's address, and two of its own."""
-    (compiled,) = work.compile().overloads.values()  # type: ignore[attr-defined]
-    return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
+    if not NATIVE_CALLS:
+        raise RuntimeError(f"no kernel has an address that could be called: Numba's {numba_private.PROBLEM}")
+    return numba_private.native_address(work.compile())
 
 
 @intrinsic
 def call(typing: Any, function: Any, block: Any, first: Any, last: Any) -> Any:
-    """Call the kernel at this address, by Numba's convention: two places for what it returns and raises come first."""
+    """Call the kernel at this address, which is one that `address` returned."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = v.I8.as_pointer()
-        kind = ir.FunctionType(v.I32, [place.as_pointer(), place.as_pointer(), v.I64, v.I64, v.I64])
-        places = [cgutils.alloca_once(builder, place) for _ in range(2)]
-        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [*places, *arguments[1:]])
+        if NATIVE_CALLS:
+            numba_private.call_native(context, builder, arguments[0], list(arguments[1:]))
+        else:  # never reached, as there are no addresses; not silent if it were
+            trap = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, trap, "llvm.trap"), [])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), generate
 
 
-# Numba's own function for arrays at an address, carray, takes 0.1 s to compile at each use.
-def _build(kind: Any) -> Any:
+def _array_of(item: Any, dimensions: int) -> Any:
+    """Return a function for kernels that makes an array from an address and one or two sizes."""
+    if not NATIVE_CALLS:
+        return _carray_of(item, dimensions)
+    kind = types.Array(item, dimensions, "C")
+
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        from numba.np.arrayobj import populate_array  # here: a kernel that is loaded, not compiled, needs none of it
-
-        made = context.make_array(kind)(context, builder)
-        item = context.get_data_type(kind.dtype)
-        size = ir.Constant(v.I64, context.get_abi_sizeof(item))
         address, *shape = arguments
-        populate_array(
-            made, data=builder.inttoptr(address, item.as_pointer()), shape=shape, itemsize=size, meminfo=None,
-            strides=[size] if len(shape) == 1 else [builder.mul(size, shape[1]), size],
-        )  # fmt: skip
-        return made._getvalue()
-
-    return generate
-
-
-def _array_of(item: Any) -> Any:
-    kind = types.Array(item, 1, "C")
+        return numba_private.array_at(context, builder, kind, address, shape)
 
     @intrinsic
-    def array(typing: Any, address: Any, size: Any) -> Any:
-        return kind(types.int64, types.int64), _build(kind)
-
-    return array
-
-
-def _rows_of(item: Any) -> Any:
-    kind = types.Array(item, 2, "C")
+    def items(typing: Any, address: Any, size: Any) -> Any:
+        return kind(types.int64, types.int64), generate
 
     @intrinsic
-    def array(typing: Any, address: Any, rows: Any, columns: Any) -> Any:
-        return kind(types.int64, types.int64, types.int64), _build(kind)
+    def rows(typing: Any, address: Any, rows: Any, columns: Any) -> Any:
+        return kind(types.int64, types.int64, types.int64), generate
 
-    return array
+    return items if dimensions == 1 else rows
 
 
-uint8_items, int32_items = _array_of(types.uint8), _array_of(types.int32)
-int64_items, float32_items = _array_of(types.int64), _array_of(types.float32)
-int8_rows, int32_rows, float32_rows = _rows_of(types.int8), _rows_of(types.int32), _rows_of(types.float32)
+def _carray_of(item: Any, dimensions: int) -> Any:
+    kind = types.CPointer(item)
+
+    @intrinsic
+    def pointer(typing: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(kind))
+
+        return kind(types.int64), generate
+
+    @inline
+    def items(address: Any, size: Any) -> Any:
+        return carray(pointer(address), (size,))
+
+    @inline
+    def rows(address: Any, rows: Any, columns: Any) -> Any:
+        return carray(pointer(address), (rows, columns))
+
+    return items if dimensions == 1 else rows
+
+
+uint8_items, int32_items = _array_of(types.uint8, 1), _array_of(types.int32, 1)
+int64_items, float32_items = _array_of(types.int64, 1), _array_of(types.float32, 1)
+int8_rows, int32_rows, float32_rows = (_array_of(item, 2) for item in (types.int8, types.int32, types.float32))
 
 
 @intrinsic(prefer_literal=True)
-def local_float32(typing: Any, size: Any) -> Any:
-    """Return a float32 array (size,) on the caller's stack, for a literal size; its items are not set."""
+def _local_float32(typing: Any, size: Any) -> Any:
     if not isinstance(size, types.IntegerLiteral):
         return None
     kind = types.Array(types.float32, 1, "C")
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        count = ir.Constant(v.I64, size.literal_value)
-        place = cgutils.alloca_once(builder, ir.ArrayType(v.F32, size.literal_value))
+        count = ir.Constant(llvm.I64, size.literal_value)
+        place = cgutils.alloca_once(builder, ir.ArrayType(llvm.F32, size.literal_value))
         place.align = 64
-        return _build(kind)(context, builder, signature, [builder.ptrtoint(place, v.I64), count])
+        return numba_private.array_at(context, builder, kind, builder.ptrtoint(place, llvm.I64), [count])
 
     return kind(size), generate
+
+
+@inline_whole
+def _allocated_float32(size: Any) -> Any:
+    return np.empty(size, np.float32)
+
+
+local_float32: Any = _local_float32 if NATIVE_CALLS else _allocated_float32
+"""A float32 array (size,) on the caller's stack, for a literal size; its items are not set."""

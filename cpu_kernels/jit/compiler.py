@@ -1,41 +1,30 @@
-"""How a kernel is compiled: one signature each, on first use, cached per CPU, safe with many processes.
+"""How a kernel is compiled: one signature each, on first use, kept for other processes (see kernel_cache.py).
 
-Numba's own cache is not safe when several processes compile one function at the same time, and its key
-ignores callees in other files and survives a change of them. Here the cache folder's name holds a hash of every
-kernel source, the versions and the CPU; in it each kernel has a folder of its own with a file lock, held while the
-kernel is loaded or compiled, so that processes compile different kernels at the same time and none of them twice.
-
-A kernel is loaded without Numba's compiler (see _KernelCache), so that a program whose kernels are cached starts early.
+Numba's own cache is not safe when several processes compile one function at the same time, and its key ignores callees
+in other files and survives a change of them. A kernel that is kept is loaded without Numba's compiler, so that a
+program whose kernels are there starts early (see numba_private.py).
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
-import itertools
-import os
-import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any, cast
 
-import llvmlite
-import llvmlite.binding
 import numba
-import numpy as np
-from numba.core import event
-from numba.core.bytecode import FunctionIdentity
-from numba.core.caching import CompileResultCacheImpl, FunctionCache
-from numba.core.runtime._nrt_python import c_helpers
+
+from cpu_kernels.jit import numba_private
+from cpu_kernels.jit.kernel_cache import cache_folder, kernel_folder, kernel_lock, not_kept
+from cpu_kernels.jit.numba_settings import check_settings
 
 _process_lock = threading.RLock()
+_listeners: list[Callable[[str], None]] = []
 
-# The "numpy" error model divides without a branch for zero, which would keep loops from being vectorised. Nothing calls
-# kernels as C callbacks, nor helpers from Python; wrappers for that took a tenth of the time of compiling.
-_KERNEL: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
-_HELPER: dict[str, Any] = {**_KERNEL, "no_cpython_wrapper": True}
+# The "numpy" error model divides without a branch for zero, which would keep loops from being vectorised.
+_KERNEL: dict[str, Any] = {"nogil": True, "error_model": "numpy", **numba_private.KERNEL_OPTIONS}
+_HELPER: dict[str, Any] = {**_KERNEL, **numba_private.HELPER_OPTIONS}
 
 
 def view(dtype: Any, ndim: int) -> numba.types.Array:
@@ -100,14 +89,17 @@ class Kernel:
         return (self._compiled or self.compile())(*arguments)
 
     def compile(self) -> Callable[..., Any]:
-        """Load the kernel from the cache or compile it, and return the callable."""
+        """Load the kernel from the cache or compile it, and return the callable.
+
+        Raises KernelError where Numba's settings let no kernel be compiled.
+        """
         with _process_lock:
             if self._compiled is None:
-                with _cache_folder(self._name()) as folder:
-                    self._compiled = _dispatcher(self, folder)
+                check_settings()
+                self._compiled = _dispatcher(self)
             return self._compiled
 
-    def _name(self) -> str:
+    def name(self) -> str:
         """Return a name that no other kernel has: of one function's, signature and closed-over numbers differ."""
         cells = [cell.cell_contents for cell in self.function.__closure__ or ()]
         if not all(isinstance(value, bool | int | float | str) for value in cells):
@@ -116,166 +108,51 @@ class Kernel:
         return f"{self.function.__name__}-{digest.hexdigest()[:12]}"
 
 
-def _dispatcher(wanted: Kernel, folder: Path | None) -> Callable[..., Any]:
+def _dispatcher(wanted: Kernel) -> Callable[..., Any]:
     decorate = numba.njit(**_KERNEL, fastmath={"reassoc", "contract"} if wanted.reassociate else False)
     dispatcher: Any = decorate(wanted.function)
-    if folder is not None:
-        dispatcher._cache = _kernel_cache(wanted.function, folder)  # asked by compile(), which also writes to it
-    with _numbered_after(wanted._name()):
+    name = wanted.name()
+    folder = kernel_folder(name)
+    announced = functools.partial(_announce, wanted.function.__name__)
+    if folder is None:
+        announced()
         dispatcher.compile(wanted.signature)
+    else:
+        first = int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) << 16
+        with numba_private.numbered_from(first), kernel_lock(folder) as lock:
+            # One that cannot be made (a source that is not there) leaves the kernel in memory, as for plain njit.
+            try:
+                numba_private.use_cache(dispatcher, wanted.function, folder, lock, announced, not_kept)
+            except (OSError, RuntimeError) as error:
+                not_kept(error)
+                announced()
+            dispatcher.compile(wanted.signature)
     dispatcher.disable_compile()
     return cast(Callable[..., Any], dispatcher)
 
 
-@contextlib.contextmanager
-def _numbered_after(name: str) -> Iterator[None]:
-    """Let Numba number the functions that it compiles from a number on that the kernel's name gives.
-
-    Native code names a function after its Python name, the types of its arguments and this number, which Numba counts
-    from 1 in every process. Of two with one name, helpers that close over different numbers say, a process that loads
-    what two others compiled would keep the first alone, and the second kernel would call the first one's.
-    """
-    before = FunctionIdentity._unique_ids
-    FunctionIdentity._unique_ids = itertools.count(int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) << 16)
-    try:
-        yield
-    finally:
-        FunctionIdentity._unique_ids = before
-
-
-def _kernel_cache(function: Callable[..., Any], folder: Path) -> "_KernelCache":
-    config: Any = numba.config
-    before = config.CACHE_DIR
-    # Set only while the cache is made: the folder is fixed then, and other users of Numba keep theirs.
-    config.CACHE_DIR = str(folder)
-    try:
-        return _KernelCache(function)
-    finally:
-        config.CACHE_DIR = before
-
-
-class _NativeCode(CompileResultCacheImpl):  # type: ignore[misc]
-    """What the cache keeps of a compiled function: its native code, and little of what compiling others could need.
-
-    Numba keeps LLVM's intermediate code too, for functions that call this one; reading it is half the time of loading.
-    No compiled function can call a kernel: Numba does not know the class Kernel. What Numba looks for in that code when
-    it loads a function, the names that the native code defines, it finds in empty functions.
-    Numba also keeps what inlined functions keep their constants in; without constants, it names modules to import.
-    """
-
-    def reduce(self, compiled: Any) -> Any:
-        """Return what is written to the cache."""
-        (name, kind, (native, _)), *others, environments = super().reduce(compiled)
-        described = compiled.fndesc
-        names = _empty_functions([described.llvm_func_name, described.llvm_cpython_wrapper_name])
-        return (name, kind, (native, names)), *others, tuple(kept for kept in environments if kept.consts)
-
-
-def _empty_functions(names: Iterable[str]) -> bytes:
-    """Return the intermediate code of functions that do nothing."""
-    text = "".join(f'define void @"{name}"() {{ ret void }}\n' for name in names)
-    return cast(bytes, llvmlite.binding.parse_assembly(text).as_bitcode())
-
-
-class _KernelCache(FunctionCache):  # type: ignore[misc]
-    """Numba's cache of one function, from which a kernel is loaded without readying the compiler.
-
-    Numba's own first imports and registers all that a function could use, which takes 0.2 s and which compiling does
-    itself; native code needs the runtime's symbols alone.
-    """
-
-    _impl_class = _NativeCode
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """Return the compiled function for a signature, or None where the cache has none that can be read."""
-        _offer_runtime()
-        try:
-            return self._load_overload(sig, target_context)
-        except Exception:  # as many kinds as there are ways to damage a pickle, by a power cut say
-            self.flush()
-            return None
-
-    def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep a compiled function; where the disk is full, this process alone has it."""
-        with contextlib.suppress(OSError):
-            super().save_overload(sig, data)
-
-
-@functools.cache
-def _offer_runtime() -> None:
-    """Let native code find Numba's runtime, which allocates arrays.
-
-    Numba's own way (rtsys.initialize) also compiles what compiling needs of it: 25 ms.
-    """
-    for name, place in c_helpers.items():
-        llvmlite.binding.add_symbol(name if name.startswith("_") else f"NRT_{name}", place)
-
-
-@contextlib.contextmanager
-def _cache_folder(kernel: str) -> Iterator[Path | None]:
-    """Yield a kernel's locked folder, or None where no folder can be written (then each process compiles anew)."""
-    every = cache_path()
-    folder = every / kernel
-    try:
-        every.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Compiled code is loaded from here: not from a folder that somebody else made under a name that can be guessed.
-        if every.stat().st_uid != os.getuid():
-            raise PermissionError(f"{every} belongs to another user")
-        folder.mkdir(exist_ok=True)
-        handle = open(folder / "lock", "a")  # noqa: SIM115 (closed by the with below)
-    except OSError:
-        yield None
-        return
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield folder
-
-
-@functools.cache
-def cache_path() -> Path:
-    """Return the folder for compiled kernels: BINCOMPRESS_CACHE, or the user's cache folder, or the temporary one."""
-    chosen = os.environ.get("BINCOMPRESS_CACHE")
-    if chosen:
-        base = Path(chosen)
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "bincompress"
-        if not _writable(base):
-            base = Path(tempfile.gettempdir()) / f"bincompress-{os.getuid()}"
-    return base / f"kernels-{_identity()}"
-
-
-def cache_is_kept() -> bool:
-    """Return whether what this process compiles will be there for others."""
-    return _writable(cache_path())
-
-
-def _writable(folder: Path) -> bool:
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK)
-
-
-def _identity() -> str:
-    digest = hashlib.sha256()
-    package = Path(__file__).parents[1]
-    for source in sorted(package.rglob("*.py")):
-        digest.update(source.relative_to(package).as_posix().encode() + b"\0" + source.read_bytes())
-    host = llvmlite.binding.get_host_cpu_name() + llvmlite.binding.get_host_cpu_features().flatten()
-    for version in (numba.__version__, llvmlite.__version__, np.__version__, host):
-        digest.update(version.encode() + b"\0")
-    return digest.hexdigest()[:16]
+def _announce(name: str) -> None:
+    for tell in _listeners:
+        tell(name)
 
 
 @contextlib.contextmanager
 def announce(tell: Callable[[str], None]) -> Iterator[None]:
-    """Call `tell(kernel name)` whenever a kernel is really compiled (not loaded from the cache) in this block."""
+    """Call `tell(kernel name)` whenever a kernel is really compiled (not loaded from the cache) in this block.
 
-    class Listener(event.Listener):  # type: ignore[misc]
-        def on_start(self, seen: Any) -> None:
-            tell(seen.data["dispatcher"].py_func.__name__)
-
-        def on_end(self, seen: Any) -> None:
-            pass
-
-    with event.install_listener("numba:compile", Listener()):
+    Raises KernelError at once where Numba's settings let no kernel be compiled; says where none can be kept.
+    """
+    check_settings()
+    cache_folder()
+    _listeners.append(tell)
+    try:
         yield
+    finally:
+        _listeners.remove(tell)
+
+
+def after_fork() -> None:
+    """Renew the locks, in a process that has been forked: a thread that is not there any more may have held them."""
+    global _process_lock
+    _process_lock = threading.RLock()
+    numba_private.renew_locks()

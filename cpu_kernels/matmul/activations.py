@@ -1,5 +1,6 @@
 """Symmetric quantization of activations to 8 or 6 bits, with a scale per token or per token and 128 columns."""
 
+import collections
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -105,7 +106,7 @@ QUANTIZING = (
     "sums",  # int32 (tokens, 2 * segments): sum of q per 64 columns
     "absolute",  # the same of |q|
 )
-_X, _COLS, _LEVEL, _SPAN, _TOKENS, _SEGMENTS, _Q, _SCALE, _SUMS, _ABSOLUTE = range(len(QUANTIZING))
+_AT: Any = collections.namedtuple("_AT", QUANTIZING)(*range(len(QUANTIZING)))  # type: ignore[misc]  # word of each
 _WORDS = len(QUANTIZING)
 
 
@@ -113,14 +114,14 @@ _WORDS = len(QUANTIZING)
 def quantize_tokens(block_address: Any, first: Any, last: Any) -> None:
     """Quantize tokens first .. last - 1 as the block at this address says."""
     block = int64_items(block_address, _WORDS)
-    tokens, segments = block[_TOKENS], block[_SEGMENTS]
-    x = float32_rows(block[_X], tokens, block[_COLS])
-    q = int8_rows(block[_Q], tokens, 128 * segments)
-    scale = float32_rows(block[_SCALE], tokens, segments)
-    sums = int32_rows(block[_SUMS], tokens, 2 * segments)
-    absolute = int32_rows(block[_ABSOLUTE], tokens, 2 * segments)
-    level = np.float32(block[_LEVEL])
-    span = block[_SPAN]
+    tokens, segments = block[_AT.tokens], block[_AT.segments]
+    x = float32_rows(block[_AT.x], tokens, block[_AT.cols])
+    q = int8_rows(block[_AT.q], tokens, 128 * segments)
+    scale = float32_rows(block[_AT.scale], tokens, segments)
+    sums = int32_rows(block[_AT.sums], tokens, 2 * segments)
+    absolute = int32_rows(block[_AT.absolute], tokens, 2 * segments)
+    level = np.float32(block[_AT.level])
+    span = block[_AT.span]
     bits = x.view(np.int32)
     cols = x.shape[1]
     for t in range(first, last):

@@ -27,7 +27,7 @@ def aligned(size: int, zero: bool = False) -> NDArray[np.uint8]:
     return found[start : start + size]
 
 
-def room(size: int) -> NDArray[np.uint8]:
+def allocate(size: int) -> NDArray[np.uint8]:
     """Return zeros, uint8 (size,), that begin with a cache line: the next part of an arena."""
     global _arena, _used
     whole = -(-size // _LINE) * _LINE

@@ -6,7 +6,7 @@ import numba
 import numpy as np
 
 from cpu_kernels.jit.compiler import kernel, out, view
-from cpu_kernels.quantize.two_groups import as_float32
+from cpu_kernels.jit.llvm import as_float32
 
 F4, U2 = numba.float32, numba.uint16
 

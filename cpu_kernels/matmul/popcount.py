@@ -10,7 +10,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from cpu_kernels.jit import vector as v
+from cpu_kernels.jit import cpu_features, llvm
+from cpu_kernels.matmul.shuffle import load_scales
 
 LANES = 8  # rows side by side: one 512-bit register of words
 
@@ -22,20 +23,20 @@ def slice_word(typing: Any, bits: Any, q: Any, start: Any, slices: Any, place: A
         return None
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source = v.data(context, builder, signature.args[1], arguments[1])
-        target = v.data(context, builder, signature.args[3], arguments[3])
-        values = v.load(builder, v.at(builder, source, arguments[2]), v.I8, 64, 1)
+        source = llvm.data(context, builder, signature.args[1], arguments[1])
+        target = llvm.data(context, builder, signature.args[3], arguments[3])
+        values = llvm.load(builder, llvm.at(builder, source, arguments[2]), llvm.I8, 64, 1)
         for a in range(bits.literal_value):
-            moved = builder.shl(values, v.constant(v.I8, 64, 7 - a))
-            word = builder.bitcast(builder.icmp_signed("<", moved, v.constant(v.I8, 64, 0)), v.I64)
-            pointer = v.at(builder, target, arguments[4], 8 * a)
-            builder.store(word, builder.bitcast(pointer, v.I64.as_pointer()), align=8)
+            moved = builder.shl(values, llvm.constant(llvm.I8, 64, 7 - a))
+            word = builder.bitcast(builder.icmp_signed("<", moved, llvm.constant(llvm.I8, 64, 0)), llvm.I64)
+            pointer = llvm.at(builder, target, arguments[4], 8 * a)
+            builder.store(word, builder.bitcast(pointer, llvm.I64.as_pointer()), align=8)
         return context.get_dummy_value()
 
     return types.void(bits, q, types.intp, slices, types.intp), generate
 
 
-def emit_unit(
+def emit_k_tile(
     builder: Any,
     bits: int,
     words: int,
@@ -47,26 +48,33 @@ def emit_unit(
     scales: Any,
     acc: Any,
 ) -> None:
-    """Add the product of one unit (`words` words of 32 rows) with one token to the accumulators."""
-    rows = v.tile_rows(v.PORTABLE)
+    """Add the product of one k-tile (`words` words of 32 rows) with one token to the accumulators."""
+    rows = cpu_features.tile_rows(cpu_features.PORTABLE)
     masks = [
-        builder.load(builder.bitcast(v.at(builder, slices, ir.Constant(v.I64, 8 * k)), v.I64.as_pointer()), align=8)
+        builder.load(
+            builder.bitcast(llvm.at(builder, slices, ir.Constant(llvm.I64, 8 * k)), llvm.I64.as_pointer()), align=8
+        )
         for k in range(words * bits)
     ]
     for row in range(0, rows, LANES):
-        total = v.constant(v.I64, LANES, 0)
+        total = llvm.constant(llvm.I64, LANES, 0)
         for word in range(words):
-            place = v.at(builder, packed, ir.Constant(v.I64, 8 * (word * rows + row)))
-            weights = v.load(builder, place, v.I64, LANES, 32)
+            place = llvm.at(builder, packed, ir.Constant(llvm.I64, 8 * (word * rows + row)))
+            weights = llvm.load(builder, place, llvm.I64, LANES, 32)
             for a in range(bits):
-                chosen = builder.and_(weights, v.splat(builder, masks[word * bits + a], LANES))
-                count = builder.shl(v.population(builder, chosen), v.constant(v.I64, LANES, a))
+                chosen = builder.and_(weights, llvm.splat(builder, masks[word * bits + a], LANES))
+                count = builder.shl(llvm.population(builder, chosen), llvm.constant(llvm.I64, LANES, a))
                 total = builder.sub(total, count) if a == bits - 1 else builder.add(total, count)
-        narrow = builder.trunc(total, ir.VectorType(v.I32, LANES))
-        dots = builder.sub(builder.shl(narrow, v.constant(v.I32, LANES, 1)), v.splat(builder, constant, LANES))
+        narrow = builder.trunc(total, ir.VectorType(llvm.I32, LANES))
+        dots = builder.sub(builder.shl(narrow, llvm.constant(llvm.I32, LANES, 1)), llvm.splat(builder, constant, LANES))
         item = 2 if half else 4
-        scale = v.load_scales(builder, v.at(builder, scales, ir.Constant(v.I64, row * item)), LANES, half)
-        scale = builder.fmul(scale, v.splat(builder, factor, LANES))
-        pointer = v.at(builder, acc, ir.Constant(v.I64, row))
-        value = builder.sitofp(dots, ir.VectorType(v.F32, LANES))
-        v.store(builder, v.multiply_add(builder, value, scale, v.load(builder, pointer, v.F32, LANES, 4)), pointer, 4)
+        scale = load_scales(builder, llvm.at(builder, scales, ir.Constant(llvm.I64, row * item)), LANES, half)
+        scale = builder.fmul(scale, llvm.splat(builder, factor, LANES))
+        pointer = llvm.at(builder, acc, ir.Constant(llvm.I64, row))
+        value = builder.sitofp(dots, ir.VectorType(llvm.F32, LANES))
+        llvm.store(
+            builder,
+            llvm.multiply_add(builder, value, scale, llvm.load(builder, pointer, llvm.F32, LANES, 4)),
+            pointer,
+            4,
+        )

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_kernels.jit import vector
+from cpu_kernels.jit import cpu_features
 from cpu_kernels.jit.compiler import Kernel
 from cpu_kernels.matmul import stream as layout
-from cpu_kernels.matmul.aligned_memory import aligned, room
+from cpu_kernels.matmul.aligned_memory import aligned, allocate
 from cpu_kernels.parallel.workers import Pool, share
 
 _EXPONENTS = 64  # of stored scales: within what a row's multiplier and the products with it can be
@@ -53,9 +53,9 @@ class _Tiling:
     count: int  # planes
     sets: int  # of scales and offsets
     blocks: int
-    units: int
-    units_per_block: int
-    unit_words: int
+    k_tiles: int
+    k_tiles_per_block: int
+    k_tile_words: int
 
     @property
     def tiles(self) -> int:
@@ -64,7 +64,7 @@ class _Tiling:
     @property
     def block_bytes(self) -> int:
         """Bytes of bits of a whole block."""
-        return self.units_per_block * self.count * self.unit_words * 8 * self.tile
+        return self.k_tiles_per_block * self.count * self.k_tile_words * 8 * self.tile
 
     def header(self, half: int) -> int:
         """Return the bytes of scales and offsets of a block."""
@@ -72,7 +72,7 @@ class _Tiling:
 
     def tile_bytes(self, half: int) -> int:
         """Return the bytes of a tile."""
-        return self.blocks * self.header(half) + self.units * self.count * self.unit_words * 8 * self.tile
+        return self.blocks * self.header(half) + self.k_tiles * self.count * self.k_tile_words * 8 * self.tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +87,9 @@ class PackedMatrix:
     stream: NDArray[np.uint8]
     multipliers: NDArray[np.float32]  # (rows,)
     plane_weights: NDArray[np.float32]  # (planes,), all 1 where each plane has scales
-    units: int
-    units_per_block: int
-    unit_words: int
+    k_tiles: int
+    k_tiles_per_block: int
+    k_tile_words: int
     scale_sets: int
     has_offset: int
     half: int  # 1 where the scales are float16
@@ -102,8 +102,8 @@ class PackedMatrix:
 
     @property
     def tiles(self) -> int:
-        """Return the number of row tiles, the unit in which threads share the work."""
-        return -(-self.rows // vector.tile_rows(self.code))
+        """Return the number of row tiles, which threads share."""
+        return -(-self.rows // cpu_features.tile_rows(self.code))
 
     @functools.cached_property
     def operands(self) -> dict[str, int]:
@@ -111,8 +111,8 @@ class PackedMatrix:
         return {
             "stream": self.stream.ctypes.data,
             "rows": self.rows,
-            "units": self.units,
-            "units_per_block": self.units_per_block,
+            "k_tiles": self.k_tiles,
+            "k_tiles_per_block": self.k_tiles_per_block,
             "scale_sets": self.scale_sets,
             "has_offset": self.has_offset,
             "planes": self.plane_weights.size,
@@ -123,16 +123,16 @@ class PackedMatrix:
 
 def kernels() -> list[str]:
     """Return the names that prepack accepts on this CPU, the default first, such as "lookup-avx2" and "popcount"."""
-    return [f"lookup-{vector.NAMES[code]}" for code in vector.shuffle_sets()] + ["popcount"]
+    return [f"lookup-{cpu_features.NAMES[code]}" for code in cpu_features.shuffle_sets()] + ["popcount"]
 
 
 def choose(name: str | None) -> tuple[str, int]:
     """Return the kernel of a name, the best of this CPU if there is none, and its instruction set's number."""
-    sets = vector.shuffle_sets()
+    sets = cpu_features.shuffle_sets()
     if name == "popcount" or (name is None and not sets):
-        return "popcount", vector.PORTABLE
+        return "popcount", cpu_features.PORTABLE
     for code in sets:
-        if name in (None, "lookup", f"lookup-{vector.NAMES[code]}"):
+        if name in (None, "lookup", f"lookup-{cpu_features.NAMES[code]}"):
             return "lookup", code
     raise ValueError(f"kernel {name!r} is unknown or needs what this CPU lacks; available: {', '.join(kernels())}")
 
@@ -171,21 +171,21 @@ def prepack_rows(
     whole_row = block >= cols
     if not whole_row and block % 64:
         raise ValueError(f"block: {block}; expected a multiple of 64 or at least the {cols} columns")
-    unit_words = 2 if whole_row or block % 128 == 0 else 1
-    units = -(-cols // (64 * unit_words))
+    k_tile_words = 2 if whole_row or block % 128 == 0 else 1
+    k_tiles = -(-cols // (64 * k_tile_words))
     count = parts[0].planes.shape[0]
     if plane_weights is not None and len(plane_weights) != count:
         raise ValueError(f"plane_weights: {len(plane_weights)} numbers for {count} planes")
     scale_sets = count if plane_weights is None else 1
     tiling = _Tiling(
-        tile=vector.tile_rows(code),
+        tile=cpu_features.tile_rows(code),
         rows=sum(part.planes.shape[1] for part in parts),
         count=count,
         sets=scale_sets + (parts[0].offset is not None),
         blocks=1 if whole_row else -(-cols // block),
-        units=units,
-        units_per_block=units if whole_row else block // (64 * unit_words),
-        unit_words=unit_words,
+        k_tiles=k_tiles,
+        k_tiles_per_block=k_tiles if whole_row else block // (64 * k_tile_words),
+        k_tile_words=k_tile_words,
     )
     _check_parts(parts, tiling, plane_weights is not None, -(-cols // 64))
     stream, multipliers, half = _stream_begun(parts, tiling, pool)
@@ -195,13 +195,13 @@ def prepack_rows(
         cols=cols,
         block=block,
         kernel=name,
-        instruction_set=vector.NAMES[code],
+        instruction_set=cpu_features.NAMES[code],
         stream=stream,
         multipliers=multipliers,
         plane_weights=np.ones(count, np.float32) if plane_weights is None else np.array(plane_weights, np.float32),
-        units=units,
-        units_per_block=tiling.units_per_block,
-        unit_words=unit_words,
+        k_tiles=k_tiles,
+        k_tiles_per_block=tiling.k_tiles_per_block,
+        k_tile_words=k_tile_words,
         scale_sets=scale_sets,
         has_offset=tiling.sets - scale_sets,
         half=half,
@@ -245,10 +245,10 @@ def _stream_begun(
         multipliers[row:end] = np.ldexp(1.0, exponents[row:end] - 127 - layout.TOP)
         singles += found
     size = tiling.tiles * tiling.tile_bytes(half=1)
-    stream = aligned(size, zero=True) if singles else room(size)  # in an arena it could not be given back
+    stream = aligned(size, zero=True) if singles else allocate(size)  # in an arena it could not be given back
     if all(_write_singles(*piece, exponents, tiling, 1, stream, pool) == 0 for piece in singles):
         return stream, multipliers, 1
-    stream = room(tiling.tiles * tiling.tile_bytes(half=0))
+    stream = allocate(tiling.tiles * tiling.tile_bytes(half=0))
     for part, row in zip(parts, edges[:-1], strict=True):
         for piece in _placed(part, row):
             _write_singles(*piece, exponents, tiling, 0, stream, pool)
@@ -295,7 +295,7 @@ def _write_tiles(
         if half and part.as_stored:
             scale = np.ascontiguousarray(np.concatenate(part.sets) if len(part.sets) > 1 else part.sets[0])
         fill = functools.partial(
-            write, planes, scale.view(np.uint16), row, tiling.units, tiling.units_per_block, tiling.unit_words,
+            write, planes, scale.view(np.uint16), row, tiling.k_tiles, tiling.k_tiles_per_block, tiling.k_tile_words,
             tiling.header(half), stream,
         )  # fmt: skip
         share(fill, row // tiling.tile, -(-(row + planes.shape[1]) // tiling.tile), pool)

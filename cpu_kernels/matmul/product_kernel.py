@@ -1,10 +1,11 @@
-"""The loop around both kernels: token blocks, tiles of rows, blocks and units of columns, planes, tokens.
+"""The loop around both kernels: token blocks, tiles of rows, blocks and k_tiles of columns, planes, tokens.
 
 The packed stream of a matrix is read in order, once per block of tokens. Per tile of 32 or 64 rows and per block of
-columns it holds the scales of every plane (and of the offset), then for every unit of 64 or 128 columns and every
+columns it holds the scales of every plane (and of the offset), then for every k_tile of 64 or 128 columns and every
 plane the packed bits (see stream.py).
 """
 
+import collections
 import functools
 from typing import Any
 
@@ -13,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from cpu_kernels.jit import vector as v
+from cpu_kernels.jit import cpu_features, llvm
 from cpu_kernels.jit.addresses import (
     call,
     float32_items,
@@ -28,19 +29,20 @@ from cpu_kernels.jit.addresses import (
 from cpu_kernels.jit.compiler import Kernel, inline, inline_whole, kernel
 from cpu_kernels.matmul import lookup, popcount
 from cpu_kernels.matmul.activations import QUANTIZING
+from cpu_kernels.matmul.shuffle import load_scales
 
-TOGETHER = 4  # tokens that share one pass over the packed bits of a unit
+TOGETHER = 4  # tokens that share one pass over the packed bits of a k_tile
 
 
 def table_bytes(instruction_set: int, bits: int) -> int:
     """Return the bytes of prepared activations (tables or bit slices) per 64 columns of one token."""
-    if instruction_set == v.PORTABLE:
+    if instruction_set == cpu_features.PORTABLE:
         return 8 * bits
     return 256 if bits == 6 else 512
 
 
 @intrinsic(prefer_literal=True)
-def _unit(
+def _k_tile(
     typing: Any,
     instruction_set: Any,
     bits: Any,
@@ -54,17 +56,17 @@ def _unit(
     table: Any,
     constants: Any,
     factors: Any,
-    rooms: Any,
+    headrooms: Any,
     first: Any,
     weight: Any,
     acc: Any,
     place: Any,
-    ahead: Any,
+    prefetch_at: Any,
     apart: Any,
 ) -> Any:
-    """Add the product of one unit of one plane with `tokens` tokens to acc[place:]; positions are bytes or items.
+    """Add the product of one k_tile of one plane with `tokens` tokens to acc[place:]; positions are bytes or items.
 
-    One token leaves time to ask for the stream at `ahead`, ahead + apart, ... meanwhile.
+    One token leaves time to ask for the stream at `prefetch_at`, prefetch_at + apart, ... meanwhile.
     """
     literals = (instruction_set, bits, words, half, tokens)
     if not all(isinstance(literal, types.IntegerLiteral) for literal in literals):
@@ -73,69 +75,71 @@ def _unit(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kinds = signature.args
-        base = v.data(context, builder, kinds[5], arguments[5])
-        packed_at, scales_at = v.at(builder, base, arguments[6]), v.at(builder, base, arguments[7])
-        tables_at = v.at(builder, v.data(context, builder, kinds[8], arguments[8]), arguments[9])
-        steps = [ir.Constant(v.I64, t) for t in range(together)]
+        base = llvm.data(context, builder, kinds[5], arguments[5])
+        packed_at, scales_at = llvm.at(builder, base, arguments[6]), llvm.at(builder, base, arguments[7])
+        tables_at = llvm.at(builder, llvm.data(context, builder, kinds[8], arguments[8]), arguments[9])
+        steps = [ir.Constant(llvm.I64, t) for t in range(together)]
 
         def of_tokens(k: int) -> list[Any]:
-            first = v.at(builder, v.data(context, builder, kinds[k], arguments[k]), arguments[13])
-            return [builder.load(v.at(builder, first, step)) for step in steps]
+            first = llvm.at(builder, llvm.data(context, builder, kinds[k], arguments[k]), arguments[13])
+            return [builder.load(llvm.at(builder, first, step)) for step in steps]
 
         def constants_and_factors() -> tuple[list[Any], list[Any]]:
             return of_tokens(10), [builder.fmul(factor, arguments[14]) for factor in of_tokens(11)]
 
-        acc_at = v.at(builder, v.data(context, builder, kinds[15], arguments[15]), arguments[16])
-        if chosen == v.PORTABLE:
+        acc_at = llvm.at(builder, llvm.data(context, builder, kinds[15], arguments[15]), arguments[16])
+        if chosen == cpu_features.PORTABLE:
             constant, factor = constants_and_factors()
-            popcount.emit_unit(
+            popcount.emit_k_tile(
                 builder, width, count, bool(is_half), packed_at, tables_at, constant[0], factor[0], scales_at, acc_at
             )
         else:
             size = table_bytes(chosen, width) * count
-            token_tables = [v.at(builder, tables_at, ir.Constant(v.I64, t * size)) for t in range(together)]
-            asked = [v.at(builder, base, arguments[17])]
+            token_tables = [llvm.at(builder, tables_at, ir.Constant(llvm.I64, t * size)) for t in range(together)]
+            asked = [llvm.at(builder, base, arguments[17])]
             for _ in range(1, lookup.WAYS):
-                asked.append(v.at(builder, asked[-1], arguments[18]))
-            ahead = asked if together == 1 else []
+                asked.append(llvm.at(builder, asked[-1], arguments[18]))
+            prefetch_at = asked if together == 1 else []
             # Else tables are loaded before the loop over planes and kept on the stack, for want of registers: with
             # AVX-512 and 8 bits a product took 1.1 x the time.
             builder.fence("seq_cst", "singlethread")
-            sums = _sums(builder, chosen, width, 8 * count, of_tokens(12), packed_at, token_tables, ahead)
-            # Loaded after the branches for room, where it takes no instruction to have them in every lane.
+            sums = _sums(builder, chosen, width, 8 * count, of_tokens(12), packed_at, token_tables, prefetch_at)
+            # Loaded after the branches for headroom, where it takes no instruction to have them in every lane.
             constant, factor = constants_and_factors()
-            lookup.emit_apply(builder, v.tile_rows(chosen), bool(is_half), sums, constant, factor, scales_at, acc_at)
+            lookup.emit_apply(
+                builder, cpu_features.tile_rows(chosen), bool(is_half), sums, constant, factor, scales_at, acc_at
+            )
         return context.get_dummy_value()
 
     index = types.intp
     signature = types.void(
-        *literals, stream, index, index, tables, index, constants, factors, rooms, index, types.float32, acc, index,
+        *literals, stream, index, index, tables, index, constants, factors, headrooms, index, types.float32, acc, index,
         index, index,
     )  # fmt: skip
     return signature, generate
 
 
 def _sums(
-    builder: Any, instruction_set: int, bits: int, vectors: int, rooms: list[Any], packed: Any, tables: list[Any],
-    ahead: list[Any],
+    builder: Any, instruction_set: int, bits: int, vectors: int, headrooms: list[Any], packed: Any, tables: list[Any],
+    prefetch_at: list[Any],
 ) -> list[list[Any]]:  # fmt: skip
-    """Return lookup.emit_sums with the most room that all tokens have; its code is there once for each.
+    """Return lookup.emit_sums with the most headroom that all tokens have; its code is there once for each.
 
     Several tokens at once keep to what is always right: AVX-512 gains 2% by more, and compiling takes 2 s longer.
     """
-    possible = lookup.ROOMS[bits] if len(tables) == 1 else lookup.ROOMS[bits][:1]
-    least = rooms[0]
-    for room in rooms[1:]:
-        least = builder.select(builder.icmp_signed("<", room, least), room, least)
+    possible = lookup.HEADROOMS[bits] if len(tables) == 1 else lookup.HEADROOMS[bits][:1]
+    least = headrooms[0]
+    for headroom in headrooms[1:]:
+        least = builder.select(builder.icmp_signed("<", headroom, least), headroom, least)
     after = builder.append_basic_block("summed")
     found = []
-    for room in reversed(possible):
+    for headroom in reversed(possible):
         following = None
-        if room > possible[0]:
-            enough, following = builder.append_basic_block("room"), builder.append_basic_block("less")
-            builder.cbranch(builder.icmp_signed(">=", least, ir.Constant(v.I32, room)), enough, following)
+        if headroom > possible[0]:
+            enough, following = builder.append_basic_block("headroom"), builder.append_basic_block("less")
+            builder.cbranch(builder.icmp_signed(">=", least, ir.Constant(llvm.I32, headroom)), enough, following)
             builder.position_at_end(enough)
-        sums = lookup.emit_sums(builder, instruction_set, bits, vectors, room, packed, tables, ahead)
+        sums = lookup.emit_sums(builder, instruction_set, bits, vectors, headroom, packed, tables, prefetch_at)
         found.append((sums, builder.block))
         builder.branch(after)
         if following:
@@ -152,14 +156,14 @@ def _sums(
 
 
 @intrinsic(prefer_literal=True)
-def _ask(typing: Any, stream: Any, ahead: Any, apart: Any) -> Any:
-    """Ask for the cache lines of the stream at `ahead`, ahead + apart, ..."""
+def _prefetch(typing: Any, stream: Any, prefetch_at: Any, apart: Any) -> Any:
+    """Ask for the cache lines of the stream at `prefetch_at`, prefetch_at + apart, ..."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = v.at(builder, v.data(context, builder, signature.args[0], arguments[0]), arguments[1])
+        place = llvm.at(builder, llvm.data(context, builder, signature.args[0], arguments[0]), arguments[1])
         for _ in range(lookup.WAYS):
-            v.prefetch(builder, place)
-            place = v.at(builder, place, arguments[2])
+            llvm.prefetch(builder, place)
+            place = llvm.at(builder, place, arguments[2])
         return context.get_dummy_value()
 
     return types.void(stream, types.intp, types.intp), generate
@@ -174,17 +178,17 @@ def _add_offset(typing: Any, rows: Any, half: Any, stream: Any, scales: Any, val
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kinds = signature.args
         lanes = 16
-        base = v.at(builder, v.data(context, builder, kinds[2], arguments[2]), arguments[3])
-        target = v.at(builder, v.data(context, builder, kinds[5], arguments[5]), arguments[6])
+        base = llvm.at(builder, llvm.data(context, builder, kinds[2], arguments[2]), arguments[3])
+        target = llvm.at(builder, llvm.data(context, builder, kinds[5], arguments[5]), arguments[6])
         item = 2 if half.literal_value else 4
         for row in range(0, rows.literal_value, lanes):
-            offset = v.load_scales(
-                builder, v.at(builder, base, ir.Constant(v.I64, row * item)), lanes, bool(half.literal_value)
+            offset = load_scales(
+                builder, llvm.at(builder, base, ir.Constant(llvm.I64, row * item)), lanes, bool(half.literal_value)
             )
-            pointer = v.at(builder, target, ir.Constant(v.I64, row))
-            before = v.load(builder, pointer, v.F32, lanes, 4)
-            after = v.multiply_add(builder, offset, v.splat(builder, arguments[4], lanes), before)
-            v.store(builder, after, pointer, 4)
+            pointer = llvm.at(builder, target, ir.Constant(llvm.I64, row))
+            before = llvm.load(builder, pointer, llvm.F32, lanes, 4)
+            after = llvm.multiply_add(builder, offset, llvm.splat(builder, arguments[4], lanes), before)
+            llvm.store(builder, after, pointer, 4)
         return context.get_dummy_value()
 
     return types.void(rows, half, stream, types.intp, types.float32, acc, types.intp), generate
@@ -193,7 +197,7 @@ def _add_offset(typing: Any, rows: Any, half: Any, stream: Any, scales: Any, val
 # The int64 words of a job, in order: sizes, and addresses of C-contiguous arrays.
 FIELDS = (
     "stream",  # uint8
-    "rows", "units", "units_per_block",
+    "rows", "k_tiles", "k_tiles_per_block",
     "scale_sets",  # per block
     "has_offset",  # 1 where an offset follows them
     "planes",
@@ -202,34 +206,31 @@ FIELDS = (
     "quantize",  # address of the kernel that makes q and the others from x first; 0 where they are given
     *QUANTIZING,
     "tables",  # prepared tables or bit slices of one token block, 64-byte aligned
-    # int32, float32, float32, int32 (units * tokens of a block,): prepared as well (see _prepare)
-    "constants", "factors", "offsets", "rooms",
+    # int32, float32, float32, int32 (k_tiles * tokens of a block,): prepared as well (see _prepare)
+    "constants", "factors", "offsets", "headrooms",
     "accumulators",  # float32 (tokens of a block * rows of a tile,), 64-byte aligned
     "token_block",
     "prepared",  # 1 where they are
     "result",  # float32 (tokens, rows)
 )  # fmt: skip
-(
-    _STREAM, _ROWS, _UNITS, _UNITS_PER_BLOCK, _SCALE_SETS, _HAS_OFFSET, _PLANES, _WEIGHTS, _MULTIPLIERS, _QUANTIZE,
-    _QUANTIZING, _, _, _, _TOKENS, _SEGMENTS, _Q, _SCALE, _SUMS, _ABSOLUTE, _TABLES, _CONSTANTS, _FACTORS, _OFFSETS,
-    _ROOMS, _ACCUMULATORS, _TOKEN_BLOCK, _PREPARED, _RESULT,
-) = range(len(FIELDS))  # fmt: skip
+_AT: Any = collections.namedtuple("_AT", FIELDS)(*range(len(FIELDS)))  # type: ignore[misc]  # the word of each field
 _WORDS = len(FIELDS)
+_QUANTIZING = FIELDS.index(QUANTIZING[0])  # where the words that the quantizing kernel is given begin
 
 
 @inline_whole
 def _prepare(
-    instruction_set: Any, bits: Any, words: Any, per_word: Any, units: Any, start: Any, count: Any, q: Any,
-    token_scale: Any, sums: Any, absolute: Any, tables: Any, constants: Any, factors: Any, offsets: Any, rooms: Any,
+    instruction_set: Any, bits: Any, words: Any, per_word: Any, k_tiles: Any, start: Any, count: Any, q: Any,
+    token_scale: Any, sums: Any, absolute: Any, tables: Any, constants: Any, factors: Any, offsets: Any, headrooms: Any,
     capacity: Any,
 ) -> None:  # fmt: skip
     """Make the tables (or bit slices), constants, factors and sums of x of tokens start .. start + count - 1.
 
-    And their rooms (see lookup.ROOMS). A unit's constant is sum x, or LIFT + sum |x| for lookup.emit_apply.
+    And their headrooms (see lookup.HEADROOMS). A k_tile's constant is sum x, or LIFT + sum |x| for lookup.emit_apply.
     """
     flat = q.reshape(q.size)
     for t in range(count):
-        for u in range(units):
+        for u in range(k_tiles):
             place = u * count + t
             total = 0
             size = 0
@@ -240,14 +241,14 @@ def _prepare(
                 total += sums[start + t, w]
                 size += absolute[start + t, w]
                 of_eight = max(of_eight, absolute[start + t, w])
-            constants[place] = total if instruction_set == v.PORTABLE else lookup.LIFT + size
+            constants[place] = total if instruction_set == cpu_features.PORTABLE else lookup.LIFT + size
             factor = token_scale[start + t, u * words // 2]
             factors[place] = factor
             offsets[place] = factor * np.float32(total)
             for w in range(words):
                 at = (start + t) * q.shape[1] + (u * words + w) * 64
                 to = (place * words + w) * per_word
-                if instruction_set == v.PORTABLE:
+                if instruction_set == cpu_features.PORTABLE:
                     popcount.slice_word(bits, flat, at, tables, to)
                 else:
                     for g in range(0, 64, 32):
@@ -256,16 +257,16 @@ def _prepare(
                         of_two = max(of_two, two, more)
                         of_four = max(of_four, two + more)
             if bits == 6:
-                rooms[place] = 4 if of_four <= capacity else 2 if of_two <= capacity else 1
+                headrooms[place] = 4 if of_four <= capacity else 2 if of_two <= capacity else 1
             else:
-                rooms[place] = 8 if of_eight <= capacity else 4
+                headrooms[place] = 8 if of_eight <= capacity else 4
 
 
 @inline_whole
 def _add_offsets(
     tile: Any, half: Any, stream: Any, place: Any, first: Any, last: Any, count: Any, offsets: Any, acc: Any
 ) -> None:
-    """Add the offset of each row (at `place` of the stream) times the sum of x over units first .. last - 1."""
+    """Add the offset of each row (at `place` of the stream) times the sum of x over k_tiles first .. last - 1."""
     for t in range(count):
         value = np.float32(0)
         for u in range(first, last):
@@ -274,16 +275,16 @@ def _add_offsets(
 
 
 @inline_whole
-def _add_unit(
+def _add_k_tile(
     instruction_set: Any, bits: Any, words: Any, half: Any, together: Any, tile: Any, size: Any, stream: Any,
-    position: Any, scale: Any, tables: Any, constants: Any, factors: Any, rooms: Any, first: Any, t: Any,
-    count: Any, weight: Any, acc: Any, ahead: Any, apart: Any,
+    position: Any, scale: Any, tables: Any, constants: Any, factors: Any, headrooms: Any, first: Any, t: Any,
+    count: Any, weight: Any, acc: Any, prefetch_at: Any, apart: Any,
 ) -> Any:  # fmt: skip
-    """Add the products of one unit of one plane with tokens t, t + 1, ..., `together` at a time; return the next."""
+    """Add the products of one k_tile of one plane with tokens t, t + 1, ..., `together` at a time; return the next."""
     while t + together <= count:
-        _unit(
+        _k_tile(
             instruction_set, bits, words, half, together, stream, position, scale, tables, (first + t) * size,
-            constants, factors, rooms, first + t, weight, acc, t * tile, ahead, apart,
+            constants, factors, headrooms, first + t, weight, acc, t * tile, prefetch_at, apart,
         )  # fmt: skip
         t += together
     return t
@@ -295,58 +296,58 @@ def _add_tiles(*arguments: Any) -> None:
 
 
 @functools.cache
-def sweep(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
-    """Return the kernel for one instruction set, activation width, unit of `words` words and float16 or 32 scales.
+def product_kernel(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
+    """Return the kernel for one instruction set, activation width, k_tile of `words` words and float16 or 32 scales.
 
     It takes the address of a job, int64 (len(FIELDS),), and computes tiles first .. last - 1.
     """
-    tile = v.tile_rows(instruction_set)
-    lookup_used = 0 if instruction_set == v.PORTABLE else 1
+    tile = cpu_features.tile_rows(instruction_set)
+    lookup_used = 0 if instruction_set == cpu_features.PORTABLE else 1
     together = TOGETHER if lookup_used else 1
     scale_bytes = tile * (2 if half else 4)
-    unit_bytes = words * 8 * tile
+    k_tile_bytes = words * 8 * tile
     per_word = table_bytes(instruction_set, bits)
     size = words * per_word
     step_bytes = lookup.WAYS * lookup.LINE
     capacity = lookup.CAPACITY[bits]
 
     # One token has a function of its own, with as few numbers as fit the registers: beside the loops over tokens they
-    # were kept in memory, 75 instructions for each unit of 180. Called for each tile it took 45 ns more, as long as
-    # two units.
+    # were kept in memory, 75 instructions for each k_tile of 180. Called for each tile it took 45 ns more, as long as
+    # two k_tiles.
     @inline
     def add_tiles(
-        first: Any, last: Any, stream: Any, tile_bytes: Any, units: Any, units_per_block: Any, planes: Any,
+        first: Any, last: Any, stream: Any, tile_bytes: Any, k_tiles: Any, k_tiles_per_block: Any, planes: Any,
         scale_step: Any, scale_sets: Any, has_offset: Any, header: Any, header_steps: Any, tables: Any, constants: Any,
-        factors: Any, offsets: Any, rooms: Any, weights: Any, apart: Any, multipliers: Any, result: Any,
+        factors: Any, offsets: Any, headrooms: Any, weights: Any, apart: Any, multipliers: Any, result: Any,
     ) -> None:  # fmt: skip
         accumulators: Any = local_float32(tile)
         for number in range(first, last):
             position = number * tile_bytes
             # After the last tile its own lines, which cost nothing any more.
-            ahead = min(number + 1, last - 1) * tile_bytes
+            prefetch_at = min(number + 1, last - 1) * tile_bytes
             accumulators[:] = 0
-            unit = 0
-            while unit < units:
+            k_tile = 0
+            while k_tile < k_tiles:
                 scales = position
                 position += header
                 for _ in range(header_steps):
-                    _ask(stream, ahead, apart)
-                    ahead += lookup.LINE
-                end = min(unit + units_per_block, units)
+                    _prefetch(stream, prefetch_at, apart)
+                    prefetch_at += lookup.LINE
+                end = min(k_tile + k_tiles_per_block, k_tiles)
                 if has_offset:
                     place = scales + scale_sets * scale_bytes
-                    _add_offsets(tile, half, stream, place, unit, end, 1, offsets, accumulators)
-                for u in range(unit, end):
+                    _add_offsets(tile, half, stream, place, k_tile, end, 1, offsets, accumulators)
+                for u in range(k_tile, end):
                     scale = scales
                     for p in range(planes):
-                        _unit(
+                        _k_tile(
                             instruction_set, bits, words, half, 1, stream, position, scale, tables, u * size, constants,
-                            factors, rooms, u, weights[p], accumulators, 0, ahead, apart,
+                            factors, headrooms, u, weights[p], accumulators, 0, prefetch_at, apart,
                         )  # fmt: skip
                         scale += scale_step
-                        position += unit_bytes
-                        ahead += unit_bytes // lookup.WAYS
-                unit = end
+                        position += k_tile_bytes
+                        prefetch_at += k_tile_bytes // lookup.WAYS
+                k_tile = end
             # Unsigned places need no test for negative ones.
             row = np.uint64(number * tile)
             for r in range(np.uint64(min(tile, multipliers.size - number * tile))):
@@ -356,79 +357,79 @@ def sweep(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
     @kernel(types.void(types.int64, types.int64, types.int64), _add_tiles=add_tiles)
     def multiply(job_address: Any, first: Any, last: Any) -> None:
         job = int64_items(job_address, _WORDS)
-        rows, units, units_per_block = job[_ROWS], job[_UNITS], job[_UNITS_PER_BLOCK]
-        scale_sets, has_offset, planes = job[_SCALE_SETS], job[_HAS_OFFSET], job[_PLANES]
-        tokens, segments, token_block = job[_TOKENS], job[_SEGMENTS], job[_TOKEN_BLOCK]
-        stream = uint8_items(job[_STREAM], 1)
-        weights = float32_items(job[_WEIGHTS], planes)
-        multipliers = float32_items(job[_MULTIPLIERS], rows)
-        q = int8_rows(job[_Q], tokens, 128 * segments)
-        token_scale = float32_rows(job[_SCALE], tokens, segments)
-        sums = int32_rows(job[_SUMS], tokens, 2 * segments)
-        absolute = int32_rows(job[_ABSOLUTE], tokens, 2 * segments)
-        tables = uint8_items(job[_TABLES], 1)
-        constants = int32_items(job[_CONSTANTS], units * token_block)
-        factors = float32_items(job[_FACTORS], units * token_block)
-        offsets = float32_items(job[_OFFSETS], units * token_block)
-        rooms = int32_items(job[_ROOMS], units * token_block)
-        accumulators = float32_items(job[_ACCUMULATORS], token_block * tile)
-        result = float32_rows(job[_RESULT], tokens, rows)
+        rows, k_tiles, k_tiles_per_block = job[_AT.rows], job[_AT.k_tiles], job[_AT.k_tiles_per_block]
+        scale_sets, has_offset, planes = job[_AT.scale_sets], job[_AT.has_offset], job[_AT.planes]
+        tokens, segments, token_block = job[_AT.tokens], job[_AT.segments], job[_AT.token_block]
+        stream = uint8_items(job[_AT.stream], 1)
+        weights = float32_items(job[_AT.weights], planes)
+        multipliers = float32_items(job[_AT.multipliers], rows)
+        q = int8_rows(job[_AT.q], tokens, 128 * segments)
+        token_scale = float32_rows(job[_AT.scale], tokens, segments)
+        sums = int32_rows(job[_AT.sums], tokens, 2 * segments)
+        absolute = int32_rows(job[_AT.absolute], tokens, 2 * segments)
+        tables = uint8_items(job[_AT.tables], 1)
+        constants = int32_items(job[_AT.constants], k_tiles * token_block)
+        factors = float32_items(job[_AT.factors], k_tiles * token_block)
+        offsets = float32_items(job[_AT.offsets], k_tiles * token_block)
+        headrooms = int32_items(job[_AT.headrooms], k_tiles * token_block)
+        accumulators = float32_items(job[_AT.accumulators], token_block * tile)
+        result = float32_rows(job[_AT.result], tokens, rows)
         header = (scale_sets + has_offset) * scale_bytes
-        blocks = (units + units_per_block - 1) // units_per_block
-        tile_bytes = blocks * header + units * planes * unit_bytes
-        # Several tokens take longer to multiply than a tile takes to arrive; they leave reading ahead to the CPU.
+        blocks = (k_tiles + k_tiles_per_block - 1) // k_tiles_per_block
+        tile_bytes = blocks * header + k_tiles * planes * k_tile_bytes
+        # Several tokens take longer to multiply than a tile takes to arrive; they leave reading prefetch_at to the CPU.
         # Else the next tile is asked for in steps of one line from each of WAYS places, `apart` from each other.
         asking = lookup_used and tokens == 1
         header_steps = (header + step_bytes - 1) // step_bytes if asking else 0
-        apart = (blocks * header_steps + units * planes * (unit_bytes // step_bytes)) * lookup.LINE
+        apart = (blocks * header_steps + k_tiles * planes * (k_tile_bytes // step_bytes)) * lookup.LINE
         if asking and first < last:
-            for ahead in range(first * tile_bytes, first * tile_bytes + apart, lookup.LINE):
-                _ask(stream, ahead, apart)
-        if job[_QUANTIZE]:
-            call(job[_QUANTIZE], job_address + 8 * _QUANTIZING, 0, tokens)
+            for prefetch_at in range(first * tile_bytes, first * tile_bytes + apart, lookup.LINE):
+                _prefetch(stream, prefetch_at, apart)
+        if job[_AT.quantize]:
+            call(job[_AT.quantize], job_address + 8 * _QUANTIZING, 0, tokens)
         for start in range(0, tokens, token_block):
             count = min(token_block, tokens - start)
-            if not job[_PREPARED]:
+            if not job[_AT.prepared]:
                 _prepare(
-                    instruction_set, bits, words, per_word, units, start, count, q, token_scale, sums, absolute,
-                    tables, constants, factors, offsets, rooms, capacity,
+                    instruction_set, bits, words, per_word, k_tiles, start, count, q, token_scale, sums, absolute,
+                    tables, constants, factors, offsets, headrooms, capacity,
                 )  # fmt: skip
             if asking:
                 _add_tiles(
-                    first, last, stream, tile_bytes, units, units_per_block, planes,
+                    first, last, stream, tile_bytes, k_tiles, k_tiles_per_block, planes,
                     0 if scale_sets < planes else scale_bytes, scale_sets, has_offset, header, header_steps, tables,
-                    constants, factors, offsets, rooms, weights, apart, multipliers, result[0],
+                    constants, factors, offsets, headrooms, weights, apart, multipliers, result[0],
                 )  # fmt: skip
                 return
             for number in range(first, last):
                 position = number * tile_bytes
-                ahead = min(number + 1, last - 1) * tile_bytes
+                prefetch_at = min(number + 1, last - 1) * tile_bytes
                 accumulators[:] = 0
-                unit = 0
-                while unit < units:
+                k_tile = 0
+                while k_tile < k_tiles:
                     scales = position
                     position += header
-                    end = min(unit + units_per_block, units)
+                    end = min(k_tile + k_tiles_per_block, k_tiles)
                     if has_offset:
                         place = scales + scale_sets * scale_bytes
-                        _add_offsets(tile, half, stream, place, unit, end, count, offsets, accumulators)
-                    for u in range(unit, end):
+                        _add_offsets(tile, half, stream, place, k_tile, end, count, offsets, accumulators)
+                    for u in range(k_tile, end):
                         for p in range(planes):
                             scale = scales if scale_sets < planes else scales + p * scale_bytes
-                            t = _add_unit(
+                            t = _add_k_tile(
                                 instruction_set, bits, words, half, together, tile, size, stream, position, scale,
-                                tables, constants, factors, rooms, u * count, 0, count, weights[p], accumulators,
-                                ahead, apart,
+                                tables, constants, factors, headrooms, u * count, 0, count, weights[p], accumulators,
+                                prefetch_at, apart,
                             )  # fmt: skip
                             if together > 1:
-                                _add_unit(
+                                _add_k_tile(
                                     instruction_set, bits, words, half, 1, tile, size, stream, position, scale, tables,
-                                    constants, factors, rooms, u * count, t, count, weights[p], accumulators,
-                                    ahead, apart,
+                                    constants, factors, headrooms, u * count, t, count, weights[p], accumulators,
+                                    prefetch_at, apart,
                                 )  # fmt: skip
-                            position += unit_bytes
-                            ahead += unit_bytes // lookup.WAYS
-                    unit = end
+                            position += k_tile_bytes
+                            prefetch_at += k_tile_bytes // lookup.WAYS
+                    k_tile = end
                 for t in range(count):
                     for r in range(number * tile, min((number + 1) * tile, rows)):
                         result[start + t, r] = accumulators[t * tile + r - number * tile] * multipliers[r]

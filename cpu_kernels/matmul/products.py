@@ -15,11 +15,12 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from cpu_kernels.jit import vector
-from cpu_kernels.jit.addresses import address
+from cpu_kernels.jit import cpu_features
+from cpu_kernels.jit.addresses import NATIVE_CALLS, address
 from cpu_kernels.jit.compiler import Kernel, kernel, out, view
 from cpu_kernels.matmul import stream as layout
 from cpu_kernels.matmul.activations import (
+    QUANTIZING,
     Activations,
     Per,
     check_settings,
@@ -29,11 +30,11 @@ from cpu_kernels.matmul.activations import (
 )
 from cpu_kernels.matmul.aligned_memory import aligned
 from cpu_kernels.matmul.prepacking import PackedMatrix, choose
-from cpu_kernels.matmul.product_kernel import FIELDS, sweep, table_bytes
-from cpu_kernels.parallel import spin_wait as handover
+from cpu_kernels.matmul.product_kernel import FIELDS, product_kernel, table_bytes
+from cpu_kernels.parallel import spin_wait
 from cpu_kernels.parallel.workers import Pool, Workers, share
 
-# Tokens that share one reading of the packed bits: their tables should stay in the second-level cache, and a unit's
+# Tokens that share one reading of the packed bits: their tables should stay in the second-level cache, and a k-tile's
 # tables (512 bytes per token, 1024 with 8 bits) in the first.
 TABLES_IN_CACHE = 512 * 1024
 MOST_TOKENS = {6: 32, 8: 16}
@@ -43,12 +44,14 @@ FEWEST_TOKENS = 4
 def product_kernels(bits: int = 8) -> list[Kernel]:
     """Return what multiply, quantize, threads and prepack compile, in this order.
 
-    For the best kernel of this CPU, units of 128 columns and float16 scales: others are rare, and take 5 s more.
+    For the best kernel of this CPU, k-tiles of 128 columns and float16 scales: others are rare, and take 5 s more.
     """
     name, code = choose(None)
-    pack = layout.packer(int(name == "lookup"), vector.tile_rows(code))
-    native = [_aim, handover.serve, handover.lead, handover.dismiss]  # how threads share a product
-    return [sweep(code, bits, 2, 1), quantize_tokens, *native, pack]
+    pack = layout.packer(int(name == "lookup"), cpu_features.tile_rows(code))
+    sharing: list[Any] = [_set_operands]  # how threads share a product
+    if NATIVE_CALLS:
+        sharing += [spin_wait.work, spin_wait.run_shared, spin_wait.stop_workers]
+    return [product_kernel(code, bits, 2, 1), quantize_tokens, *sharing, pack]
 
 
 def multiply(
@@ -66,10 +69,10 @@ def multiply(
     elif out.shape != (tokens, matrix.rows):
         raise ValueError(f"out: {out.shape}; expected {(tokens, matrix.rows)}")
     bits = activations.bits
-    run = sweep(matrix.code, bits, matrix.unit_words, matrix.half)
+    run = product_kernel(matrix.code, bits, matrix.k_tile_words, matrix.half)
     block = min(tokens, MOST_TOKENS[bits], max(FEWEST_TOKENS, TABLES_IN_CACHE // _table_bytes(matrix, bits)))
     operands = {**matrix.operands, **quantizing(activations, "token"), "result": out.ctypes.data}
-    key = matrix.code, matrix.unit_words
+    key = matrix.code, matrix.k_tile_words
 
     def work(first: int, last: int) -> None:
         shared = activations.prepared.get(key)
@@ -102,17 +105,18 @@ class TokenProduct:
         check_settings(bits, per)
         self.matrix = matrix
         self._workers = workers
-        self._run = sweep(matrix.code, bits, matrix.unit_words, matrix.half)
+        self._run = product_kernel(matrix.code, bits, matrix.k_tile_words, matrix.half)
         jobs = []
         for thread in range(workers.threads):
             # New arrays for each product would be new pages each time: 20 microseconds for 8192 columns.
-            key = thread, matrix.cols, matrix.unit_words, matrix.code, bits
+            key = thread, matrix.cols, matrix.k_tile_words, matrix.code, bits
             if key not in workers.scratch:
                 made = empty_activations(1, matrix.cols, bits), _Scratch(matrix, bits, 1), _accumulators(matrix, 1)
                 workers.scratch[key] = made
             activations, scratch, sums = workers.scratch[key]
             own = {**quantizing(activations, per), **scratch.operands, "accumulators": sums.ctypes.data}
-            jobs.append(_job({**matrix.operands, **own, "quantize": address(quantize_tokens)}))
+            quantizer = address(quantize_tokens) if NATIVE_CALLS else 0
+            jobs.append(_job({**matrix.operands, **own, "quantize": quantizer}))
         self._jobs = np.stack(jobs)
         self._address = self._jobs.ctypes.data
 
@@ -124,16 +128,23 @@ class TokenProduct:
         result = np.empty((1, matrix.rows), np.float32) if out is None else out
         if result.shape != (1, matrix.rows):
             raise ValueError(f"out: {result.shape}; expected {(1, matrix.rows)}")
-        _aim(self._jobs, x, result)
-        self._workers.run_kernel(self._run, self._address, self._jobs.strides[0], matrix.tiles)
+        _set_operands(self._jobs, x, result)
+        run = self._run if NATIVE_CALLS else self._quantize_and_run
+        self._workers.run_kernel(run, self._address, self._jobs.strides[0], matrix.tiles)
         return result
 
+    def _quantize_and_run(self, job: int, first: int, last: int) -> None:
+        """Do from Python what the kernel does where it can call another one."""
+        quantize_tokens(job + 8 * _QUANTIZING, 0, 1)
+        self._run(job, first, last)
 
+
+_QUANTIZING = FIELDS.index(QUANTIZING[0])
 _X, _RESULT = FIELDS.index("x"), FIELDS.index("result")
 
 
 @kernel(types.void(out(types.int64, 2), view(types.float32, 2), out(types.float32, 2)))
-def _aim(jobs: Any, x: Any, result: Any) -> None:
+def _set_operands(jobs: Any, x: Any, result: Any) -> None:
     """Write the addresses of x and of the result into jobs (n, fields): Python takes 2 microseconds for each."""
     for k in range(jobs.shape[0]):
         jobs[k, _X] = x.ctypes.data
@@ -142,32 +153,34 @@ def _aim(jobs: Any, x: Any, result: Any) -> None:
 
 def _table_bytes(matrix: PackedMatrix, bits: int) -> int:
     """Return the bytes of one token's tables or bit slices."""
-    return matrix.units * matrix.unit_words * table_bytes(matrix.code, bits)
+    return matrix.k_tiles * matrix.k_tile_words * table_bytes(matrix.code, bits)
 
 
 def _job(operands: dict[str, int]) -> NDArray[np.int64]:
     """Return a job, int64 (fields,), in which what is not given is zero."""
+    if unknown := operands.keys() - set(FIELDS):
+        raise ValueError(f"a job has no fields {sorted(unknown)}")
     return np.array([operands.get(field, 0) for field in FIELDS], np.int64)
 
 
 def _accumulators(matrix: PackedMatrix, tokens: int) -> NDArray[np.uint8]:
-    return aligned(4 * vector.tile_rows(matrix.code) * tokens)
+    return aligned(4 * cpu_features.tile_rows(matrix.code) * tokens)
 
 
 class _Scratch:
     """What a kernel prepares for blocks of `tokens` tokens; threads may share it once it is prepared."""
 
     def __init__(self, matrix: PackedMatrix, bits: int, tokens: int) -> None:
-        places = matrix.units * tokens
+        places = matrix.k_tiles * tokens
         self.tokens = tokens
         self.tables = aligned(_table_bytes(matrix, bits) * tokens)
         self.constants = np.empty(places, np.int32)
         self.factors = np.empty(places, np.float32)
         self.offsets = np.empty(places, np.float32)
-        self.rooms = np.empty(places, np.int32)
+        self.headrooms = np.empty(places, np.int32)
 
     @functools.cached_property
     def operands(self) -> dict[str, int]:
         """What a job says about it."""
-        arrays = ("tables", "constants", "factors", "offsets", "rooms")
+        arrays = ("tables", "constants", "factors", "offsets", "headrooms")
         return {"token_block": self.tokens, **{name: getattr(self, name).ctypes.data for name in arrays}}

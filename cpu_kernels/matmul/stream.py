@@ -6,8 +6,8 @@ belong to the following rows. Sums of even and odd bytes, widened four 16-bit la
 For each tile and block of columns:
 
     scales   (scale sets, tile) float16 or float32, then the offsets (tile) where there are any
-    bits     per unit of columns and plane: for lookup (8 or 16, tile) bytes, each holding 8 columns of one row;
-             for popcount (1 or 2, tile) words
+    bits     per k-tile (64 or 128 columns) and plane: for lookup (8 or 16, tile) bytes, each holding 8 columns of
+             one row; for popcount (1 or 2, tile) words
 
 Scales are held as float16 where they are stored so, or where each row's are float16 values times one power of two
 (which becomes the row's multiplier), else as float32; nothing is rounded.
@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from cpu_kernels.jit import vector as v
+from cpu_kernels.jit import llvm
 from cpu_kernels.jit.compiler import Kernel, inline, kernel, out, view
 
 _I1, _I10, _I13, _I16, _I23, _I31, _I31_NOT = (np.int32(number) for number in (1, 10, 13, 16, 23, 31, ~31))
@@ -31,7 +31,9 @@ TOP = 15  # the binade of float16 that a row's largest scale is moved to
 
 
 @intrinsic(prefer_literal=True)
-def _turn(typing: Any, item: Any, tile: Any, source: Any, step: Any, target: Any, place: Any, apart: Any) -> Any:
+def _transpose_lanes(
+    typing: Any, item: Any, tile: Any, source: Any, step: Any, target: Any, place: Any, apart: Any
+) -> Any:
     """Write neighbouring columns of rows as rows: 32 of bytes (item 1) of 16 rows, or 8 of 16 bits (item 2) of 8.
 
     Row i begins at address source + i * step, column i at byte place + i * apart of target. With a `tile` the rows are
@@ -49,23 +51,23 @@ def _turn(typing: Any, item: Any, tile: Any, source: Any, step: Any, target: Any
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, _, source, step, _, place, apart = arguments
-        read = builder.inttoptr(source, v.I8.as_pointer())
-        write = v.at(builder, v.data(context, builder, signature.args[4], arguments[4]), place)
+        read = builder.inttoptr(source, llvm.I8.as_pointer())
+        write = llvm.at(builder, llvm.data(context, builder, signature.args[4], arguments[4]), place)
 
         def line(base: Any, distance: Any, number: int) -> Any:
-            return v.at(builder, base, builder.mul(distance, ir.Constant(v.I64, number)))
+            return llvm.at(builder, base, builder.mul(distance, ir.Constant(llvm.I64, number)))
 
         kind = ir.IntType(8 * size)
-        vectors = [v.load(builder, line(read, step, row), kind, lanes * count, size) for row in order]
+        vectors = [llvm.load(builder, line(read, step, row), kind, lanes * count, size) for row in order]
         # Each with the one half of them further on: after as many rounds as halve them to one, columns have become
         # rows.
         for _ in range(count.bit_length() - 1):
             pairs = zip(vectors[: count // 2], vectors[count // 2 :], strict=True)
-            vectors = [v.select(builder, *pair, items) for pair in pairs for items in (low, high)]
+            vectors = [llvm.select(builder, *pair, items) for pair in pairs for items in (low, high)]
         for number, vector in enumerate(vectors):
             for lane in range(lanes):
-                column = v.part(builder, vector, lane * count, count)
-                v.store(builder, column, line(write, apart, lane * count + number), size)
+                column = llvm.part(builder, vector, lane * count, count)
+                llvm.store(builder, column, line(write, apart, lane * count + number), size)
         return context.get_dummy_value()
 
     index = types.intp
@@ -81,9 +83,9 @@ _PACK = types.void(
     view(types.uint64, 3),  # planes (planes, rows, words)
     view(types.uint16, 3),  # float16 scales, then offsets (sets, rows, blocks), or none
     types.intp,  # row of the stream that the first of these is
-    types.intp,  # units
-    types.intp,  # units per block
-    types.intp,  # words per unit
+    types.intp,  # k_tiles
+    types.intp,  # k_tiles per block
+    types.intp,  # words per k-tile
     types.intp,  # bytes of scales per block
     out(types.uint8, 1),  # stream; the caller hands it zeros, which part tiles and padding rely on
     types.intp,  # first tile
@@ -100,9 +102,9 @@ def packer(lookup: int, tile: int) -> Kernel:
         planes: Any,
         scale: Any,
         row: Any,
-        units: Any,
-        units_per_block: Any,
-        unit_words: Any,
+        k_tiles: Any,
+        k_tiles_per_block: Any,
+        k_tile_words: Any,
         header: Any,
         stream: Any,
         first: Any,
@@ -111,10 +113,10 @@ def packer(lookup: int, tile: int) -> Kernel:
         count = planes.shape[0]
         rows = planes.shape[1]
         words = planes.shape[2]
-        unit_bytes = unit_words * 8 * tile
-        blocks = (units + units_per_block - 1) // units_per_block
-        block_bytes = units_per_block * count * unit_bytes
-        tile_bytes = blocks * header + units * count * unit_bytes
+        k_tile_bytes = k_tile_words * 8 * tile
+        blocks = (k_tiles + k_tiles_per_block - 1) // k_tiles_per_block
+        block_bytes = k_tiles_per_block * count * k_tile_bytes
+        tile_bytes = blocks * header + k_tiles * count * k_tile_bytes
         gathered = np.zeros(8 * tile, np.uint64)
         turned = np.zeros(8 * tile, np.uint64)
         turned_bytes = turned.view(np.uint8)
@@ -146,15 +148,17 @@ def packer(lookup: int, tile: int) -> Kernel:
                         for group in range(tile // 16):
                             for half in range(0, 64, 32):
                                 place = half * tile + 16 * group
-                                _turn(1, tile, source + 4 * group * step + half, step, turned_bytes, place, tile)
+                                _transpose_lanes(
+                                    1, tile, source + 4 * group * step + half, step, turned_bytes, place, tile
+                                )
                     else:
                         for w in range(width):
                             for slot in range(tile):
                                 turned[w * tile + slot] = gathered[8 * slot + w]
                     for w in range(width):
-                        unit = (chunk + w) // unit_words
-                        place = number * tile_bytes + (unit // units_per_block + 1) * header
-                        place += (unit * count + p) * unit_bytes + (chunk + w) % unit_words * 8 * tile
+                        k_tile = (chunk + w) // k_tile_words
+                        place = number * tile_bytes + (k_tile // k_tiles_per_block + 1) * header
+                        place += (k_tile * count + p) * k_tile_bytes + (chunk + w) % k_tile_words * 8 * tile
                         run, bits = np.uint64(place // 8), np.uint64(w * tile)
                         if inside:
                             for i in range(np.uint64(tile)):
@@ -176,7 +180,7 @@ def _copy_scales(numbers: Any, s: Any, first: Any, last: Any, stream: Any, place
     for r in range(first, whole, 8):
         for b in range(0, fast, 8):
             source = numbers.ctypes.data + 2 * ((s * rows + r) * blocks + b)
-            _turn(2, 0, source, 2 * blocks, stream, place + 2 * (r - top) + b * apart, apart)
+            _transpose_lanes(2, 0, source, 2 * blocks, stream, place + 2 * (r - top) + b * apart, apart)
     for r in range(first, last):
         for b in range(fast if r < whole else 0, blocks):
             halves[(place + b * apart) // 2 + r - top] = numbers[s, r, b]

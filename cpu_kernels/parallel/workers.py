@@ -1,5 +1,6 @@
 """Threads that share the work of one call: Python functions, or a kernel's items without a return to Python."""
 
+import functools
 import itertools
 import os
 import queue
@@ -11,14 +12,12 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from llvmlite.binding import ffi
-from numba.core.compiler_lock import global_compiler_lock
 from numpy.typing import NDArray
 
 from cpu_kernels.jit import compiler
-from cpu_kernels.jit.addresses import address
+from cpu_kernels.jit.addresses import NATIVE_CALLS, address
 from cpu_kernels.jit.compiler import Kernel
-from cpu_kernels.parallel import spin_wait as handover
+from cpu_kernels.parallel import spin_wait
 
 Done = queue.SimpleQueue[BaseException | None]
 
@@ -40,10 +39,10 @@ class Workers:
         self.busy = False  # for the holder of the lock, who may be called again in its own thread
         self.scratch: dict[Any, Any] = {}  # what kernels keep between jobs, used by one job at a time
         # Workers that wait in native code; all others wait in their queue of tasks.
-        self._turns = np.full((threads - 1) * handover.SPACING, handover.ASLEEP, np.int64)
-        self._posted = np.zeros(handover.posted_words(threads), np.int64)
+        self._slots = np.full((threads - 1) * spin_wait.SLOT_WORDS, spin_wait.PARKED, np.int64)
+        self._job = np.zeros(spin_wait.job_words(threads), np.int64)
         self._waiting = False  # some may be waiting in native code
-        self._asleep = True  # some may not be
+        self._parked = True  # some may not be
         self._unsettled = False  # a run was left before all of its tasks had ended
         # The threads know nothing of this object, so that they end with it.
         self._end = weakref.finalize(self, _end, self._tasks)
@@ -53,7 +52,7 @@ class Workers:
     def _start(self) -> None:
         for number in range(len(self._tasks), self.threads - 1):
             tasks: queue.SimpleQueue[tuple[Callable[[], object], Done] | None] = queue.SimpleQueue()
-            arguments = number, tasks, self._turns, self._posted
+            arguments = number, tasks, self._slots, self._job
             threading.Thread(target=_serve, args=arguments, name=f"product-{number + 1}", daemon=True).start()
             self._tasks.append(tasks)
 
@@ -61,8 +60,8 @@ class Workers:
         """Forget, in a process that has just been forked, the threads of its parent and the locks that they held."""
         self.lock = threading.RLock()
         self._tasks.clear()
-        self._turns.fill(handover.ASLEEP)
-        self._waiting, self._asleep, self._unsettled, self.busy = False, True, False, False
+        self._slots.fill(spin_wait.PARKED)
+        self._waiting, self._parked, self._unsettled, self.busy = False, True, False, False
 
     def run(self, tasks: Sequence[Callable[[], object]]) -> None:
         """Run at most `threads` tasks, the first in the calling thread, and return when all have ended."""
@@ -71,8 +70,8 @@ class Workers:
         with self.lock:
             self._start()
             if self._waiting:
-                handover.dismiss(self._turns)
-                self._waiting, self._asleep = False, True
+                spin_wait.stop_workers(self._slots)
+                self._waiting, self._parked = False, True
             self.settle()
             self._unsettled = True
             done: Done = queue.SimpleQueue()
@@ -108,30 +107,38 @@ class Workers:
                 done.get()
             self._unsettled = False
 
-    def run_kernel(self, kernel: Kernel, blocks: int, step: int, items: int) -> None:
+    def run_kernel(
+        self, kernel: "Kernel | Callable[[int, int, int], object]", blocks: int, step: int, items: int
+    ) -> None:
         """Share items 0 .. items - 1 of a kernel's work among the threads, of which thread k is given block k.
 
         `blocks` is the address of the first of them and `step` the bytes to the next; the kernel takes (address of
-        its block, first item, item after the last), and must not raise.
+        its block, first item, item after the last), and must not raise. A Python function will do in its place where
+        there are no NATIVE_CALLS.
         """
+        if not NATIVE_CALLS and self.threads > 1:
+            edges = itertools.pairwise(items * k // self.threads for k in range(self.threads + 1))
+            self.run([functools.partial(kernel, blocks + k * step, *edge) for k, edge in enumerate(edges)])
+            return
         with self.lock:
             if self.threads == 1:
                 kernel(blocks, 0, items)
                 return
+            assert isinstance(kernel, Kernel)
             self.settle()
             function = address(kernel)
-            if self._asleep:
+            if self._parked:
                 self._wake()
-            asleep = handover.lead(self._turns, self._posted, function, blocks, step, items)
-            self._asleep = asleep > 0
+            parked = spin_wait.run_shared(self._slots, self._job, function, blocks, step, items)
+            self._parked = parked > 0
 
     def _wake(self) -> None:
-        handover.compile_all()  # here, so that no worker keeps a job waiting meanwhile
+        spin_wait.compile_all()  # here, so that no worker keeps a job waiting meanwhile
         self._start()
         for number, tasks in enumerate(self._tasks):
-            place = number * handover.SPACING
-            if self._turns[place] == handover.ASLEEP:
-                self._turns[place] = handover.READY
+            place = number * spin_wait.SLOT_WORDS
+            if self._slots[place] == spin_wait.PARKED:
+                self._slots[place] = spin_wait.IDLE
                 tasks.put((_wait_for_jobs, _NOBODY))
         self._waiting = True
 
@@ -139,7 +146,7 @@ class Workers:
         """End the threads."""
         self._end()
         self._tasks.clear()
-        self._turns = self._turns[:0]
+        self._slots = self._slots[:0]
         self.threads = 1
 
     def __enter__(self) -> "Workers":
@@ -154,14 +161,14 @@ class Workers:
 def _serve(
     number: int,
     tasks: "queue.SimpleQueue[tuple[Callable[[], object], Done] | None]",
-    turns: NDArray[np.int64],
-    posted: NDArray[np.int64],
+    slots: NDArray[np.int64],
+    job: NDArray[np.int64],
 ) -> None:
     while (found := tasks.get()) is not None:
         task, done = found
         del found
         if task is _wait_for_jobs:
-            handover.serve(turns, posted, number)
+            spin_wait.work(slots, job, number)
             continue
         failed: BaseException | None = None
         try:
@@ -193,14 +200,7 @@ _ALL: "weakref.WeakSet[Workers]" = weakref.WeakSet()
 def _after_fork() -> None:
     for workers in list(_ALL):
         workers.after_fork()
-    # A thread that is not here any more may have been compiling.
-    for holder, name in (
-        (compiler, "_process_lock"),
-        (global_compiler_lock, "_lock"),
-        (getattr(ffi.lib, "_lock", None), "_lock"),
-    ):
-        if hasattr(holder, name):
-            setattr(holder, name, threading.RLock())
+    compiler.after_fork()
 
 
 if hasattr(os, "register_at_fork"):

@@ -109,20 +109,20 @@ def move_weights(
     gained = 0.0
     for row in range(rows):
         gradient[:] = pulled[row]
-        for unit in range(blocks):
+        for b in range(blocks):
             for k in range(coefs):
-                scale, product = coef[row, unit, k], products[unit, row, k]
+                scale, product = coef[row, b, k], products[b, row, k]
                 for col in range(cols):
                     gradient[col] -= scale * product[col]
-        for unit in range(blocks):
-            _sort_levels(levels[row], unit, planes, middles, order)
-            level = levels[row, unit]
+        for b in range(blocks):
+            _sort_levels(levels[row], b, planes, middles, order)
+            level = levels[row, b]
             for own in range(order.shape[0]):
                 for place in range(count):
                     bounds[0, order[own, place]] = middles[own, place - 1] if place > 0 else -np.inf
                     bounds[1, order[own, place]] = middles[own, place]
-            for first in range(unit * block, min(cols, (unit + 1) * block), step):
-                last = min(cols, (unit + 1) * block, first + step)
+            for first in range(b * block, min(cols, (b + 1) * block), step):
+                last = min(cols, (b + 1) * block, first + step)
                 own, pull, share = codes[row][first:last], gradient[first:last], inverse[first:last]
                 for col in range(own.size):
                     before[col] = own[col]
@@ -172,7 +172,7 @@ def move_weights(
                     if end > last:
                         _add_rows(hessian, places[coefs], amounts[coefs], found[coefs], max(tile, last), end, gradient)
                     for k in range(coefs if more else 0):
-                        _add_rows(hessian, places[k], amounts[k], found[k], tile, end, products[unit, row, k])
+                        _add_rows(hessian, places[k], amounts[k], found[k], tile, end, products[b, row, k])
         if more:
             _normal_of_row(products, pulled, codes, features, block, row, signs, normal, wanted)
     return gained
@@ -200,11 +200,11 @@ def _normal_of_row(products, pulled, codes, features, block, row, signs, normal,
     for k in range(coefs):
         for col in range(signs.shape[1]):
             signs[k, col] = features[codes[row, col], k]
-    for unit in range(blocks):
+    for b in range(blocks):
         for k in range(coefs):
-            place = unit * coefs + k
-            for number in range(unit, blocks):
-                one = products[unit, row, k][number * block : (number + 1) * block]
+            place = b * coefs + k
+            for number in range(b, blocks):
+                one = products[b, row, k][number * block : (number + 1) * block]
                 for other in range(coefs):
                     two = signs[other][number * block : (number + 1) * block]
                     total = np.float32(0.0)
@@ -212,8 +212,8 @@ def _normal_of_row(products, pulled, codes, features, block, row, signs, normal,
                         total += one[col] * two[col]
                     normal[row, place, number * coefs + other] = total
                     normal[row, number * coefs + other, place] = total
-            one = pulled[row][unit * block : (unit + 1) * block]
-            two = signs[k][unit * block : (unit + 1) * block]
+            one = pulled[row][b * block : (b + 1) * block]
+            two = signs[k][b * block : (b + 1) * block]
             total = np.float32(0.0)
             for col in range(one.size):
                 total += one[col] * two[col]

@@ -6,7 +6,7 @@ import numba
 import numpy as np
 
 from cpu_kernels.jit.compiler import kernel, out, view
-from cpu_kernels.jit.intrinsics import above, four_items
+from cpu_kernels.quantize.intrinsics import above, four_items
 
 MAGNITUDES = 1 << 15  # of any 16-bit float, the sign bit cleared
 

@@ -18,8 +18,8 @@ def rounding_steps(weights, block, steps):
     magnitude; the best of them is fitted to the weights as they were rounded with it.
     """
     for row in range(weights.shape[0]):
-        for unit in range(steps.shape[1]):
-            start = unit * block
+        for b in range(steps.shape[1]):
+            start = b * block
             stop = min(start + block, weights.shape[1])
             greatest = np.float32(0.0)
             for col in range(start, stop):
@@ -41,7 +41,7 @@ def rounding_steps(weights, block, steps):
                 if along > np.float32(0.0) and along * along > gained * squares:
                     gained = along * along / squares
                     best = along / squares
-            steps[row, unit] = best
+            steps[row, b] = best
 
 
 @kernel(F8(view(F4, 2), numba.int64, view(F4, 2), view(F4, 2), out(U1, 2)))
@@ -54,9 +54,9 @@ def dual_planes(weights, block, large, small, codes):
     error = 0.0
     half = np.float32(0.5)
     for row in range(weights.shape[0]):
-        for unit in range(large.shape[1]):
-            first, second = large[row, unit], small[row, unit]
-            start = unit * block
+        for b in range(large.shape[1]):
+            first, second = large[row, b], small[row, b]
+            start = b * block
             for col in range(start, min(start + block, weights.shape[1])):
                 rest = weights[row, col]
                 code = np.uint8(0)

@@ -1,4 +1,4 @@
-"""How are the magnitudes of many small units (rows, row-blocks) grouped, by any solver and any number of groups?"""
+"""How are the magnitudes of many row-blocks (or rows) grouped, by any solver and any number of groups?"""
 
 import numba
 import numpy as np
@@ -113,8 +113,8 @@ def _assign(keys, size, order, count, bounds, groups, upper, quota, codes, base)
 def group_units(bits, cols, block, most, window, exact, lam, normalized, codes, sums):
     """Group the magnitudes of every row-block of float32 weights into at most `most` groups.
 
-    bits: uint32 (rows * cols), finite float32 patterns. block: columns in a unit (cols for rows). exact: Algorithm 1,
-    otherwise greedy merging of windows of `window` magnitudes (1: Algorithm 2, more: Algorithm 3).
+    bits: uint32 (rows * cols), finite float32 patterns. block: columns of a row-block (cols for rows). exact:
+    Algorithm 1, otherwise greedy merging of windows of `window` magnitudes (1: Algorithm 2, more: Algorithm 3).
     codes: uint8 (rows * cols), becomes the group of every weight, ascending in magnitude.
     sums: float64 (3, most, rows, blocks), becomes size, sum and sum of squares per group; empty groups are zero.
     """
@@ -157,7 +157,7 @@ def group_units(bits, cols, block, most, window, exact, lam, normalized, codes, 
 
 @kernel(numba.void(view(U4, 1), view(U4, 1), out(numba.int64, 1), out(U1, 1)))
 def assign_groups(keys, upper, quota, codes):
-    """Write the group of every magnitude key of a whole matrix, as `group_units` does for its units.
+    """Write the group of every magnitude key of a whole matrix, as `group_units` does for row-blocks.
 
     keys: uint32 (n); upper: uint32 (groups), the greatest key of each group; quota: int64 (groups), how many of the
     keys equal to upper[g] are in group g (used up); codes: uint8 (n).

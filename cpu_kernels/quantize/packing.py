@@ -10,7 +10,7 @@ import numba
 import numpy as np
 
 from cpu_kernels.jit.compiler import inline, kernel, out, view
-from cpu_kernels.jit.intrinsics import above, bit_plane, four_items, high_bits
+from cpu_kernels.quantize.intrinsics import above, bit_plane, four_items, high_bits
 
 U1, U2, U4, U8 = numba.uint8, numba.uint16, numba.uint32, numba.uint64
 

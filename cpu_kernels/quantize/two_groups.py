@@ -9,25 +9,13 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from cpu_kernels.jit.compiler import inline, kernel, out, view
-from cpu_kernels.jit.intrinsics import LANES, order_rows
+from cpu_kernels.jit.llvm import as_float32
+from cpu_kernels.quantize.intrinsics import LANES, order_rows
 
 F8, U2, U4 = numba.float64, numba.uint16, numba.uint32
-
-
-@intrinsic
-def as_float32(typing: Any, bits: Any) -> Any:
-    """Return the float32 with these 32 bits."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.uint32), generate
 
 
 @functools.cache

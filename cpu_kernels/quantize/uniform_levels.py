@@ -15,16 +15,16 @@ def block_ranges(weights, block, ranges):
     weights: float32 (rows, cols); ranges: float32 (2, rows, blocks), overwritten.
     """
     for row in range(weights.shape[0]):
-        for unit in range(ranges.shape[2]):
-            start = unit * block
+        for b in range(ranges.shape[2]):
+            start = b * block
             least = weights[row, start]
             most = least
             for col in range(start, min(start + block, weights.shape[1])):
                 value = weights[row, col]
                 least = value if value < least else least
                 most = value if value > most else most
-            ranges[0, row, unit] = least
-            ranges[1, row, unit] = most
+            ranges[0, row, b] = least
+            ranges[1, row, b] = most
 
 
 @kernel(F8(view(F4, 2), numba.int64, F4, view(F4, 3), out(U1, 2)))
@@ -35,11 +35,11 @@ def nearest_levels(weights, block, top, coef, codes):
     """
     error = 0.0
     for row in range(weights.shape[0]):
-        for unit in range(coef.shape[2]):
-            scale, offset = coef[0, row, unit], coef[1, row, unit]
+        for b in range(coef.shape[2]):
+            scale, offset = coef[0, row, b], coef[1, row, b]
             inverse = np.float32(0.5) / scale if scale > np.float32(0.0) else np.float32(0.0)
             middle = np.float32(0.5) * top if scale > np.float32(0.0) else np.float32(0.0)
-            start = unit * block
+            start = b * block
             stop = min(start + block, weights.shape[1])
             for col in range(start, stop):
                 code = np.rint((weights[row, col] - offset) * inverse + middle)

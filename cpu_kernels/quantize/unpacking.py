@@ -7,8 +7,8 @@ import numba
 import numpy as np
 
 from cpu_kernels.jit.compiler import kernel, out, view
-from cpu_kernels.jit.intrinsics import add_signed
-from cpu_kernels.quantize.two_groups import as_float32
+from cpu_kernels.jit.llvm import as_float32
+from cpu_kernels.quantize.intrinsics import add_signed
 
 U8, F4 = numba.uint64, numba.float32
 _I13, _KEPT, _FIELD, _LARGEST = (np.int32(number) for number in (13, -0x70002000, 0x0F800000, 0x70000000))
@@ -33,7 +33,7 @@ def expand(planes, coef, terms, block, weights):
         for word in range(planes.shape[2]):
             start = row * cols + 64 * word
             length = min(64, cols - 64 * word)
-            unit = 64 * word // block
+            b = 64 * word // block
             if length < 64:
                 for i in range(64):
                     buffer[i] = np.float32(0.0)
@@ -44,9 +44,9 @@ def expand(planes, coef, terms, block, weights):
                     if (terms[t] >> np.uint64(plane)) & np.uint64(1):
                         signs ^= ~planes[plane, row, word]
                 if length == 64:
-                    add_signed(flat, start, signs, coef[t, coef_row, unit])
+                    add_signed(flat, start, signs, coef[t, coef_row, b])
                 else:
-                    add_signed(buffer, 0, signs, coef[t, coef_row, unit])
+                    add_signed(buffer, 0, signs, coef[t, coef_row, b])
             if length < 64:
                 for i in range(length):
                     flat[start + i] = buffer[i]

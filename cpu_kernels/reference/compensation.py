@@ -35,12 +35,12 @@ def move_weights(
 ) -> tuple[Codes, float]:  # fmt: skip
     """Return the codes after `compensation.move_weights` and how much less they cost."""
     codes, gained = codes.copy(), 0.0
-    units = np.arange(codes.shape[1]) // block
+    blocks = np.arange(codes.shape[1]) // block
     for row, first in itertools.product(range(len(codes)), range(0, codes.shape[1], block)):
         level = levels[row, first // block]
         for begin in range(first, min(first + block, codes.shape[1]), step):
             part = np.arange(begin, min(first + block, codes.shape[1], begin + step))
-            values = levels[row, units, codes[row]]
+            values = levels[row, blocks, codes[row]]
             gradient = (pulled[row] - values @ hessian)[part]
             for _ in range(passes):
                 moved = False
@@ -80,8 +80,8 @@ def normal_equations(
     pulled: Floats, hessian: Floats, codes: Codes, features: Floats, block: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return what `compensation.normal_equations` writes, (rows, m, m) and (rows, m), m coefficients of all blocks."""
-    units = np.arange(codes.shape[1]) // block
-    owns = units == np.arange(units[-1] + 1)[:, None]
+    blocks = np.arange(codes.shape[1]) // block
+    owns = blocks == np.arange(blocks[-1] + 1)[:, None]
     # Each coefficient's own feature in its block, nothing elsewhere.
     apart = np.einsum("uc,rkc->rukc", owns, spread(codes, features).astype(np.float64))
     apart = apart.reshape(len(codes), -1, codes.shape[1])

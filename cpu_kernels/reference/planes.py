@@ -27,12 +27,12 @@ def expand(
 ) -> NDArray[np.float32]:
     """Return the weights that planes and coefficients stand for, float32 (rows, cols)."""
     signs = unpack_planes(planes, cols)
-    units = np.arange(cols) // block
+    blocks = np.arange(cols) // block
     weights = np.zeros(signs.shape[1:], np.float32)
     for mask, term in zip(terms, coef, strict=True):
         product = np.ones(signs.shape[1:], np.float32)
         for plane in range(planes.shape[0]):
             if mask >> plane & 1:
                 product *= signs[plane]
-        weights += np.broadcast_to(term[:, units], weights.shape) * product
+        weights += np.broadcast_to(term[:, blocks], weights.shape) * product
     return weights

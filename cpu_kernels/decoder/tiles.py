@@ -12,16 +12,15 @@ from numba import types
 from numba.core import cgutils as _cgutils
 from numba.extending import intrinsic as _intrinsic
 
+from cpu_kernels.jit import cpu_features, llvm
+
 cgutils: Any = _cgutils  # untyped
 
 TILE_ROWS = 4
 TILE_COLUMNS = 32
 LANES = 16
 
-
-_FLOAT = ir.FloatType()
-_I16, _I32 = ir.IntType(16), ir.IntType(32)
-_VECTOR = ir.VectorType(_FLOAT, LANES)
+_VECTOR = ir.VectorType(llvm.F32, LANES)
 
 
 def intrinsic(function: Callable[..., Any]) -> Any:
@@ -29,52 +28,16 @@ def intrinsic(function: Callable[..., Any]) -> Any:
     return _intrinsic(function)
 
 
-def _item(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-    data = context.make_array(array_type)(context, builder, array).data
-    return cgutils.gep_inbounds(builder, data, index)
-
-
-def _features(context: Any) -> str:
-    """Return the instruction sets that are compiled for, such as "+avx2,+f16c", or "arm"."""
-    triple, _, features = context.codegen().magic_tuple()
-    return "arm" if triple.startswith(("aarch64", "arm64")) else str(features)
-
-
-def _load(context: Any, builder: Any, pointer: Any) -> Any:
+def _load(builder: Any, pointer: Any) -> Any:
     """Load LANES floats, or as many float16 bit patterns (uint16 items) widened to float32."""
-    if pointer.type.pointee == _FLOAT:
-        return builder.load(builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
-    halves = builder.load(builder.bitcast(pointer, ir.VectorType(_I16, LANES).as_pointer()), align=2)
-    features = _features(context)
-    if features == "arm" or "+f16c" in features:
-        return builder.fpext(builder.bitcast(halves, ir.VectorType(ir.HalfType(), LANES)), _VECTOR)
-    # Elsewhere LLVM would call a library that is not there. Exponent and fraction moved into float32's fields are the
-    # value times 2 ** -112.
-    wide = builder.sext(halves, ir.VectorType(_I32, LANES))
-    kept = builder.and_(builder.shl(wide, _constant(_I32, 13)), _constant(_I32, 0x8FFFE000))
-    return builder.fmul(builder.bitcast(kept, _VECTOR), _constant(_FLOAT, 2.0**112))
+    if pointer.type.pointee == llvm.F32:
+        return llvm.load(builder, pointer, llvm.F32, LANES, 4)
+    return llvm.load_float16(builder, pointer, LANES)
 
 
-def _constant(kind: Any, value: Any) -> Any:
-    return ir.Constant(ir.VectorType(kind, LANES), [value] * LANES)
-
-
-def _splat(builder: Any, value: Any) -> Any:
-    undefined = ir.Constant(_VECTOR, ir.Undefined)
-    first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
-
-
-def _multiply_add(builder: Any, left: Any, right: Any, addend: Any) -> Any:
-    # llvmlite's own helper rejects vector types; fmuladd fuses where the CPU can and never calls a library.
-    kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
-    return builder.call(function, [left, right, addend])
-
-
-def _vectors_per_pass(context: Any) -> int:
+def _vectors_per_pass() -> int:
     # Eight accumulators hide the latency of a multiply-add; 512-bit registers hold two vectors per row for that.
-    return 2 if "+avx512f" in _features(context) else 1
+    return 2 if cpu_features.has("avx512f") else 1
 
 
 @intrinsic
@@ -91,7 +54,11 @@ def multiply_tile(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array_a, at_a, row_a, array_b, at_b, row_b, count, array_c, at_c, row_c, adding = arguments
         kinds = signature.args
-        step = _vectors_per_pass(context)
+        from_a, from_b, into = (
+            llvm.data(context, builder, kind, array)
+            for kind, array in ((kinds[0], array_a), (kinds[3], array_b), (kinds[7], array_c))
+        )
+        step = _vectors_per_pass()
         for first in range(0, TILE_COLUMNS // LANES, step):
             sums = [[cgutils.alloca_once(builder, _VECTOR) for _ in range(step)] for _ in range(TILE_ROWS)]
             tile = []
@@ -99,31 +66,23 @@ def multiply_tile(
                 start = builder.add(at_c, builder.mul(row_c, ir.Constant(row_c.type, row)))
                 for column in range(step):
                     index = builder.add(start, ir.Constant(start.type, (first + column) * LANES))
-                    pointer = _item(context, builder, kinds[7], array_c, index)
+                    pointer = llvm.at(builder, into, index)
                     tile.append((sums[row][column], pointer))
-                    begin = builder.select(adding, _load(context, builder, pointer), ir.Constant(_VECTOR, None))
+                    begin = builder.select(adding, _load(builder, pointer), ir.Constant(_VECTOR, None))
                     builder.store(begin, sums[row][column])
             with cgutils.for_range(builder, count) as loop:
                 base = builder.add(at_b, builder.mul(row_b, loop.index))
-                right = [
-                    _load(
-                        context,
-                        builder,
-                        _item(
-                            context, builder, kinds[3], array_b,
-                            builder.add(base, ir.Constant(base.type, (first + column) * LANES)),
-                        ),
-                    )
-                    for column in range(step)
-                ]  # fmt: skip
+                places = [ir.Constant(base.type, (first + column) * LANES) for column in range(step)]
+                right = [_load(builder, llvm.at(builder, from_b, builder.add(base, place))) for place in places]
                 for row in range(TILE_ROWS):
                     index = builder.add(builder.add(at_a, loop.index), builder.mul(row_a, ir.Constant(row_a.type, row)))
-                    left = _splat(builder, builder.load(_item(context, builder, kinds[0], array_a, index)))
+                    left = llvm.splat(builder, builder.load(llvm.at(builder, from_a, index)), LANES)
                     for column in range(step):
                         place = sums[row][column]
-                        builder.store(_multiply_add(builder, left, right[column], builder.load(place)), place)
+                        added = llvm.multiply_add(builder, left, right[column], builder.load(place))
+                        builder.store(added, place)
             for place, pointer in tile:
-                builder.store(builder.load(place), builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
+                llvm.store(builder, builder.load(place), pointer, 4)
         return context.get_dummy_value()
 
     size = types.intp
@@ -140,16 +99,16 @@ def _over_run(begin: float, step: Callable[[Any, Any, Any], Any], join: Callable
         vectors = builder.sdiv(count, ir.Constant(count.type, LANES))
         with cgutils.for_range(builder, vectors) as loop:
             index = builder.add(start, builder.mul(loop.index, ir.Constant(start.type, LANES)))
-            values = _load(context, builder, _item(context, builder, signature.args[0], array, index))
+            values = _load(builder, llvm.item(context, builder, signature.args[0], array, index))
             builder.store(step(builder, builder.load(place), values), place)
         folded = builder.load(place)
         half = LANES // 2
         while half:
             order = [lane + half if lane < half else lane for lane in range(LANES)]
-            moved = builder.shuffle_vector(folded, folded, ir.Constant(ir.VectorType(_I32, LANES), order))
+            moved = llvm.select(builder, folded, folded, order)
             folded = join(builder, folded, moved)
             half //= 2
-        return builder.extract_element(folded, ir.Constant(_I32, 0))
+        return builder.extract_element(folded, ir.Constant(llvm.I32, 0))
 
     return generate
 
@@ -163,7 +122,7 @@ def _sum(builder: Any, left: Any, right: Any) -> Any:
 
 
 def _square_sum(builder: Any, total: Any, values: Any) -> Any:
-    return _multiply_add(builder, values, values, total)
+    return llvm.multiply_add(builder, values, values, total)
 
 
 @intrinsic
@@ -189,8 +148,8 @@ def power_of_two(typing: Any, exponent: Any) -> Any:
     """Return 2 ** exponent for an integral float32 exponent in [-126, 127]."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        biased = builder.add(builder.fptosi(arguments[0], _I32), ir.Constant(_I32, 127))
-        return builder.bitcast(builder.shl(biased, ir.Constant(_I32, 23)), _FLOAT)
+        biased = builder.add(builder.fptosi(arguments[0], llvm.I32), ir.Constant(llvm.I32, 127))
+        return builder.bitcast(builder.shl(biased, ir.Constant(llvm.I32, 23)), llvm.F32)
 
     return types.float32(types.float32), generate
 
@@ -200,8 +159,7 @@ def multiply_add(typing: Any, left: Any, right: Any, addend: Any) -> Any:
     """Return left * right + addend in float32, with one rounding where the CPU can (Numba alone never fuses)."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(_FLOAT, [_FLOAT] * 3)
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fmuladd.f32"), arguments)
+        return llvm.multiply_add(builder, *arguments)
 
     return types.float32(types.float32, types.float32, types.float32), generate
 
@@ -223,12 +181,12 @@ def _narrowed(builder: Any, value: Any) -> Any:
     """Round a finite float32 to float16 (nearest, ties to even) with integers, as not every CPU has an instruction."""
 
     def number(constant: int) -> Any:
-        return ir.Constant(_I32, constant)
+        return ir.Constant(llvm.I32, constant)
 
     def choose(condition: Any, first: Any, second: Any) -> Any:
         return builder.select(condition, first, second)
 
-    bits = builder.bitcast(value, _I32)
+    bits = builder.bitcast(value, llvm.I32)
     sign = builder.and_(builder.lshr(bits, number(16)), number(0x8000))
     size = builder.and_(bits, number(0x7FFFFFFF))
     too_large = builder.icmp_unsigned(">", size, number(0x477FE000))
@@ -237,7 +195,7 @@ def _narrowed(builder: Any, value: Any) -> Any:
     odd = builder.and_(builder.lshr(size, number(13)), number(1))
     normal = builder.lshr(builder.add(builder.add(size, number(0xC8000FFF)), odd), number(13))
     # Below 2 ** -14: adding 0.5 rounds to the fixed unit 2 ** -24, whose count is left in the low bits.
-    lifted = builder.fadd(builder.bitcast(size, _FLOAT), ir.Constant(_FLOAT, 0.5))
-    small = builder.sub(builder.bitcast(lifted, _I32), number(0x3F000000))
+    lifted = builder.fadd(builder.bitcast(size, llvm.F32), ir.Constant(llvm.F32, 0.5))
+    small = builder.sub(builder.bitcast(lifted, llvm.I32), number(0x3F000000))
     pattern = choose(builder.icmp_unsigned("<", size, number(0x38800000)), small, normal)
-    return builder.trunc(builder.or_(pattern, sign), _I16)
+    return builder.trunc(builder.or_(pattern, sign), llvm.I16)
