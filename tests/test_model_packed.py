@@ -79,6 +79,7 @@ def test_any_method_runs(settings: Settings, tiny_model: Path, tmp_path: Path) -
     assert close(logits(load_decoder(store, 1, ActivationSettings(6)).decoder), expected) < 0.15
 
 
+@pytest.mark.slow
 def test_every_kernel_gives_the_same_logits(tiny_model: Path, tmp_path: Path) -> None:
     from cpu_kernels.matmul.prepacking import kernels
 
