@@ -186,8 +186,9 @@ def names_of_methods(name: str, path: Path) -> Iterator[str]:
     # "uniform" is a word of its own, so it counts only where it is all that the string says.
     named = re.compile(rf"^uniform$|\b({'|'.join(method for method in METHODS if method != 'uniform')})\b")
     for node in ast.walk(tree):
-        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documents
-        if is_text and named.search(node.value):
+        if not isinstance(node, ast.Constant) or not isinstance(node.value, str) or id(node) in documents:
+            continue
+        if named.search(node.value):
             yield f"{name}:{node.lineno}: {node.value!r}"
     for found in imports_of(name, path):
         if found.of in {f"bincompress.methods.{method}" for method in METHODS}:
