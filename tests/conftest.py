@@ -40,6 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes seconds (a cluster, a server, PyTorch, many kernels to compile)")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files whose every test is slow where slow ones are not asked for: their imports alone take seconds."""
+    if config.option.markexpr != "not slow" or collection_path.suffix != ".py":
+        return None
+    return b"\npytestmark = pytest.mark.slow" in collection_path.read_bytes() or None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order files for the processes that take the next one each, and skip what needs folders that are not here."""
     items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))

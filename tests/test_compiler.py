@@ -74,6 +74,7 @@ def test_a_damaged_cache_is_compiled_anew(cache: Path, tmp_path: Path, content: 
     assert compiled(tmp_path, 1) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_does_not_stop_what_is_compiled(tmp_path: Path) -> None:
     # A limit on the size of files stands for the disk.
     full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -132,6 +133,7 @@ def _calls_helper(x: int) -> int:
     return helper(x)  # type: ignore[name-defined, no-any-return]  # noqa: F821
 
 
+@pytest.mark.slow
 def test_another_kernel_is_compiled_while_one_is_being_compiled(tmp_path: Path) -> None:
     # As many processes as hold a lock each: this one's must not stop the other.
     code = "import time; from cpu_kernels.jit import kernel_cache as c\n"

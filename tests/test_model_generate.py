@@ -77,6 +77,36 @@ def test_stop_text_is_held_back_until_it_is_certain(model: Model) -> None:
     assert "".join(greedy(model, stop=(end,))) == whole
 
 
+def test_every_part_of_the_answer_is_a_stop_text(model: Model) -> None:
+    """Stop texts of one letter to fifteen, which begin and end within tokens or span several."""
+    whole = "".join(greedy(model))
+    for start in (0, 13, 26):
+        for length in (1, 2, 3, 7, 15):
+            stop = whole[start : start + length]
+            generation = greedy(model, stop=(stop,))
+            assert ("".join(generation), generation.finish_reason) == (whole[: whole.index(stop)], "stop")
+
+
+@pytest.mark.parametrize("stop", ["\N{CJK UNIFIED IDEOGRAPH-754C}", ".*", "z" * 6000])
+def test_a_stop_text_that_never_comes_changes_nothing(model: Model, stop: str) -> None:
+    generation = greedy(model, stop=(stop,))
+    assert ("".join(generation), generation.finish_reason) == (model.tokenizer.decode(GOLDEN), "length")
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1e-9}, {"top_p": 1e-9}, {"top_k": 1}])
+def test_sampling_from_one_token_is_greedy(model: Model, settings: dict[str, float]) -> None:
+    generation = model.stream(PROMPT, GenerationSettings(32, Sampling(seed=1, **settings)))  # type: ignore[arg-type]
+    "".join(generation)
+    assert generation.tokens == GOLDEN
+
+
+def test_a_top_k_beyond_the_vocabulary_leaves_every_token(model: Model) -> None:
+    def draw(top_k: int) -> str:
+        return "".join(model.stream(PROMPT, GenerationSettings(10, Sampling(0.9, top_k=top_k, seed=3))))
+
+    assert draw(10**9) == draw(4096) == draw(0)
+
+
 def test_end_token_ends_the_text(model: Model) -> None:
     ending = Model(model.decoder, load_tokenizer({"tokenizer.json": (FOLDER / "tokenizer.json").read_bytes()}))
     ending.tokenizer.eos_ids = frozenset([GOLDEN[6]])

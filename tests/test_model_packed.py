@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from bincompress.compression.plan import make_plan
 from bincompress.compression.recipe import Override, Recipe, load_recipe
 from bincompress.compression.run import compress
 from bincompress.errors import BincompressError, DamagedError, StoreError
+from bincompress.inference.generate import GenerationSettings, Model
 from bincompress.inference.load import TooLittleMemoryError, default_sampling, load_decoder
+from bincompress.inference.sampling import Sampling
 from bincompress.methods import Settings
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.decoder import Decoder
@@ -32,7 +35,7 @@ from cpu_kernels.matmul.activations import quantize
 from cpu_kernels.matmul.prepacking import prepack_rows
 from cpu_kernels.matmul.products import multiply
 from cpu_kernels.reference import planes as reference
-from tests.conftest import EVERY_METHOD, tiny_config, tiny_tensors, write_model
+from tests.conftest import DEMO_MODEL, EVERY_METHOD, tiny_config, tiny_tensors, write_model
 
 IDS = np.random.default_rng(3).integers(0, 96, 40)
 EXACT = ActivationSettings(bits=16)
@@ -81,6 +84,7 @@ def test_any_method_runs(settings: Settings, tiny_model: Path, tmp_path: Path) -
     assert close(logits(load_decoder(store, 1, ActivationSettings(6)).decoder), expected) < 0.15
 
 
+@pytest.mark.slow
 def test_every_kernel_gives_the_same_logits(tiny_model: Path, tmp_path: Path) -> None:
     from cpu_kernels.matmul.prepacking import kernels
 
@@ -231,6 +235,35 @@ def test_what_the_packed_demo_model_says(tmp_path: Path) -> None:
 
 GOLDEN = [200, 200, 510, 622, 1571, 344, 259, 308, 261, 622, 1571, 613, 69, 1039, 266, 15]
 GOLDEN += [222, 831, 308, 261, 622, 1571, 613, 69, 1039, 266, 200, 2474, 308, 2658, 372, 261]
+
+
+@pytest.fixture(scope="module")
+def demo_store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return stored(DEMO_MODEL, tmp_path_factory.mktemp("demo") / "store", load_recipe(None, {}))
+
+
+def written(model: Model, prompt: str, sampling: Sampling) -> str:
+    return "".join(model.stream(prompt, GenerationSettings(16, sampling)))
+
+
+def test_a_seed_writes_the_same_text_with_any_number_of_threads(demo_store: str) -> None:
+    sampling = Sampling(temperature=0.9, seed=5)
+    texts = [written(load(demo_store, threads=threads), "The scheduler", sampling) for threads in (1, 2, 3, 7)]
+    assert texts == texts[:1] * 4
+
+
+def test_two_loaded_models_write_beside_each_other_what_each_writes_alone(demo_store: str) -> None:
+    models, prompts = [load(demo_store, threads=2) for _ in range(2)], ("The kernel", "In Python,")
+    alone = [written(model, prompt, Sampling(temperature=0.0)) for model, prompt in zip(models, prompts, strict=True)]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            begin = threading.Barrier(2)
+
+            def beside(model: Model, prompt: str, begin: threading.Barrier = begin) -> str:
+                begin.wait(60)
+                return written(model, prompt, Sampling(temperature=0.0))
+
+            assert list(pool.map(beside, models, prompts)) == alone
 
 
 def test_stores_that_cannot_run(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ def test_plane_weights_share_one_scale(kernel: str) -> None:
     assert_near(multiply(matrix, activations), case.expected(activations, weights))
 
 
+@pytest.mark.slow
 def test_scales_that_are_no_float16_stay_float32() -> None:
     case = make(9, 40, 300, 2, 128, True)
     case.scale[1, 7, 2] = np.float32(1 / 3)

@@ -216,7 +216,7 @@ def test_out_and_prepared_tables_are_reused() -> None:
 
 
 @pytest.mark.parametrize("kernel", EACH_KERNEL)
-@pytest.mark.parametrize(("bits", "per"), [(8, "segment"), (6, "token")])
+@pytest.mark.parametrize(("bits", "per"), [(8, "segment"), pytest.param(6, "token", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cols", [1, 129, 1100])
 def test_a_token_quantized_on_the_way_gives_the_same_products(kernel: str, bits: int, per: Per, cols: int) -> None:
     case = make(23, 300, cols, 2, 64, True)

@@ -125,6 +125,24 @@ def test_a_changed_source_is_noticed(tiny_model: Path, tmp_path: Path) -> None:
     assert (outcome.done, outcome.unchanged) == (2, 19)
 
 
+def test_a_store_that_was_copied_and_touched_is_the_same_store(tiny_model: Path, tmp_path: Path, tree: Tree) -> None:
+    """As archives, working trees and file browsers leave it."""
+    run(tiny_model, tmp_path / "store")
+    copied = tmp_path / "copied"
+    shutil.copytree(tmp_path / "store", copied, copy_function=shutil.copyfile)  # without times and modes
+    for path in copied.rglob("*"):
+        os.utime(path, (0, 0))
+    before = tree(copied)
+    assert before == tree(tmp_path / "store")
+    (copied / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (copied / ".git").mkdir()
+    (copied / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
+    assert problems(copied) == {}
+    outcome = run(tiny_model, copied)
+    assert (outcome.done, outcome.unchanged, outcome.complete) == (0, 21, True)
+    assert (copied / ".git" / "HEAD").read_text() == "ref: refs/heads/main\n"
+
+
 def test_other_settings_are_refused_and_nothing_is_lost(tiny_model: Path, tmp_path: Path, tree: Tree) -> None:
     store = tmp_path / "store"
     run(tiny_model, store)
