@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import sys
 from collections.abc import Callable, Mapping
@@ -246,8 +247,12 @@ class _Progress:
         self.bar.set_postfix_str(", ".join(parts), refresh=False)
 
     def say(self, line: str) -> None:
-        """Write a line without breaking the bar."""
-        self.bar.write(line, file=sys.stderr) if not self.bar.disable else click.echo(line, err=True)
+        """Write a line without breaking the bar; a full disk under the messages does not stop the run."""
+        try:
+            self.bar.write(line, file=sys.stderr) if not self.bar.disable else click.echo(line, err=True)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
 
 def _line(report: Any) -> str:
