@@ -30,7 +30,7 @@ from bincompress.commands.shared import kernels_announced, print_json
     help="Who runs the samples: this machine or a Ray cluster.",
 )
 @click.option("--address", help="ray: auto, HOST:PORT or ray://HOST:10001.  [default: RAY_ADDRESS, or this machine]")
-@click.option("--overwrite", is_flag=True, help="Replace statistics made with other settings.")
+@click.option("--overwrite", is_flag=True, help="Replace statistics made with other settings: they are removed first.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     source: str, stats: str, text: Path, samples: int, context: int, threads: int | None,

@@ -54,7 +54,11 @@ _SAMPLES, _CONTEXT = 64, 512  # of --sequential; bincompress.api has the same, a
 @placement_options
 @click.option("--dry-run", is_flag=True, help="Show what would be done: tensors, bytes, memory, core-hours.")
 @click.option("--rate", type=Rate(), help="--dry-run: source bytes a second of one core.  [default: measured here]")
-@click.option("--overwrite", is_flag=True, help="Replace a store made with other settings.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace a store made with other settings: it is removed before the new one is written.",
+)
 @click.option("--archive", is_flag=True, help="Compress the arrays with zstd: smaller, slower to load.")
 @click.option("--verbose", "-v", is_flag=True, help="A line per tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

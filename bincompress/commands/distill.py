@@ -46,7 +46,9 @@ _PLACES = ("device", "threads", "checkpoint_every")
 @click.option("--checkpoint-every", type=int, default=100, show_default=True, help="Steps; 0: none.")
 @click.option("--work", type=click.Path(file_okay=False, path_type=Path), help="Checkpoints.  [default: beside STORE2]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order of windows and of written text.")
-@click.option("--overwrite", is_flag=True, help="Replace STORE2, and begin anew.")
+@click.option(
+    "--overwrite", is_flag=True, help="Begin anew, and replace STORE2 (in a folder: when the result is there)."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     store: str, teacher: str, text: Path | None, out: str, work: Path | None, cache_logits: Path | None,

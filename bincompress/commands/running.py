@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -120,8 +121,12 @@ def _counts(progress: Progress) -> str:
 
 
 def _say(bar: Any, line: str) -> None:
-    """Write a line without breaking the bar."""
-    bar.write(line, file=sys.stderr) if not bar.disable else click.echo(line, err=True)
+    """Write a line without breaking the bar; a full disk under the messages does not stop the run."""
+    try:
+        bar.write(line, file=sys.stderr) if not bar.disable else click.echo(line, err=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def _line(report: JobReport) -> str:

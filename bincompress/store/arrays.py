@@ -14,6 +14,7 @@ from bincompress.store.layout import CHECKSUM_BYTES, ZSTD_LEVEL, ArrayLayout, ar
 
 _FREE_BYTES = 32 << 20  # of a coded chunk, whatever its file's size: an all-zero plane is coded in a few bytes
 _MOST_RATIO = 1024  # of a larger one; planes and scales are far below 10
+_ZSTD_HEADER_BYTES = 18
 _FINITE_STEP = 1 << 17  # values that are looked at in one go: they stay in the cache
 
 
@@ -90,15 +91,27 @@ def _chunk(content: bytes | None, layout: ArrayLayout) -> NDArray[Any]:
     if google_crc32c.value(np.frombuffer(data, np.uint8)) != int.from_bytes(content[-CHECKSUM_BYTES:], "little"):
         raise ValueError("its bytes do not fit their checksum")
     if layout.archive:
+        found = _coded_size(bytes(data[:_ZSTD_HEADER_BYTES]))
+        if found != layout.chunk_nbytes:
+            raise ValueError(f"its coded bytes hold {found:,}; expected {layout.chunk_nbytes:,}")
         decoded = np.empty(layout.chunk_nbytes, np.uint8)
-        # Into memory of the size that is expected: the coded bytes say how much they need, and could say anything.
-        result = _zstd().decode(data, decoded)
-        if getattr(result, "nbytes", len(result)) != layout.chunk_nbytes:
-            raise ValueError("its coded bytes are not of its length")
+        _zstd().decode(data, decoded)
         return decoded.view(np.dtype(layout.dtype).newbyteorder("<"))
     if len(data) != layout.chunk_nbytes:
         raise ValueError(f"{len(data):,} bytes; expected {layout.chunk_nbytes:,}")
     return np.frombuffer(data, np.dtype(layout.dtype).newbyteorder("<"))
+
+
+def _coded_size(header: bytes) -> int:
+    """Return how many bytes a zstd frame says it holds (RFC 8878, 3.1.1.1); raises ValueError where it does not say."""
+    if len(header) < 6 or header[:4] != b"\x28\xb5\x2f\xfd":
+        raise ValueError("its bytes are not zstd's")
+    single = header[4] >> 5 & 1
+    size = (single, 2, 4, 8)[header[4] >> 6]
+    start = 6 - single + (0, 1, 2, 4)[header[4] & 3]
+    if not size:
+        raise ValueError("its coded bytes do not say how many they hold")
+    return int.from_bytes(header[start : start + size], "little") + (256 if size == 2 else 0)
 
 
 def _zstd() -> Any:
