@@ -23,7 +23,7 @@ from bincompress.methods import METHODS
 from bincompress.methods.dbellquant import channel_scale
 from bincompress.records import Binarized, Inputs, Job, JobReport, Shared, Weight
 from bincompress.sources.checkpoint import read_weight
-from bincompress.store.store import Store, is_local, open_store
+from bincompress.store.store import PLAIN_DTYPES, Store, is_local, open_store
 from bincompress.tensors.float8 import from_float8
 from cpu_kernels.quantize.counting import greatest_magnitude
 
@@ -109,7 +109,7 @@ def _write(store: Store, job: Job, weight: Weight, fingerprint: dict[str, Any]) 
         }  # fmt: skip
         if job.shared is not None:
             report["transformation"] = f"divided by the scale of {', '.join(m.name for m in job.shared.members)}"
-        dtype = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[weight.dtype]
+        dtype = PLAIN_DTYPES[weight.dtype]
         _commit(store, job, {"dtype": dtype, "hashes": hashes, "fingerprint": fingerprint, "report": report})
         return report
     # A whole matrix is counted anyway, and the count finds what is not finite: a pass over the weights less.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bincompress.errors import StoreError
 from bincompress.sources.checkpoint import INDEX
-from bincompress.store.store import Store
+from bincompress.store.store import PLAIN_DTYPES, Store
 from bincompress.tensors.dequantize import dequantize, to_bfloat16
 
 _SHARD_BYTES = 1 << 30  # weights that are in memory at once
@@ -35,6 +35,7 @@ def export(store: Store, folder: Path, on_tensor: Callable[[str, int], None] = l
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, content in store.read_assets().items():
+            (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
         _write_shards(store, partial, on_tensor)
         if folder.exists():
@@ -82,6 +83,6 @@ def _tensor(store: Store, name: str) -> NDArray[Any]:
     if store.tensors()[name] == "packed":
         return to_bfloat16(dequantize(store.read_packed(name))).view(ml_dtypes.bfloat16)
     weight, shape = store.read_plain(name)
-    dtype = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}[weight.dtype]
-    tensor: NDArray[Any] = weight.bits.view(dtype).reshape(shape)
+    name = PLAIN_DTYPES[weight.dtype]
+    tensor: NDArray[Any] = weight.bits.view(np.dtype(getattr(ml_dtypes, name, name))).reshape(shape)
     return tensor

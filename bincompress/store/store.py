@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from bincompress.errors import DamagedError, StoreError
 from bincompress.records import Binarized, Weight
+from bincompress.sources.assets import is_asset
+from bincompress.sources.checkpoint import OTHER_DTYPES
 from bincompress.tensors.packed import Packed, assemble
 
 if TYPE_CHECKING:
@@ -29,10 +31,16 @@ if TYPE_CHECKING:
 
 FORMAT = "bincompress"
 VERSION = 1
+_SLASH = "%2F"  # in names of assets that lie in a folder: an array has no folders
 _CHECKSUM_BYTES = 4  # of crc32c, behind the data
 _ALWAYS = ("planes", "coef")  # arrays of every packed tensor
 _ARRAYS = (*_ALWAYS, "column_planes", "in_scale", "listed_index", "listed_value")
-_PLAIN_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+# Of tensors kept as they are, by the names of safetensors; their arrays hold what `read_weight` gives.
+PLAIN_DTYPES = {
+    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "BOOL": "bool", "I8": "int8",
+    "U8": "uint8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32", "I64": "int64", "U64": "uint64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
 
 
 def is_local(url: str) -> bool:
@@ -50,6 +58,7 @@ class Store:
     def __init__(self, url: str, attributes: dict[str, Any]) -> None:
         self.url = url
         self.attributes = attributes  # the root's: format, version, source, config, recipe, tensors, status, failures
+        self.refreshed: list[str] = []  # assets that a continued run has taken over anew
         self._complete: dict[str, dict[str, Any]] = {}  # Zarr metadata of complete tensors, which does not change
 
     @cached_property
@@ -204,9 +213,9 @@ class Store:
         values = self._read(name, self._path(name), node)
         if check_hashes:
             self._check_hash(name, "array", values, self.hashes(name))
-        names = {stored: dtype for dtype, stored in _PLAIN_DTYPES.items()}
-        dtype = names.get(str(attributes.get("dtype")))
-        if dtype is None or values.dtype != (np.float32 if dtype == "F32" else np.uint16):
+        names = {stored: dtype for dtype, stored in PLAIN_DTYPES.items()}
+        dtype = names.get(str(attributes.get("dtype")), "")
+        if not dtype or values.dtype != np.dtype(OTHER_DTYPES.get(dtype, np.float32 if dtype == "F32" else np.uint16)):
             raise DamagedError(
                 f"{self.url}: {name}: holds {values.dtype}, its attributes say {attributes.get('dtype')!r}"
             )
@@ -237,7 +246,7 @@ class Store:
         if tuple(node["chunk_grid"]["configuration"]["chunk_shape"]) != shape or not size:
             return None
         # Without Path and np.memmap, which take 0.3 ms an array together.
-        with open(f"{self.url}/{path}/c/{'/'.join('0' * len(shape))}", "rb", buffering=0) as file:
+        with open("/".join([self.url, path, "c", *"0" * len(shape)]), "rb", buffering=0) as file:
             found = os.fstat(file.fileno()).st_size
             if found != size + _CHECKSUM_BYTES:
                 raise ValueError(f"{found:,} bytes; expected {size + _CHECKSUM_BYTES:,}")
@@ -258,26 +267,44 @@ class Store:
     def write_assets(self, assets: Mapping[str, bytes]) -> None:
         """Write the model's small files."""
         self._access.put_group("assets", {})
-        arrays = {f"assets/{name}": np.frombuffer(content, np.uint8) for name, content in assets.items()}
+        arrays = {_asset_path(name): np.frombuffer(content, np.uint8) for name, content in assets.items()}
         self._access.write_arrays(arrays, archive=False)
         for path, values in arrays.items():
             self._access.put_attributes(path, {"hashes": {"array": array_hash(values)}})
+
+    def refresh_assets(self, assets: Mapping[str, bytes]) -> list[str]:
+        """Make the model's small files those given, without touching tensors; returns the names that changed."""
+        try:
+            found = self.read_assets()
+        except DamagedError:
+            found = {}
+        gone = sorted(set(self._asset_names()) - set(assets))
+        changed = {name: content for name, content in assets.items() if found.get(name) != content}
+        for name in (*gone, *changed):
+            self._access.remove(_asset_path(name))
+        if changed:
+            self.write_assets(changed)
+        self.refreshed = sorted([*gone, *changed])
+        return self.refreshed
 
     def read_assets(self) -> dict[str, bytes]:
         """Return the model's small files by name; raises DamagedError where one differs from what was written."""
         found = {}
         for name in self._asset_names():
-            values = self._read(f"assets/{name}", f"assets/{name}")
-            if self._node(f"assets/{name}").get("attributes", {}).get("hashes") != {"array": array_hash(values)}:
+            path = _asset_path(name)
+            if not is_asset(name):
+                raise DamagedError(f"{self.url}: {path}: expected the name of a file beside a model's weights")
+            values = self._read(f"assets/{name}", path)
+            if self._node(path).get("attributes", {}).get("hashes") != {"array": array_hash(values)}:
                 raise DamagedError(f"{self.url}: assets/{name}: its bytes are not those that were written")
             found[name] = values.tobytes()
         return found
 
     def _asset_names(self) -> list[str]:
         if not is_local(self.url):
-            return self._access.array_names("assets")
+            return [name.replace(_SLASH, "/") for name in self._access.array_names("assets")]
         folder = Path(self.url) / "assets"
-        return sorted(path.parent.name for path in folder.glob("*/zarr.json"))
+        return sorted(path.parent.name.replace(_SLASH, "/") for path in folder.glob("*/zarr.json"))
 
     def finish(self, failures: Mapping[str, str]) -> bool:
         """Write the manifest: the store is complete if every planned tensor is."""
@@ -299,6 +326,10 @@ class Store:
         """Write the root's attributes."""
         self._access.put_attributes("", attributes)
         self.attributes = attributes
+
+
+def _asset_path(name: str) -> str:
+    return f"assets/{name.replace('/', _SLASH)}"
 
 
 def let_go(values: NDArray[Any]) -> None:
@@ -374,17 +405,17 @@ def begin_store(url: str, plan: Mapping[str, Any], assets: Mapping[str, bytes], 
     if overwrite and is_local(url) and Path(url).exists():
         remove_store(Path(url))
     elif is_local(url) and Path(url).exists() and any(Path(url).iterdir()):
-        return _continue(url, record, extra)
+        return _continue(url, record, extra, assets)
     elif not is_local(url) and not overwrite:
         with contextlib.suppress(FileNotFoundError):
             _root_attributes(url)
-            return _continue(url, record, extra)
+            return _continue(url, record, extra, assets)
     store = Store(url, {"format": FORMAT})
     store.create(assets, {**record, **extra, "status": "incomplete", "failures": {}}, overwrite)
     return store
 
 
-def _continue(url: str, record: dict[str, Any], extra: dict[str, str]) -> Store:
+def _continue(url: str, record: dict[str, Any], extra: dict[str, str], assets: Mapping[str, bytes]) -> Store:
     try:
         store = open_store(url)
     except StoreError as error:
@@ -397,6 +428,7 @@ def _continue(url: str, record: dict[str, Any], extra: dict[str, str]) -> Store:
     if is_local(url):
         for leftover in Path(url).rglob(".*.partial"):
             leftover.unlink()
+    store.refresh_assets(assets)
     if extra:
         store.put_attributes({**store.attributes, **extra})
     return store
