@@ -6,6 +6,7 @@ import shutil
 import threading
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from bincompress.compression.recipe import Override, Recipe, load_recipe
 from bincompress.compression.run import compress
 from bincompress.errors import BincompressError, DamagedError, StoreError
 from bincompress.inference.load import TooLittleMemoryError, default_sampling, load_decoder
+from bincompress.inference.sampling import Sampling
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.decoder import Decoder
-from bincompress.model.errors import ConfigError, UnsupportedModelError
+from bincompress.model.errors import ConfigError, SamplingError, UnsupportedModelError
 from bincompress.model.lowering import MOST_PLANES, lower
 from bincompress.model.packed_linear import ActivationSettings, PackedEmbedding, StackedLinear
 from bincompress.records import Settings
@@ -368,7 +370,10 @@ def test_an_unfinished_store_and_an_unknown_architecture(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("content", "temperature", "top_p"),
     [
-        ({}, 1.0, 1.0),
+        ({}, 0.0, 1.0),
+        ({"do_sample": None, "temperature": 0.8, "top_p": 0.5}, 0.0, 0.5),
+        ({"do_sample": True, "temperature": None, "top_k": -1}, 1.0, 1.0),
+        ({"do_sample": True, "top_k": 20.0, "top_p": 0.0}, 1.0, 0.0),
         ({"do_sample": True, "temperature": 0.8, "top_p": 0.95}, 0.8, 0.95),
         ({"do_sample": False}, 0.0, 1.0),
     ],
@@ -378,6 +383,20 @@ def test_sampling_comes_from_the_models_own_settings(content: dict, temperature:
     assert (sampling.temperature, sampling.top_p) == (temperature, top_p)
     with pytest.raises(ConfigError, match="temperature: expected a number, found 'hot'"):
         default_sampling({"generation_config.json": b'{"temperature": "hot"}'})
+
+
+def test_an_option_comes_before_the_file_and_errors_name_the_file() -> None:
+    def of(content: dict, **given: Any) -> Sampling:
+        return default_sampling({"generation_config.json": json.dumps(content).encode()}, given)
+
+    assert of({"do_sample": False, "top_k": 7, "repetition_penalty": 1.5}) == Sampling(0.0, 7, repetition_penalty=1.5)
+    assert of({"top_k": 7}, temperature=0.5) == Sampling(0.5, 7)
+    assert of({"do_sample": True, "top_k": -5, "top_p": "x"}, top_k=0, top_p=0.9) == Sampling(top_p=0.9)
+    for content in ({"top_k": -5}, {"top_k": 2.5}, {"top_p": 1.5}, {"do_sample": 1}, {"min_p": True}, {"top_k": 1e400}):
+        with pytest.raises(ConfigError, match=rf"^generation_config\.json: {next(iter(content))}: expected "):
+            of(content)
+    with pytest.raises(SamplingError, match=r"^top_k: expected"):
+        of({}, top_k=-3)
 
 
 def test_exported_and_packed_agree(tiny_model: Path, tmp_path: Path) -> None:

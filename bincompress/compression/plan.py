@@ -229,6 +229,8 @@ def _planned(source: TensorSource, recipe: Recipe, kept: tuple[tuple[int, int], 
                 f"{source.name}: dtype {source.dtype} is not known; expected a checkpoint of BF16, F16 or F32"
             )
         reason = role.reason or "asked for (keep)"
+        if source.dtype not in ITEM_BYTES:
+            reason = f"{source.dtype}, which the decoder does not read"
         return PlannedTensor(source, kind, settings, (), source.nbytes, memory, reason=reason)
     if len(source.shape) != 2 or min(source.shape) < 1:
         raise RecipeError(f"{source.name}: shape {list(source.shape)}; only matrices can be packed, keep it instead")

@@ -98,14 +98,13 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
         made_by = next((maker for end, maker in _QUANTIZED.items() if name.endswith(end)), "")
         if made_by in ("MXFP4", "FP8 or compressed-tensors") and not method and tensor.dtype in ITEM_BYTES:
             made_by = ""
-        if tensor.dtype.startswith(("F8", "F4", "F6")) and len(tensor.shape) == 2:
+        if tensor.dtype.startswith(("F8_", "F4", "F6_")) and len(tensor.shape) == 2:
             made_by = made_by or "FP8"
         integers = tensor.dtype in ("U8", "I8", "I32") and len(tensor.shape) == 2 and name.endswith(".weight")
-        made_by = made_by or ("an unnamed method" if integers else "")
-        if made_by:
-            said = f"{method!r} by config.json, " if method else ""
+        if made_by or integers:
+            by = f"{method}, as config.json says" if method else made_by or f"its weights are {tensor.dtype}"
             raise CheckpointError(
-                f"{name}: {tensor.dtype} {list(tensor.shape)}: the checkpoint is quantized already ({said}{made_by}); "
+                f"{name}: {tensor.dtype} {list(tensor.shape)}: the checkpoint is quantized already ({by}); "
                 "give the unquantized model it was made from, or dequantize it first (transformers: "
                 "model.dequantize(), then save_pretrained)"
             )
@@ -114,7 +113,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 def _decoder_faults(checkpoint: Checkpoint, config: ModelConfig) -> list[str]:
     """Return what the decoder lacks; raises CheckpointError for shapes and dtypes that cannot be."""
     missing = []
-    for name, shape in config.tensors().items():
+    for name, shape in sorted(config.tensors().items()):
         tensor = checkpoint.tensors.get(name)
         if tensor is None:
             missing.append(name)

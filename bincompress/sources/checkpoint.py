@@ -18,7 +18,7 @@ from bincompress.errors import CheckpointError
 from bincompress.records import TensorSource, Weight
 from bincompress.sources.assets import ASSETS as ASSETS
 from bincompress.sources.assets import read_assets
-from bincompress.sources.files import FILE_NAME, index_notes, weight_files
+from bincompress.sources.files import ADAPTER, FILE_NAME, index_notes, weight_files
 from bincompress.sources.files import INDEX as INDEX
 from bincompress.sources.json_files import read_json as read_json
 from bincompress.sources.json_files import refuse_pointer
@@ -78,14 +78,11 @@ def open_checkpoint(folder: Path, name: str = "", revision: str = "") -> Checkpo
 
 def _refuse_other_folder(folder: Path) -> None:
     """Raise CheckpointError for a folder that is no checkpoint, but known to be something else."""
-    weight_files_there = any(folder.glob("*.safetensors"))
-    if (folder / "adapter_config.json").exists() and (weight_files_there or any(folder.glob("adapter_model*"))):
+    if (folder / ADAPTER).exists():
         weight_files(folder)
-    commits = sorted(path.name for path in (folder / "snapshots").glob("*") if path.is_dir())
+    commits = sorted(path for pattern in ("snapshots/*", "models--*/snapshots/*") for path in folder.glob(pattern))
     if commits:
-        raise CheckpointError(
-            f"{folder}: a folder of the Hub's cache; give the model in it: {folder / 'snapshots' / commits[0]}"
-        )
+        raise CheckpointError(f"{folder}: a folder of the Hub's cache; give the model in it, such as {commits[0]}")
 
 
 def _check_double(first: TensorSource, second: TensorSource, named: str | None) -> None:
