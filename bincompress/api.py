@@ -32,7 +32,7 @@ from bincompress.errors import BincompressError
 from bincompress.inference.evaluate import Evaluation
 from bincompress.inference.evaluate import evaluate as score
 from bincompress.inference.load import load, load_baseline, load_decoder, usable_threads
-from bincompress.model.config import parse
+from bincompress.model.checkpoint_source import checkpoint_config
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.reporting.inspection import inspect as inspect_store
@@ -398,7 +398,7 @@ def _check_sequential(
 
 
 def _few_tokens(checkpoint: Checkpoint, tokens: Any) -> tuple[str, ...]:
-    cols = parse(checkpoint.config).inner
+    cols = checkpoint_config(checkpoint).inner
     if tokens.size >= _FEW_TOKENS * cols:
         return ()
     return (

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from bincompress.compression.plan import make_plan
 from bincompress.compression.recipe import Recipe
@@ -116,13 +117,90 @@ def test_index_that_points_outside_the_folder(tiny_model: Path, file: str) -> No
 def test_index_that_names_what_is_not_there(tiny_model: Path) -> None:
     index = tiny_model / "model.safetensors.index.json"
     found = json.loads(index.read_text())
-    found["weight_map"]["model.extra.weight"] = "model-00001-of-00002.safetensors"
-    index.write_text(json.dumps(found))
-    with pytest.raises(CheckpointError, match=r"holds model\.extra\.weight, which it does not"):
-        open_checkpoint(tiny_model)
+    swapped = {
+        name: f"model-0000{1 + ('1-of' not in file) % 2}-of-00002.safetensors"
+        for name, file in found["weight_map"].items()
+    }
+    swapped["mtp.fc.weight"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps({"weight_map": swapped}))
+    checkpoint = open_checkpoint(tiny_model)
+    assert list(checkpoint.tensors) == sorted(tiny_tensors())
+    assert checkpoint.notes == ("model.safetensors.index.json names 1 tensors that no file holds: mtp.fc.weight",)
     (tiny_model / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"missing, but .* names it"):
         open_checkpoint(tiny_model)
+
+
+def test_a_whole_file_comes_before_an_index(tiny_model: Path) -> None:
+    other = tiny_tensors(seed=3)
+    safetensors.numpy.save_file(other, tiny_model / "model.safetensors")
+    checkpoint = open_checkpoint(tiny_model)
+    assert {Path(tensor.file).name for tensor in checkpoint.tensors.values()} == {"model.safetensors"}
+    assert "model.safetensors is read" in checkpoint.notes[0]
+    assert "model.safetensors.index.json" in checkpoint.notes[0]
+    for shard in tiny_model.glob("model-*"):
+        shard.unlink()
+    assert list(open_checkpoint(tiny_model).tensors) == sorted(other)
+
+
+@pytest.mark.parametrize("overlay", ["overlay", "zz-overlay"])
+def test_overlay_shards(tmp_path: Path, overlay: str) -> None:
+    """The index names the overlay for one tensor; transformers takes the later of the files' names."""
+    base, changed = tiny_tensors(), tiny_tensors(seed=4)["lm_head.weight"]
+    folder = write_model(tmp_path / "m", base, tiny_config())
+    (folder / "model.safetensors").rename(folder / "q-base.safetensors")
+    safetensors.numpy.save_file({"lm_head.weight": changed}, folder / f"{overlay}.safetensors")
+    where = dict.fromkeys(base, "q-base.safetensors") | {"lm_head.weight": f"{overlay}.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    if overlay == "overlay":
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight: in both .* different values, and the index names"):
+            open_checkpoint(folder)
+        safetensors.numpy.save_file({"lm_head.weight": base["lm_head.weight"]}, folder / f"{overlay}.safetensors")
+        changed = base["lm_head.weight"]
+    found = read_weight(open_checkpoint(folder).tensors["lm_head.weight"])
+    np.testing.assert_array_equal(found.bits, changed.view(np.uint16))
+
+
+def test_a_whole_set_without_an_index(tiny_model: Path) -> None:
+    (tiny_model / "model.safetensors.index.json").unlink()
+    assert open_checkpoint(tiny_model).notes == ()
+    second = {"tok_embeddings.weight": tiny_tensors()["lm_head.weight"]}
+    safetensors.numpy.save_file(second, tiny_model / "consolidated.safetensors")
+    checkpoint = open_checkpoint(tiny_model)
+    assert list(checkpoint.tensors) == sorted(tiny_tensors())
+    assert "not used: consolidated.safetensors" in checkpoint.notes[0]
+    (tiny_model / "model-00002-of-00002.safetensors").rename(tiny_model / "part.safetensors")
+    safetensors.numpy.save_file(
+        {"lm_head.weight": tiny_tensors(seed=2)["lm_head.weight"]}, tiny_model / "x.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=r"different values, and no index says which"):
+        open_checkpoint(tiny_model)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_pointer_is_called_one(single: Path, name: str) -> None:
+    (single / name).write_bytes(POINTER)
+    with pytest.raises(CheckpointError, match=rf"{name}: a Git LFS pointer, not the file itself"):
+        open_checkpoint(single)
+
+
+def test_folders_of_other_kinds_are_called_what_they_are(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "o/m"}')
+    safetensors.numpy.save_file({"x": np.zeros(1, np.float32)}, adapter / "adapter_model.safetensors")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"an adapter \(LoRA or the like\) of 'o/m', not a whole model"):
+            open_checkpoint(adapter)
+        (adapter / "config.json").write_text("{}")
+    cache = tmp_path / "models--o--m"
+    (cache / "snapshots" / "abc").mkdir(parents=True)
+    for folder in (cache, tmp_path):
+        with pytest.raises(CheckpointError, match=r"a folder of the Hub's cache; give the model in it, such as .*abc"):
+            open_checkpoint(folder)
 
 
 def test_folders_that_are_no_checkpoints(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from bincompress.sources.checkpoint import open_checkpoint
 from bincompress.store.export import export
 from bincompress.store.store import Store, open_store
 from bincompress.tensors.dequantize import dequantize, to_bfloat16
+from tests.test_model_tokenizer import byte_level
 
 pytestmark = pytest.mark.slow  # PyTorch and transformers
 
@@ -65,3 +66,19 @@ def test_rounding_to_bfloat16_is_to_nearest_ties_to_even() -> None:
     values = np.concatenate([values, np.array([1.00390625, 1.01171875, 0.0, -0.0], np.float32)])
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
     np.testing.assert_array_equal(to_bfloat16(values), expected)
+
+
+def test_a_tokenizer_without_tokenizer_json_comes_out_again(tiny_model: Path, tmp_path: Path) -> None:
+    """Of vocab.json and merges.txt with added tokens: without them it loads all the same, and gives nonsense."""
+    model = json.loads(byte_level())["model"]
+    (tiny_model / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+    (tiny_model / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
+    (tiny_model / "added_tokens.json").write_text(json.dumps({"<|x|>": len(model["vocab"])}))
+    config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<s>"}
+    (tiny_model / "tokenizer_config.json").write_text(json.dumps(config))
+    compress(make_plan(open_checkpoint(tiny_model), load_recipe(None, {})), str(tmp_path / "store"))
+    out = export(open_store(str(tmp_path / "store")), tmp_path / "out")
+    expected = transformers.AutoTokenizer.from_pretrained(tiny_model)("the <|x|> upon")["input_ids"]
+    assert len(expected) > 3
+    assert transformers.AutoTokenizer.from_pretrained(out)("the <|x|> upon")["input_ids"] == expected

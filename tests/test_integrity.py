@@ -316,7 +316,7 @@ def test_behind_a_url_too(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_the_first_value_that_is_not_finite(dtype: str) -> None:
     values = np.random.default_rng(0).standard_normal(300_000).astype(np.float32)
-    greatest = {"BF16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).max), "F16": 65504.0, "F32": 3.4028234e38}[dtype]
+    greatest = {"BF16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).max), "F16": 65504.0, "F32": 3.4028234e38}[dtype]  # type: ignore[no-untyped-call]
     values[:4] = [greatest, -greatest, -0.0, 1e-7]
     assert first_not_finite(as_weight(values, dtype).bits, dtype) is None
     for place in (0, 131_071, 131_072, 299_999):

@@ -19,6 +19,7 @@ def test_filters_by_hand() -> None:
     assert kept(Sampling(top_k=2)) == [2, 3]
     assert kept(Sampling(top_p=0.6)) == [2, 3]
     assert kept(Sampling(top_p=1e-9)) == [2]
+    assert kept(Sampling(top_p=0.0)) == [2]
     assert kept(Sampling(min_p=0.45)) == [1, 2, 3]
     assert kept(Sampling(top_k=4, top_p=0.9, min_p=0.3)) == [1, 2, 3]
 
@@ -59,7 +60,7 @@ def test_draws_follow_the_probabilities() -> None:
         ("temperature", float("nan")),
         ("temperature", float("inf")),
         ("top_k", -1),
-        ("top_p", 0.0),
+        ("top_p", -0.01),
         ("top_p", 1.01),
         ("min_p", -0.1),
         ("min_p", 2.0),

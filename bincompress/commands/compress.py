@@ -116,12 +116,12 @@ def _show_plan(planned: Planned, rate: int | None, verbose: bool, as_json: bool)
     """Show what would be done."""
     from bincompress.compression.estimate import estimate
     from bincompress.compression.sequential import memory
-    from bincompress.model.config import parse
+    from bincompress.model.checkpoint_source import checkpoint_config
 
     plan, tokens = planned.plan, planned.sequential_tokens
     with kernels_announced():
         cost = estimate(plan.tensors, rate)
-    collecting = None if plan.sequence is None else memory(parse(plan.checkpoint.config), tokens)
+    collecting = None if plan.sequence is None else memory(checkpoint_config(plan.checkpoint), tokens)
     if as_json:
         print_json(_plan_record(planned, cost.record(), collecting))
         return

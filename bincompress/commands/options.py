@@ -49,13 +49,15 @@ def sampling_options(command: Command) -> Command:
 
 
 def settings_from(model: Any, options: dict[str, Any]) -> Any:
-    """Return the generation settings of a model, changed by the options that were given."""
+    """Return the generation settings of a model that `load_with` loaded, with the options that end a text."""
     from dataclasses import replace
 
+    return replace(model.defaults, stop=options["stop"], max_tokens=options["max_tokens"])
+
+
+def _sampling_given(options: dict[str, Any]) -> dict[str, Any]:
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    given = {name: options[name] for name in names if options[name] is not None}
-    sampling = replace(model.defaults.sampling, **given)
-    return replace(model.defaults, sampling=sampling, stop=options["stop"], max_tokens=options["max_tokens"])
+    return {name: options[name] for name in names if options.get(name) is not None}
 
 
 def load_with(store: str, options: dict[str, Any]) -> Any:
@@ -68,4 +70,5 @@ def load_with(store: str, options: dict[str, Any]) -> Any:
         activation_bits=int(options["activation_bits"]),
         activation_scale=options["activation_scale"],
         kernel=options["kernel"],
+        sampling=_sampling_given(options),
     )

@@ -3,8 +3,8 @@
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -14,17 +14,14 @@ from bincompress.errors import RecipeError
 from bincompress.methods import KEEP, Settings, embeddings, method_named
 from bincompress.model.checkpoint_source import checkpoint_config
 from bincompress.model.config import ModelConfig
-from bincompress.sources.checkpoint import ITEM_BYTES, Checkpoint, check_shapes
+from bincompress.model.roles import Kept, Kind, Role, kept_lines
+from bincompress.model.runnable import Verdict, roles_of, verdict
+from bincompress.sources.checkpoint import ITEM_BYTES, OTHER_DTYPES, Checkpoint
 from bincompress.sources.hub import source_record
 from bincompress.tensors.weight import TensorSource
 
 if TYPE_CHECKING:
     from bincompress.calibration.statistics import Statistics
-
-Kind = Literal["linear", "embedding", "head", "other"]
-_EMBEDDINGS = ("*embed_tokens.weight", "*wte.weight", "*word_embeddings.weight")
-_HEADS = ("*lm_head.weight",)
-_KEPT = ("*norm*", "*.mlp.gate.weight", "*router*", "*position*")  # small, and every error in them is multiplied
 
 _BASE_BYTES = 250 << 20  # Python, NumPy, Numba and Zarr, kernels loaded
 
@@ -41,6 +38,7 @@ class PlannedTensor:
     peak_memory: int  # bytes
     inputs_hash: str = ""  # of the statistics that its settings need
     shared: Shared | None = None  # where a transformation is folded into a norm: of the norm and its readers
+    reason: str = ""  # why it is kept; empty where it is packed
 
     @property
     def packed(self) -> bool:
@@ -58,6 +56,11 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     statistics: str = ""  # where they lie, where any tensor needs them
     sequence: Mapping[str, Any] | None = None  # what a run layer after layer is calibrated on, as JSON
+    verdict: Verdict = field(default_factory=lambda: Verdict((), (), None))  # whether the store will run here
+
+    def kept_lines(self) -> list[str]:
+        """Return a line for each group of tensors that stays unpacked, with the reason and its share of the weights."""
+        return kept_lines(Kept(t.source.name, math.prod(t.source.shape), t.reason) for t in self.tensors)
 
     @property
     def expected_bytes(self) -> int:
@@ -100,20 +103,23 @@ def make_plan(
     statistics: of the inputs, for settings that compensate errors; they have to be this checkpoint's. sequence: what
     they are collected on while the plan is carried out (see `sequence.in_sequence`), in place of statistics.
     """
-    check_shapes(checkpoint)
+    found = verdict(checkpoint)
+    roles = roles_of(checkpoint)
     kept = dict(kept or {})
     _check_names(checkpoint, recipe, kept)
     if statistics is not None:
         _check_statistics(checkpoint, statistics)
     known = _decoder_linears(checkpoint) if sequence is not None else frozenset()
     tensors = tuple(
-        _with_inputs(_planned(tensor, recipe, kept.get(tensor.name, ())), statistics, known)
+        _with_inputs(
+            _planned(tensor, recipe, kept.get(tensor.name, ()), roles.of(tensor.name, tensor.shape)), statistics, known
+        )
         for tensor in checkpoint.tensors.values()
     )
     if sequence is not None and not any(t.settings.calibrated for t in tensors):
         raise RecipeError("--sequential is for methods that need calibration, and none of these do: add --compensate")
     url = statistics.url if statistics is not None and any(t.inputs_hash for t in tensors) else ""
-    return Plan(checkpoint, recipe, archive, _folded(checkpoint, tensors), url, sequence)
+    return Plan(checkpoint, recipe, archive, _folded(checkpoint, tensors), url, sequence, found)
 
 
 def _decoder_linears(checkpoint: Checkpoint) -> frozenset[str]:
@@ -217,30 +223,29 @@ def _check_names(checkpoint: Checkpoint, recipe: Recipe, kept: Mapping[str, obje
             raise RecipeError(f"kept weights name the tensor {name}, which the checkpoint does not have")
 
 
-def kind_of(source: TensorSource) -> Kind:
-    """Return what a tensor is to the model, by its name and shape."""
-
-    def named(patterns: tuple[str, ...]) -> bool:
-        return any(fnmatch.fnmatchcase(source.name, pattern) for pattern in patterns)
-
-    if len(source.shape) != 2 or min(source.shape) < 1 or not source.name.endswith("weight") or named(_KEPT):
-        return "other"
-    return "embedding" if named(_EMBEDDINGS) else "head" if named(_HEADS) else "linear"
-
-
-def _planned(source: TensorSource, recipe: Recipe, kept: tuple[tuple[int, int], ...]) -> PlannedTensor:
-    kind = kind_of(source)
+def _planned(source: TensorSource, recipe: Recipe, kept: tuple[tuple[int, int], ...], role: Role) -> PlannedTensor:
+    kind = role.kind
     base = KEEP if kind == "other" else embeddings()[recipe.embeddings]
     settings = recipe.settings_for(source.name, None if kind == "linear" else base)
     if settings == KEEP:
         if kept:
             raise RecipeError(f"{source.name}: single weights are to be kept, but the whole tensor is")
         memory = _BASE_BYTES + 2 * min(source.nbytes, 512 << 20) + source.nbytes
-        return PlannedTensor(source, kind, settings, (), source.nbytes, memory)
+        if source.dtype not in ITEM_BYTES and source.dtype not in OTHER_DTYPES:
+            raise RecipeError(
+                f"{source.name}: dtype {source.dtype} is not known; expected a checkpoint of BF16, F16 or F32"
+            )
+        reason = role.reason or "asked for (keep)"
+        if source.dtype not in ITEM_BYTES:
+            reason = f"{source.dtype}, which the decoder does not read"
+        return PlannedTensor(source, kind, settings, (), source.nbytes, memory, reason=reason)
     if len(source.shape) != 2 or min(source.shape) < 1:
         raise RecipeError(f"{source.name}: shape {list(source.shape)}; only matrices can be packed, keep it instead")
     if source.dtype not in ITEM_BYTES:
-        raise RecipeError(f"{source.name}: dtype {source.dtype} cannot be packed; expected {', '.join(ITEM_BYTES)}")
+        raise RecipeError(
+            f"{source.name}: dtype {source.dtype} cannot be packed; expected {', '.join(ITEM_BYTES)} "
+            "(`--keep` leaves a tensor as it is)"
+        )
     rows, cols = source.shape
     problem = settings.problem((rows, cols))
     if problem:

@@ -1,8 +1,9 @@
 """From a finished store to a model that writes text, in one call."""
 
-import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from bincompress.blas import one_blas_thread
 from bincompress.errors import BincompressError, DamagedError, StoreError
@@ -14,7 +15,8 @@ from bincompress.model.cache import cache_bytes
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.config import ModelConfig
 from bincompress.model.decoder import Decoder
-from bincompress.model.errors import ConfigError
+from bincompress.model.errors import ConfigError, SamplingError
+from bincompress.model.files import json_object
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.model.store_source import StoreSource, store_config
 from bincompress.model.tokenizer import load_tokenizer
@@ -24,6 +26,10 @@ from cpu_kernels.matmul.prepacking import kernels
 from cpu_kernels.parallel.workers import Workers
 
 _BASE_BYTES = 200 << 20  # Python, NumPy, Numba, compiled kernels, work buffers
+_GENERATION = "generation_config.json"
+_SAMPLED: dict[str, type[int] | type[float]] = {
+    "temperature": float, "top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float,
+}  # fmt: skip
 _LARGEST_SETTING = 1e9  # of a number in generation_config.json
 _USUAL_CONTEXT = 2048  # tokens whose cache is counted before loading; longer texts take more
 
@@ -54,6 +60,7 @@ def load(
     activation_bits: int = 8,
     activation_scale: str = "segment",
     kernel: str | None = None,
+    sampling: Mapping[str, Any] | None = None,
 ) -> Model:
     """Load a finished store as a model.
 
@@ -66,6 +73,8 @@ def load(
     for that. A generation is for one thread at a time, and one that is suspended or dropped holds nothing up. A process
     forked after loading may use the model: it starts threads of its own. NumPy's BLAS keeps the threads that it has.
 
+    kernel: "lookup", "lookup-avx2", "popcount", ... (the best of this CPU if not given). sampling: values by name
+    ("temperature", "top_k", ...) that come before those of generation_config.json.
     Raises StoreError, DamagedError, UnsupportedModelError, TokenizerError or TooLittleMemoryError.
 
     >>> model = load("store")  # doctest: +SKIP
@@ -75,33 +84,45 @@ def load(
     loaded = load_decoder(store, threads, ActivationSettings(activation_bits, activation_scale), kernel)  # type: ignore[arg-type]
     if "tokenizer.json" not in loaded.assets:
         raise StoreError(f"{store}: has no tokenizer.json, so it cannot read or write text; add it to the checkpoint")
-    sampling = default_sampling(loaded.assets)
+    chosen = default_sampling(loaded.assets, sampling)
     return Model(
         loaded.decoder,
         load_tokenizer(loaded.assets),
         load_template(loaded.assets),
-        GenerationSettings(sampling=sampling),
+        GenerationSettings(sampling=chosen),
     )
 
 
-def default_sampling(assets: dict[str, bytes]) -> Sampling:
-    """Return the sampling that generation_config.json asks for; greedy where it says that nothing is to be drawn."""
+def default_sampling(assets: Mapping[str, bytes], given: Mapping[str, Any] | None = None) -> Sampling:
+    """Return the sampling that generation_config.json asks for; greedy, as in transformers, unless it says do_sample.
+
+    given: what a user chose, by the names of `Sampling`; it comes before the file, whose value is not looked at then.
+    Raises ConfigError naming the file, or SamplingError for what was given.
+    """
+    found = json_object(assets, _GENERATION) or {}
+    given = dict(given or {})
+    chosen = {key: _from_file(found, key) for key in _SAMPLED if key not in given and found.get(key) is not None}
+    drawn = found.get("do_sample")
+    if drawn not in (None, True, False) or type(drawn) is int:
+        raise ConfigError(f"{_GENERATION}: do_sample: expected true or false, found {drawn!r:.40}")
+    if not drawn and "temperature" not in given:
+        chosen["temperature"] = 0.0
     try:
-        found = json.loads(assets.get("generation_config.json", b"{}"))
-    except (ValueError, RecursionError):
-        raise ConfigError("generation_config.json: not readable as JSON") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"generation_config.json: expected a JSON object, found {type(found).__name__}")
-    if found.get("do_sample") is False:
-        return Sampling(temperature=0.0)
-    kinds: dict[str, type[int] | type[float]] = {
-        "temperature": float, "top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float,
-    }  # fmt: skip
-    given = {key: found[key] for key in kinds if found.get(key) is not None}
-    for key, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST_SETTING:
-            raise ConfigError(f"generation_config.json: {key}: expected a number, found {value!r:.40}")
-    return Sampling(**{key: kinds[key](value) for key, value in given.items()})  # type: ignore[arg-type]
+        Sampling(**chosen)
+    except SamplingError as error:
+        raise ConfigError(f"{_GENERATION}: {error}") from None
+    return Sampling(**{**chosen, **given})
+
+
+def _from_file(found: Mapping[str, Any], key: str) -> Any:
+    value, kind = found[key], _SAMPLED[key]
+    whole = kind is float or (
+        isinstance(value, int | float) and value == value and abs(value) < 1e9 and value == int(value)
+    )
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST_SETTING or not whole:
+        expected = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"{_GENERATION}: {key}: expected {expected}, found {value!r:.40}")
+    return 0 if key == "top_k" and value == -1 else kind(value)  # -1 is how some files say that it is off
 
 
 def load_decoder(url: str, threads: int | None, settings: ActivationSettings, kernel: str | None = None) -> Loaded:

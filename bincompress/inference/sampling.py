@@ -29,7 +29,7 @@ class Sampling:
         checks = (
             ("temperature", self.temperature, 0.0 <= self.temperature < np.inf, "0 (greedy) or more"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
-            ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0, at most 1"),
+            ("top_p", self.top_p, 0.0 <= self.top_p <= 1.0, "0 to 1"),
             ("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "0 to 1"),
             ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < np.inf, "above 0"),
             ("seed", self.seed, self.seed is None or self.seed >= 0, "0 or more"),

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bincompress.model.errors import TokenizerError
+from bincompress.sources.json_files import POINTER, begins_a_pointer
 
 
 def json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any] | None:
@@ -22,6 +23,4 @@ def json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any] | None:
 
 def pointer(content: bytes) -> str:
     """Return what to say of a file that is a Git LFS pointer, empty where it is none."""
-    if not content.startswith(b"version https://git-lfs"):
-        return ""
-    return "a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, or download the file again"
+    return POINTER if begins_a_pointer(content) else ""

@@ -8,7 +8,6 @@ import json
 import math
 import mmap
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,23 @@ from typing import Any
 import numpy as np
 
 from bincompress.errors import CheckpointError
+from bincompress.sources.assets import ASSETS as ASSETS
+from bincompress.sources.assets import read_assets
+from bincompress.sources.files import ADAPTER, FILE_NAME, index_notes, weight_files
+from bincompress.sources.files import INDEX as INDEX
+from bincompress.sources.json_files import read_json as read_json
+from bincompress.sources.json_files import refuse_pointer
 from bincompress.tensors.weight import TensorSource, Weight
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
-INDEX = "model.safetensors.index.json"
-ASSETS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+# Tensors of other dtypes are kept as they are where the model does not need them. (4-bit and smaller floats have no
+# whole number of bytes an item, so their sizes are not checked.)
+OTHER_DTYPES: dict[str, Any] = {
+    "BOOL": np.uint8, "I8": np.int8, "U8": np.uint8, "I16": np.int16, "U16": np.uint16, "I32": np.int32,
+    "U32": np.uint32, "I64": np.int64, "U64": np.uint64, "F64": np.float64, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8,
+}  # fmt: skip
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
-_ASSET_LIMIT = 256 << 20
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,254}")
+_COMPARED_AT_ONCE = 1 << 24  # bytes
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,11 @@ class Checkpoint:
     revision: str  # the Hub commit, or empty
     config: dict[str, Any]
     tensors: dict[str, TensorSource]
+    notes: tuple[str, ...] = ()  # what a user should know of how its files are read
 
     def assets(self) -> dict[str, bytes]:
         """Return the small files that belong to the model (config, tokenizer, templates) by name."""
-        found = {}
-        for name in ASSETS:
-            path = self.folder / name
-            if path.is_file():
-                if path.stat().st_size > _ASSET_LIMIT:
-                    raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; expected at most {_ASSET_LIMIT:,}")
-                found[name] = path.read_bytes()
-        return found
+        return read_assets(self.folder)
 
 
 def open_checkpoint(folder: Path, name: str = "", revision: str = "") -> Checkpoint:
@@ -62,75 +57,61 @@ def open_checkpoint(folder: Path, name: str = "", revision: str = "") -> Checkpo
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; expected a Hugging Face checkpoint folder or a Hub id")
+    if not (folder / "config.json").exists():
+        _refuse_other_folder(folder)
     config = read_json(folder / "config.json")
+    files = weight_files(folder)
+    notes = list(files.notes)
     tensors: dict[str, TensorSource] = {}
-    for path in _files(folder):
+    for path in files.paths:
         for tensor in read_header(path):
             if tensor.name in tensors:
-                raise CheckpointError(f"{tensor.name}: in both {tensors[tensor.name].file} and {path}; expected in one")
+                _check_double(tensors[tensor.name], tensor, files.index.get(tensor.name))
             tensors[tensor.name] = tensor
-    _check_index(folder, tensors)
     if not tensors:
         raise CheckpointError(f"{folder}: its safetensors files hold no tensors")
-    return Checkpoint(folder, name or folder.resolve().name, revision, config, dict(sorted(tensors.items())))
+    notes += index_notes(files, tensors)
+    return Checkpoint(
+        folder, name or folder.resolve().name, revision, config, dict(sorted(tensors.items())), tuple(notes)
+    )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object from a file; raises CheckpointError where it is missing or not one."""
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: missing; expected a Hugging Face checkpoint (config.json, *.safetensors)"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
+def _refuse_other_folder(folder: Path) -> None:
+    """Raise CheckpointError for a folder that is no checkpoint, but known to be something else."""
+    if (folder / ADAPTER).exists():
+        weight_files(folder)
+    commits = sorted(path for pattern in ("snapshots/*", "models--*/snapshots/*") for path in folder.glob(pattern))
+    if commits:
+        raise CheckpointError(f"{folder}: a folder of the Hub's cache; give the model in it, such as {commits[0]}")
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    index = folder / INDEX
-    if not index.exists():
-        return {}
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
-        raise CheckpointError(f"{index}: expected a weight_map of tensor names to file names")
-    return found
+def _check_double(first: TensorSource, second: TensorSource, named: str | None) -> None:
+    """Let a tensor be in two files where loaders agree on it: the later file, or the same bytes in both."""
+    if named == Path(second.file).name:
+        return
+    if (first.dtype, first.shape) == (second.dtype, second.shape) and _same_bytes(first, second):
+        return
+    says = f"the index names {named}, transformers reads {Path(second.file).name}" if named else "no index says which"
+    raise CheckpointError(
+        f"{second.name}: in both {first.file} and {second.file}, with different values, and {says}; expected in one: "
+        "remove the file that does not belong to the model, or download the index (model.safetensors.index.json)"
+    )
 
 
-def _files(folder: Path) -> list[Path]:
-    """Return the safetensors files of the model: those that the index names, else model.safetensors, else all."""
-    names = set(_weight_map(folder).values())
-    for name in sorted(names):
-        # A Hub download holds links into its cache, so the name is checked, not where it leads.
-        if not _NAME.fullmatch(name) or not name.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{folder / INDEX}: names the file {name!r}; expected a .safetensors file in that folder"
-            )
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: missing, but {INDEX} names it; download the checkpoint again")
-    if names:
-        return [folder / name for name in sorted(names)]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    found = sorted(folder.glob("*.safetensors"))
-    if not found:
-        raise CheckpointError(f"{folder}: no .safetensors file; other formats (.bin, .gguf) are not read")
-    return found
-
-
-def _check_index(folder: Path, tensors: dict[str, TensorSource]) -> None:
-    for name, file in _weight_map(folder).items():
-        if name not in tensors:
-            raise CheckpointError(f"{folder / INDEX}: says that {file} holds {name}, which it does not")
-        if Path(tensors[name].file).name != file:
-            raise CheckpointError(f"{folder / INDEX}: {name} is in {Path(tensors[name].file).name}, not in {file}")
+def _same_bytes(first: TensorSource, second: TensorSource) -> bool:
+    with open(first.file, "rb") as one, open(second.file, "rb") as other:
+        one.seek(first.offset)
+        other.seek(second.offset)
+        for start in range(0, first.nbytes, _COMPARED_AT_ONCE):
+            count = min(_COMPARED_AT_ONCE, first.nbytes - start)
+            if one.read(count) != other.read(count):
+                return False
+    return first.nbytes == second.nbytes
 
 
 def read_header(path: Path) -> list[TensorSource]:
     """Return the tensors of one safetensors file, each checked against the file's size."""
+    refuse_pointer(path)
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -157,7 +138,7 @@ def read_header(path: Path) -> list[TensorSource]:
 
 def _tensor(path: Path, base: int, size: int, name: str, entry: Any) -> TensorSource:
     where = f"{path}: {name!r}"
-    if not _NAME.fullmatch(name) or ".." in name:
+    if not FILE_NAME.fullmatch(name) or ".." in name:
         raise CheckpointError(f"{where}: expected a tensor name of letters, digits, '.', '_' and '-'")
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -171,20 +152,23 @@ def _tensor(path: Path, base: int, size: int, name: str, entry: Any) -> TensorSo
             f"{where}: bytes {begin:,} to {end:,} lie outside the {max(size - base, 0):,} bytes of data in the file "
             "(truncated download?)"
         )
-    expected = math.prod(shape) * ITEM_BYTES.get(dtype, 0)
-    if dtype in ITEM_BYTES and expected != end - begin:
+    known = ITEM_BYTES | {other: np.dtype(kind).itemsize for other, kind in OTHER_DTYPES.items()}
+    expected = math.prod(shape) * known.get(dtype, 0)
+    if dtype in known and expected != end - begin:
         raise CheckpointError(f"{where}: {dtype} {shape} needs {expected:,} bytes, the header gives {end - begin:,}")
     return TensorSource(name, dtype, tuple(shape), str(path), base + begin, end - begin)
 
 
 def read_weight(source: TensorSource) -> Weight:
-    """Map one tensor's float bit patterns into memory, read-only; a tensor of one dimension becomes one row.
+    """Map one tensor's items into memory, read-only: floats as bit patterns; one dimension becomes one row.
 
-    Raises CheckpointError where the dtype is not BF16, F16 or F32, or the file is shorter than its header said.
+    Raises CheckpointError where the dtype is neither a float's nor one of OTHER_DTYPES, or the file is shorter than its
+    header said.
     """
-    if source.dtype not in ITEM_BYTES:
-        raise CheckpointError(f"{source.name}: dtype {source.dtype}; expected one of {', '.join(ITEM_BYTES)}")
-    item = np.uint32 if source.dtype == "F32" else np.uint16
+    if source.dtype not in ITEM_BYTES and source.dtype not in OTHER_DTYPES:
+        known = ", ".join([*ITEM_BYTES, *OTHER_DTYPES])
+        raise CheckpointError(f"{source.name}: dtype {source.dtype}; expected one of {known}")
+    item = OTHER_DTYPES.get(source.dtype, np.uint32 if source.dtype == "F32" else np.uint16)
     count = math.prod(source.shape)
     if not count:
         return Weight(np.empty((0, 0), item), source.dtype)
@@ -207,39 +191,3 @@ def read_weight(source: TensorSource) -> Weight:
     # Kernels want aligned items; the format does not promise them.
     aligned = bits.view(item) if bits.ctypes.data % item().itemsize == 0 else np.frombuffer(bits.tobytes(), item)
     return Weight(aligned.reshape(math.prod(source.shape[:-1]), source.shape[-1] if source.shape else 1), source.dtype)
-
-
-_SHAPES = {
-    "embed_tokens.weight": ("vocab_size", "hidden_size"),
-    "lm_head.weight": ("vocab_size", "hidden_size"),
-    "self_attn.q_proj.weight": ("heads", "hidden_size"),
-    "self_attn.k_proj.weight": ("kv_heads", "hidden_size"),
-    "self_attn.v_proj.weight": ("kv_heads", "hidden_size"),
-    "self_attn.o_proj.weight": ("hidden_size", "heads"),
-    "mlp.gate_proj.weight": ("intermediate_size", "hidden_size"),
-    "mlp.up_proj.weight": ("intermediate_size", "hidden_size"),
-    "mlp.down_proj.weight": ("hidden_size", "intermediate_size"),
-}
-
-
-def check_shapes(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError where a tensor's shape contradicts config.json (names as Llama and its kin use them)."""
-    config = checkpoint.config
-    sizes = {key: value for key, value in config.items() if type(value) is int}
-    heads, hidden = sizes.get("num_attention_heads"), sizes.get("hidden_size")
-    if heads and hidden:
-        head_dim = sizes.get("head_dim") or hidden // heads
-        sizes["heads"] = heads * head_dim
-        sizes["kv_heads"] = sizes.get("num_key_value_heads", heads) * head_dim
-    for tensor in checkpoint.tensors.values():
-        for suffix, keys in _SHAPES.items():
-            if not tensor.name.endswith("." + suffix) and tensor.name != suffix:
-                continue
-            if not all(key in sizes for key in keys):
-                continue
-            expected = tuple(sizes[key] for key in keys)
-            if tensor.shape != expected:
-                raise CheckpointError(
-                    f"{tensor.name}: shape {list(tensor.shape)} contradicts config.json, which gives {list(expected)} "
-                    f"({' x '.join(keys)}); are the weights and config.json of one model?"
-                )

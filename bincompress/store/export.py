@@ -40,6 +40,7 @@ def export(store: Store, folder: Path, on_tensor: Callable[[str, int], None] = l
             _make_room(folder)
             partial.mkdir()
             for name, content in store.read_assets().items():
+                (partial / name).parent.mkdir(exist_ok=True)
                 (partial / name).write_bytes(content)
             _write_shards(store, partial, on_tensor)
             _put_in_place(partial, folder)
@@ -108,6 +109,6 @@ def _tensor(store: Store, name: str) -> NDArray[Any]:
     if store.tensors()[name] == "packed":
         return to_bfloat16(dequantize(store.read_packed(name))).view(ml_dtypes.bfloat16)
     weight, shape = store.read_plain(name)
-    dtype = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}[weight.dtype]
-    tensor: NDArray[Any] = weight.bits.view(dtype).reshape(shape)
+    name = weight.dtype_name
+    tensor: NDArray[Any] = weight.bits.view(np.dtype(getattr(ml_dtypes, name, name))).reshape(shape)
     return tensor

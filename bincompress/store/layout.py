@@ -27,7 +27,9 @@ SEAL = "sealed"  # the attribute that the others are under
 CHUNK_LIMIT = 256 << 20  # bytes of one chunk file: a larger array is cut by rows, so that no writer holds it twice
 CHECKSUM_BYTES = 4  # of crc32c, behind the data
 ZSTD_LEVEL = 9
-_DTYPES = ("uint8", "uint16", "uint64", "float16", "float32")
+_DTYPES = (
+    "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64",
+)  # fmt: skip
 _MOST_DIMENSIONS = 16
 _MOST_SIZE = 1 << 40  # of one dimension: far beyond any model, and small enough to multiply
 _ZSTD: dict[str, Any] = {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}

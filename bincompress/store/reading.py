@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bincompress.errors import DamagedError, StoreError
+from bincompress.sources.assets import is_asset
+from bincompress.sources.checkpoint import OTHER_DTYPES
 from bincompress.store.arrays import first_not_finite, map_array, read_array
 from bincompress.store.files import files_at, is_local
 from bincompress.store.layout import (
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 _UNREADABLE = (ArithmeticError, KeyError, MemoryError, OSError, TypeError, ValueError, RuntimeError, AttributeError)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,254}")  # of a tensor: it becomes a folder's
+
+_SLASH = "%2F"  # in names of assets that lie in a folder: an array has no folders
 
 
 class StoreReader:
@@ -187,8 +191,8 @@ class StoreReader:
         attributes = self.complete_attributes(name)
         values = self._read(name, "array")
         names = {stored: dtype for dtype, stored in DTYPE_NAMES.items()}
-        dtype = names.get(str(attributes.get("dtype")))
-        if dtype is None or values.dtype != (np.float32 if dtype == "F32" else np.uint16):
+        dtype = names.get(str(attributes.get("dtype")), "")
+        if not dtype or values.dtype != np.dtype(OTHER_DTYPES.get(dtype, np.float32 if dtype == "F32" else np.uint16)):
             raise DamagedError(
                 f"{self.url}: {name}: holds {values.dtype}, its attributes say {attributes.get('dtype')!r}"
             )
@@ -268,8 +272,12 @@ class StoreReader:
         """Return the model's small files by name; raises DamagedError where one differs from what was written."""
         found = {}
         names = self._asset_names()
-        for name, content in zip(names, self.files.read_many([f"assets/{n}/zarr.json" for n in names]), strict=True):
-            path = f"assets/{name}"
+        for name, content in zip(
+            names, self.files.read_many([f"{asset_path(n)}/zarr.json" for n in names]), strict=True
+        ):
+            path = asset_path(name)
+            if not is_asset(name):
+                raise DamagedError(f"{self.url}: {path}: expected the name of a file beside a model's weights")
             node = self._parsed(path, content or b"")
             try:
                 layout = parse_array(node)
@@ -283,10 +291,12 @@ class StoreReader:
 
     def _asset_names(self) -> list[str]:
         if is_local(self.url):
-            return sorted(path.parent.name for path in (Path(self.url) / "assets").glob("*/zarr.json"))
+            paths = (Path(self.url) / "assets").glob("*/zarr.json")
+            return sorted(path.parent.name.replace(_SLASH, "/") for path in paths)
         keys = self._listed if self._finished and self._listed is not None else self.files.sizes("assets")
         parts = [key.split("/") for key in keys]
-        return sorted(part[1] for part in parts if len(part) == 3 and part[0] == "assets" and part[2] == "zarr.json")
+        found = (part[1] for part in parts if len(part) == 3 and part[0] == "assets" and part[2] == "zarr.json")
+        return sorted(name.replace(_SLASH, "/") for name in found)
 
     def total_bytes(self) -> int:
         """Return the bytes of everything in the store: chunks, metadata, assets and logs."""
@@ -307,6 +317,11 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{type(error).__name__} {error}" if isinstance(error, KeyError | AttributeError | TypeError) else str(error)
+
+
+def asset_path(name: str) -> str:
+    """Return where a small file of the model lies in a store."""
+    return f"assets/{name.replace('/', _SLASH)}"
 
 
 def check_root(url: str, attributes: Mapping[str, Any]) -> None:

@@ -40,7 +40,7 @@ def begin_store(url: str, plan: Mapping[str, Any], assets: Mapping[str, bytes], 
     extra = {} if is_local(url) else {"run_id": run_id}
     place = check_place(url, MODEL, overwrite)
     if place.state == "store" and not overwrite:
-        return _continue(place, url, record, extra)
+        return _continue(place, url, record, extra, assets)
     clear(place, VERSION)
     store = Store(url, {"format": FORMAT})
     store.create(assets, {**record, **extra, "status": "incomplete", "failures": {}})
@@ -54,7 +54,9 @@ def check_begin(url: str, plan: Mapping[str, Any], overwrite: bool) -> None:
         _check_equal(place, url, {"format": FORMAT, "version": VERSION, **plan})
 
 
-def _continue(place: Place, url: str, record: Mapping[str, Any], extra: dict[str, str]) -> Store:
+def _continue(
+    place: Place, url: str, record: Mapping[str, Any], extra: dict[str, str], assets: Mapping[str, bytes]
+) -> Store:
     found = _check_equal(place, url, record)
     source = record.get("source", {})
     if isinstance(source, dict) and found.get("source", {}).get("id") != source.get("id"):
@@ -67,6 +69,8 @@ def _continue(place: Place, url: str, record: Mapping[str, Any], extra: dict[str
     stale = [key for key in place.owned if key.endswith(".partial") or key.startswith(f"{NODES}/")]
     if stale:
         place.files.delete(stale)
+    if store.refresh_assets(assets):
+        _LOG.warning("%s: took over what has changed: %s", url, ", ".join(store.refreshed))
     if extra:
         store.put_attributes({**found, **extra})
     return store

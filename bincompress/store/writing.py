@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bincompress.errors import StoreError, TensorError
+from bincompress.errors import DamagedError, StoreError, TensorError
 from bincompress.store.arrays import write_array, write_chunks
 from bincompress.store.files import is_local
 from bincompress.store.layout import (
@@ -20,7 +20,7 @@ from bincompress.store.layout import (
     seal_problem,
     sealed,
 )
-from bincompress.store.reading import StoreReader, not_finite, root_attributes
+from bincompress.store.reading import StoreReader, asset_path, not_finite, root_attributes
 from bincompress.tensors.packed import PackedTensor
 from bincompress.tensors.weight import Weight
 
@@ -33,6 +33,7 @@ class Store(StoreReader):
     def __init__(self, url: str, attributes: dict[str, Any], run_id: str | None = None) -> None:
         super().__init__(url, attributes)
         self._run_id = run_id
+        self.refreshed: list[str] = []  # assets that a continued run has taken over anew
         self._written: dict[str, dict[str, ArrayLayout]] = {}  # arrays of tensors that this process has written
         self._found: dict[str, list[str]] = {}  # keys of tensors that this process has looked at and not yet written
 
@@ -119,7 +120,22 @@ class Store(StoreReader):
         for name, content in assets.items():
             values = np.frombuffer(content, np.uint8)
             attributes = {"hashes": {"array": array_hash(values)}}
-            write_array(self.files, f"assets/{name}", values, archive=False, attributes=attributes)
+            write_array(self.files, asset_path(name), values, archive=False, attributes=attributes)
+
+    def refresh_assets(self, assets: Mapping[str, bytes]) -> list[str]:
+        """Take over the model's small files where they have changed; returns the names of those that had."""
+        try:
+            found = self.read_assets()
+        except DamagedError:
+            found = {}
+        gone = sorted(set(self._asset_names()) - set(assets))
+        changed = {name: content for name, content in assets.items() if found.get(name) != content}
+        for name in (*gone, *changed):
+            self.files.delete(list(self.files.sizes(asset_path(name))))
+        if changed:
+            self.write_assets(changed)
+        self.refreshed = sorted([*gone, *changed])
+        return self.refreshed
 
     def create(self, assets: Mapping[str, bytes], attributes: dict[str, Any]) -> None:
         """Write a new store without tensors into an empty place; its attributes come last."""

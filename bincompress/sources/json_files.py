@@ -1,0 +1,62 @@
+"""JSON files of a checkpoint: objects, and nothing that is no JSON."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from bincompress.errors import CheckpointError
+
+_LIMIT = 256 << 20  # bytes
+_LFS = b"version https://git-lfs"
+POINTER = "a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, or download the file again"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object from a file; raises CheckpointError where it is missing or not one.
+
+    Infinity and NaN, which Python reads and JSON does not have, become {"__float__": "Infinity"} and the like, as
+    transformers 5 writes them, so that what is made of the object is JSON again.
+    """
+    try:
+        size = path.stat().st_size
+        if size > _LIMIT:
+            raise CheckpointError(f"{path}: {size:,} bytes; expected at most {_LIMIT:,}")
+        content = path.read_bytes()
+        found = _finite(json.loads(content))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: missing; expected a Hugging Face checkpoint (config.json, *.safetensors)"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        refuse_pointer(path)
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value
+
+
+def begins_a_pointer(content: bytes) -> bool:
+    """Return whether these first bytes are those of a Git LFS pointer, as a clone without git-lfs leaves them."""
+    return content.startswith(_LFS)
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise CheckpointError where a file is a Git LFS pointer."""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(len(_LFS))
+    except OSError:
+        return
+    if begins_a_pointer(begin):
+        raise CheckpointError(f"{path}: {POINTER}")
