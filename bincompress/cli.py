@@ -1,4 +1,4 @@
-"""The command line: one subcommand a verb, each one library call. Heavy imports happen inside the verbs."""
+"""The command line: one subcommand each, and one library call in it. Heavy imports happen inside the commands."""
 
 import atexit
 import gc
@@ -14,22 +14,22 @@ from bincompress.errors import BincompressError
 _COMMANDS = {
     "demo": "Compress the small model that ships with the package, show the result, check it.",
     "compress": "Pack a checkpoint's weight matrices into a store.",
-    "calibrate": "Collect what a model's layers read on a text, for compression that makes up for its errors.",
-    "batch": "Compress several models in one go, from a manifest.",
+    "calibrate": "Collect input statistics for error-compensated quantization.",
+    "batch": "Compress several models from a manifest.",
     "distill": "Train a store's coefficients against the unquantized model.",
     "inspect": "Show what is in a store: bits, errors, times.",
-    "verify": "Read everything in a store and hold it against its hashes.",
+    "verify": "Check every byte of a store against its hashes and the format.",
     "export": "Write a store as a Hugging Face folder (dequantized, bfloat16).",
     "generate": "Continue a text with the model in a store.",
-    "chat": "Talk with the model in a store.",
-    "evaluate": "Measure a model's perplexity on a text, and what the bits cost.",
+    "chat": "Chat with the model in a store.",
+    "evaluate": "Measure a model's perplexity on a text, also against the unquantized model.",
     "bench": "Time a model: reading a prompt and writing tokens.",
     "report": "Write one self-contained HTML page about a store.",
 }
 
 
 class _Commands(click.Group):
-    """Loads a verb's module only when that verb is called, so that --help is quick."""
+    """Loads a command's module only when that command is called, so that --help is quick."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -62,13 +62,13 @@ def group(ctx: click.Context, debug: bool) -> None:
 
 
 def main() -> Any:
-    """Run the command line; errors of the user's are one line and exit code 2."""
-    # The interpreter would look for garbage among all that is left, 0.3 s with Numba, before the process ends.
+    """Run the command line; what a user can mend is printed as one line, with exit code 2."""
+    # Otherwise the garbage collector goes through everything at exit, which takes 0.3 s with Numba.
     atexit.register(gc.freeze)
     try:
         return group(standalone_mode=False)
     except click.exceptions.Abort:  # what click makes of Ctrl-C
-        click.echo("interrupted; what was complete is kept: the same command goes on from there", err=True)
+        click.echo("interrupted; completed work is kept: run the same command again to resume", err=True)
         sys.exit(130)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())

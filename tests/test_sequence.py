@@ -330,4 +330,4 @@ def test_the_command_line(run: Run, tmp_path: Path) -> None:
         code, _, err = run("compress", DEMO, tmp_path / "x", *arguments)
         assert (code, message in err) == (2, True), err
     code, _, err = run("compress", DEMO, store, *options[:2], "--samples", 5, *options[4:])
-    assert (code, "was begun with other settings: statistics" in err) == (2, True), err
+    assert (code, "was started with other settings: statistics" in err) == (2, True), err

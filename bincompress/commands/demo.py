@@ -12,7 +12,7 @@ _TOKENS = 60
 @click.command()
 @click.argument("store", default="bincompress-demo")
 def command(store: str) -> None:
-    """Compress the small model that ships with the package into STORE (./bincompress-demo), check it, let it write.
+    """Compress the small model that ships with the package into STORE (./bincompress-demo), verify it, generate text.
 
     \b
     Example:
@@ -30,11 +30,11 @@ def command(store: str) -> None:
     from bincompress.store.store import open_store
     from cpu_kernels.jit.compiler import announce
 
-    # The packed model's kernels are compiled beside those that pack it.
+    # A second process compiles the kernels that run the model while this one compiles those that pack it.
     with compiling_ahead() as ahead, announce(lambda _: ahead()):
         with as_file(files("bincompress") / "demo_model") as folder:
-            # So small a model bears two planes only with calibration; with eight groups a matrix it still writes
-            # sentences.
+            # A model this small needs calibration for two planes; with eight groups a matrix it writes sentences
+            # without.
             recipe = load_recipe(None, {"groups": 8, "block": "matrix", "embeddings": "8bit"})
             plan = make_plan(open_checkpoint(Path(folder)), recipe)
             outcome = run_plans({store: plan}, Placement(), overwrite=False, verbose=False, quiet=False)[store]

@@ -47,7 +47,9 @@ def write_store(
         if is_local(url):
             os.replace(place, path)
     except OSError as error:
-        raise DistillError(f"{url}: cannot be written: {error.strerror or error}; choose a path with room") from None
+        raise DistillError(
+            f"{url}: cannot be written: {error.strerror or error}; choose a path with free space"
+        ) from None
     finally:
         if is_local(url):
             shutil.rmtree(place, ignore_errors=True)

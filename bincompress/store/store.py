@@ -1,4 +1,4 @@
-"""How does a model lie in a Zarr v3 store? The README's "Store format" says it; this file does it.
+"""How is a model stored in Zarr v3? docs/format.md specifies it; this file writes and reads it.
 
 A tensor is complete once its attributes say so; they are written last, after its arrays. Nothing else marks completion.
 """
@@ -339,24 +339,24 @@ def _root_attributes(url: str) -> dict[str, Any]:
         raise FileNotFoundError("it has no zarr.json")
     node = _checked_node(json.loads(path.read_bytes()))
     if node.get("zarr_format") != 3 or node.get("node_type") != "group":
-        raise ValueError("zarr.json is not a group's")
+        raise ValueError("zarr.json does not describe a group")
     return dict(node.get("attributes", {}))
 
 
 def _checked_node(found: Any) -> dict[str, Any]:
     """Return a node's metadata; raises ValueError where it, or its attributes, are no JSON objects."""
     if not isinstance(found, dict) or not isinstance(found.get("attributes", {}), dict):
-        raise ValueError("zarr.json is not a node's")
+        raise ValueError("zarr.json does not describe a node")
     return found
 
 
 def _check_format(url: str, attributes: dict[str, Any]) -> None:
     if attributes.get("format") != FORMAT:
-        raise StoreError(f"{url}: a Zarr store, but not of bincompress (format {attributes.get('format')!r})")
+        raise StoreError(f"{url}: a Zarr store, but not a bincompress store (format {attributes.get('format')!r})")
     if attributes.get("version") != VERSION:
         raise StoreError(
             f"{url}: store version {attributes.get('version')!r}; this program reads version {VERSION}: "
-            "install the one that wrote it, or compress again"
+            "install the version of bincompress that wrote it, or compress again"
         )
     for key, kind in (("tensors", dict), ("status", str), ("failures", dict)):
         if not isinstance(attributes.get(key), kind):
@@ -392,7 +392,7 @@ def _continue(url: str, record: dict[str, Any], extra: dict[str, str]) -> Store:
     difference = _difference(store.attributes, record)
     if difference:
         raise StoreError(
-            f"{url}: was begun with other settings: {difference}; use another store, the same settings, or --overwrite"
+            f"{url}: was started with other settings: {difference}; use another store, the same settings or --overwrite"
         )
     if is_local(url):
         for leftover in Path(url).rglob(".*.partial"):
