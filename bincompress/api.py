@@ -10,7 +10,7 @@ Every function raises a subclass of `bincompress.errors.BincompressError` for wh
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -74,6 +74,7 @@ class CompressionResult:
     complete: bool  # whether the store holds every tensor
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)  # reports, as `inspect` gives them
     total: dict[str, Any] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()  # a line for each group of tensors that stayed unpacked, with the reason
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def plan(
     context: int | None = None,
     target_bits: float | None = None,
     archive: bool = False,
+    export_only: bool = False,
     headers_only: bool = True,
     placement: Placement = Placement(),
     progress: OnProgress = ignore,
@@ -138,16 +140,31 @@ def plan(
     checkpoint = open_source(str(source), headers_only=headers_only)
     if target_bits is not None:
         tried = make_plan(checkpoint, chosen, kept, archive, statistics)
+        _check_runs(tried, export_only, headers_only)
         chosen = _spread_bits(tried, target_bits, placement, progress)
     if sequential is None:
-        return Planned(make_plan(checkpoint, chosen, kept, archive, statistics))
+        return _planned(make_plan(checkpoint, chosen, kept, archive, statistics), export_only, headers_only)
     number, length = samples or SAMPLES, context or CONTEXT
     text = read_text(Path(sequential))
     if headers_only and "tokenizer.json" not in checkpoint.assets():
-        return Planned(make_plan(checkpoint, chosen, kept, archive, sequence={}), None, number * length)
+        made = make_plan(checkpoint, chosen, kept, archive, sequence={})
+        return replace(_planned(made, export_only, headers_only), sequential_tokens=number * length)
     tokens = choose_samples(checkpoint, text, number, length)
     made = make_plan(checkpoint, chosen, kept, archive, sequence=text_record(tokens))
-    return Planned(made, tokens, tokens.size, _few_tokens(checkpoint, tokens))
+    found = _planned(made, export_only, headers_only)
+    notes = (*found.notes, *_few_tokens(checkpoint, tokens))
+    return replace(found, samples=tokens, sequential_tokens=tokens.size, notes=notes)
+
+
+def _planned(made: Plan, export_only: bool, headers_only: bool) -> Planned:
+    _check_runs(made, export_only, headers_only)
+    return Planned(made, notes=made.verdict.notes)
+
+
+def _check_runs(made: Plan, export_only: bool, headers_only: bool) -> None:
+    """Raise RecipeError where a store that is to be made would not run here; a plan alone says so in its verdict."""
+    if not headers_only:
+        made.verdict.require(export_only)
 
 
 def compress(
@@ -163,6 +180,7 @@ def compress(
     context: int | None = None,
     target_bits: float | None = None,
     archive: bool = False,
+    export_only: bool = False,
     overwrite: bool = False,
     placement: Placement = Placement(),
     progress: OnProgress = ignore,
@@ -176,14 +194,14 @@ def compress(
     keep_weights: single weights kept exactly, or the file that lists them. stats: statistics of the inputs, as
     `calibrate` collects them; sequential: in their place a text on which each layer is calibrated as those before it
     have become, in `samples` windows of `context` tokens. target_bits: stored bits a weight that are spread over the
-    matrices by what errors cost. archive: arrays are compressed with zstd. overwrite: a store made with other settings
-    is replaced.
+    matrices by what errors cost. archive: arrays are compressed with zstd. export_only: a store that would not run here
+    is made all the same, to be exported. overwrite: a store made with other settings is replaced.
     Raises RecipeError, CheckpointError or StoreError before work begins; tensors that fail are in `failures`.
     """
     made = plan(
         source, recipe=recipe, keep=keep, keep_weights=keep_weights, stats=stats, sequential=sequential,
-        samples=samples, context=context, target_bits=target_bits, archive=archive, headers_only=False,
-        placement=placement, progress=progress, **settings,
+        samples=samples, context=context, target_bits=target_bits, archive=archive, export_only=export_only,
+        headers_only=False,         placement=placement, progress=progress, **settings,
     )  # fmt: skip
     return carry_out(made, str(store), overwrite=overwrite, placement=placement, progress=progress)
 
@@ -200,14 +218,16 @@ def carry_out(
     outcome = _run({store: planned.plan}, overwrite, placement, progress, planned.samples)[store]
     found = inspect_store(open_store(store))
     return CompressionResult(
-        store, outcome.done, outcome.unchanged, outcome.failures, outcome.complete, found["tensors"], found["total"]
-    )
+        store, outcome.done, outcome.unchanged, outcome.failures, outcome.complete, found["tensors"], found["total"],
+        tuple(planned.plan.kept_lines()),
+    )  # fmt: skip
 
 
 def batch(
     manifest: str | Path,
     *,
     archive: bool = False,
+    export_only: bool = False,
     overwrite: bool = False,
     placement: Placement = Placement(),
     progress: OnProgress = ignore,
@@ -217,6 +237,8 @@ def batch(
     What can be refused of any model is refused before the first is begun.
     """
     plans = plan_batch(manifest, archive=archive, headers_only=False)
+    for made in plans.values():
+        _check_runs(made, export_only, headers_only=False)
     outcomes = _run(plans, overwrite, placement, progress)
     return {
         store: CompressionResult(store, outcome.done, outcome.unchanged, outcome.failures, outcome.complete)
@@ -259,7 +281,7 @@ def calibrate(
         run_layer = run_in_threads(threads or usable_threads())
     else:
         if threads is not None:
-            raise BincompressError("--threads is for --runner local; on a cluster every part is one core's work")
+            raise BincompressError("--threads is for --runner local; on a cluster every part runs on one core")
         from jobs.calibration import run_on_ray
 
         run_layer = run_on_ray(address, stats)

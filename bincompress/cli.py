@@ -1,4 +1,4 @@
-"""The command line: one subcommand a verb, each one library call. Heavy imports happen inside the verbs."""
+"""The command line: one subcommand each, and one library call in it. Heavy imports happen inside the commands."""
 
 import atexit
 import contextlib
@@ -18,15 +18,15 @@ from bincompress.interrupts import Terminated, end_soon, terminations_raised
 _COMMANDS = {
     "demo": "Compress the small model that ships with the package, show the result, check it.",
     "compress": "Pack a checkpoint's weight matrices into a store.",
-    "calibrate": "Collect what a model's layers read on a text, for compression that makes up for its errors.",
-    "batch": "Compress several models in one go, from a manifest.",
+    "calibrate": "Collect input statistics for error-compensated quantization.",
+    "batch": "Compress several models from a manifest.",
     "distill": "Train a store's coefficients against the unquantized model.",
     "inspect": "Show what is in a store: bits, errors, times.",
-    "verify": "Read everything in a store and hold it against its hashes.",
+    "verify": "Check every byte of a store against its hashes and the format.",
     "export": "Write a store as a Hugging Face folder (dequantized, bfloat16).",
     "generate": "Continue a text with the model in a store.",
-    "chat": "Talk with the model in a store.",
-    "evaluate": "Measure a model's perplexity on a text, and what the bits cost.",
+    "chat": "Chat with the model in a store.",
+    "evaluate": "Measure a model's perplexity on a text, also against the unquantized model.",
     "bench": "Time a model: reading a prompt and writing tokens.",
     "report": "Write one self-contained HTML page about a store.",
 }
@@ -35,7 +35,7 @@ _GO_ON = ("compress", "calibrate", "distill", "batch")  # run again, these do wh
 
 
 class _Commands(click.Group):
-    """Loads a verb's module only when that verb is called, so that --help is quick."""
+    """Loads a command's module only when that command is called, so that --help is quick."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -134,7 +134,7 @@ def _interrupted(error: BaseException, command: str | None) -> int:
     end_soon(code)
     what = f"ended by {error}" if isinstance(error, Terminated) else "interrupted"
     if command in _GO_ON and "--dry-run" not in sys.argv:
-        what += "; what is complete is kept: the same command goes on from there"
+        what += "; completed work is kept: run the same command again to resume"
     with contextlib.suppress(OSError, ValueError):
         click.echo(f"\n{what}", err=True)
     return code

@@ -15,7 +15,7 @@ DEMO = Path(bincompress.__file__).parent / "demo_model"
 def main(model: str = str(DEMO), store: str = "example-store") -> None:
     """Compress with eight groups a matrix, which a small model bears without calibration, and write 40 tokens."""
     result = bincompress.compress(model, store, groups=8, block="matrix", embeddings="8bit")
-    print(f"{store}: {result.done} tensors done, {result.unchanged} were complete already")
+    print(f"{store}: {result.done} tensors done, {result.unchanged} already complete")
 
     packed = bincompress.load(store)
     settings = replace(packed.defaults, max_tokens=40, sampling=replace(packed.defaults.sampling, temperature=0.0))

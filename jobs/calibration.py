@@ -51,8 +51,8 @@ def run_on_ray(address: str | None, url: str, *, patience: float = PATIENCE_SECO
                     if isinstance(error, ray.exceptions.RayTaskError) or deaths == _MOST_DEATHS:
                         reason = str(error).strip().splitlines()[-1]
                         raise BincompressError(
-                            f"layer {layer}, part {number}: {reason}; the same command goes on after the last whole "
-                            "layer"
+                            f"layer {layer}, part {number}: {reason}; the same command resumes after the last "
+                            "completed layer"
                         )
                     waiting[number] = task.remote(url, work, layer, number, __version__)
                 del waiting[number]
@@ -87,13 +87,15 @@ def _error(ray: Any, reference: Any, patience: float, layer: int) -> Exception |
 def run_part(url: str, work: Calibration, layer: int, number: int, version: str) -> None:
     """Run one part of a layer on this node, from the statistics store and back into it."""
     if version != __version__:
-        raise BincompressError(f"this node has bincompress {__version__}, the driver {version}; install one everywhere")
+        raise BincompressError(
+            f"this node has bincompress {__version__}, the driver {version}; install the same version everywhere"
+        )
     if not os.environ.get("BINCOMPRESS_CACHE"):
         os.environ["BINCOMPRESS_CACHE"] = str(Path(tempfile.gettempdir()) / f"bincompress-{os.getuid()}")
     found = open_unfinished(url)
     stream = found.read_work(f"stream-{layer}", work.parts[number])
     if stream is None:
-        raise BincompressError(f"{url}: the stream before layer {layer} is not there; can this node read the store?")
+        raise BincompressError(f"{url}: the activations before layer {layer} are missing; can this node read it?")
     after, sums = PartRunner(work, layer)(stream)
     for key, part in sums.items():
         found.write_work(_name(layer, number, f"{key}-gram"), part.gram)
@@ -109,7 +111,7 @@ def _take(found: Any, work: Calibration, layer: int, number: int) -> tuple[Float
     def read(what: str) -> Floats:
         values = found.read_work(_name(layer, number, what))
         if values is None:
-            raise BincompressError(f"{found.url}: what part {number} of layer {layer} wrote is not there")
+            raise BincompressError(f"{found.url}: the output of part {number} of layer {layer} is missing")
         return np.asarray(values)
 
     sums = {key: Sum(read(f"{key}-gram"), read(f"{key}-absmax")) for key in work.config.inputs_of_layer(layer)}

@@ -36,5 +36,5 @@ class Nodes:
         """Return the error that no node has a core for what is left."""
         return BincompressError(
             f"no node of the Ray cluster has a core for {what}; start workers "
-            "(`ray start --address=HEAD:6379`) and run the same command again to go on"
+            "(`ray start --address=HEAD:6379`) and run the same command again to resume"
         )

@@ -92,7 +92,7 @@ def connect(ray: Any, address: str | None) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BincompressError(
-            f"no Ray cluster at {address or 'the default address'}: {reason}; `ray start --head` begins one"
+            f"no Ray cluster at {address or 'the default address'}: {reason}; `ray start --head` starts one"
         ) from None
 
 
@@ -135,7 +135,7 @@ class _Run:
                 break
             elif not told:
                 told = True
-                detail = f"{len(self.flying)} jobs in flight are finished; interrupt again to cancel them"
+                detail = f"{len(self.flying)} jobs are in flight and will finish; interrupt again to cancel them"
                 self.on_event(JobEvent("stopping", detail=detail))
             if self.flying:
                 yield from self._collect()
@@ -230,7 +230,10 @@ class _Run:
         except (errors.RayTaskError, errors.RuntimeEnvSetupError) as error:
             # Faults of tensors come back in reports: this one is of the node, and would meet the others too.
             reason = str(error).strip().splitlines()[-1]
-            text = f"{task.job.name}: a node cannot run jobs: {reason}; has every node bincompress {__version__}?"
+            text = (
+                f"{task.job.name}: a node cannot run jobs: {reason}; "
+                f"is bincompress {__version__} installed on every node?"
+            )
             yield _failed(task.job, text, fatal=True)
             return
         except errors.RayError:

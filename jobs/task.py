@@ -20,7 +20,10 @@ def run_task(work: Callable[[Job], JobReport], job: Job, version: str) -> JobRep
     """Do a job on this node; a node with another version of the program does nothing, as its bytes could differ."""
     node = socket.gethostname()
     if version != __version__:
-        error = f"{job.name}: node {node} has bincompress {__version__}, the driver {version}; install one everywhere"
+        error = (
+            f"{job.name}: node {node} has bincompress {__version__}, the driver {version}; "
+            "install the same version everywhere"
+        )
         return JobReport(job.name, "failed", 0.0, 0, error=error, fatal=True, store=job.store, node=node)
     # A home folder is often shared between nodes, and file locks on network file systems are slow or missing.
     if not os.environ.get("BINCOMPRESS_CACHE"):

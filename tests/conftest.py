@@ -120,10 +120,19 @@ def tiny_config(layers: int = 2, hidden: int = 64, inner: int = 160) -> dict[str
     }  # fmt: skip
 
 
+def tiny_tokenizer(vocab: int) -> dict[str, Any]:
+    """Return a tokenizer of words t0, t1, ..., as tokenizer.json."""
+    words = {"type": "WordLevel", "vocab": {f"t{token}": token for token in range(vocab)}, "unk_token": "t0"}
+    parts = ("truncation", "padding", "normalizer", "post_processor", "decoder")
+    rest: dict[str, Any] = dict.fromkeys(parts)
+    return {"version": "1.0", **rest, "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": words}
+
+
 def write_model(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any], shards: int = 1) -> Path:
     """Write a checkpoint folder: one file, or shards with an index."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text(json.dumps(tiny_tokenizer(int(config.get("vocab_size", 1)))))
     if shards == 1:
         safetensors.numpy.save_file(tensors, folder / "model.safetensors")
         return folder

@@ -52,7 +52,7 @@ def test_template_of_another_form_is_refused(given: Any) -> None:
 
 
 def test_names_without_a_default() -> None:
-    with pytest.raises(TemplateError, match="none is named 'default'; the model has rag"):
+    with pytest.raises(TemplateError, match="expected one that is named 'default', found rag"):
         ChatTemplate({"rag": "x"}).render(TALK)
 
 

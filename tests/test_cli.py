@@ -19,7 +19,7 @@ def test_compress_inspect_verify(run: Run, tiny_model: Path, tmp_path: Path) -> 
     assert "21 tensors done" in out
     assert "binary planes  14 tensors" in out
     code, out, _ = run("compress", tiny_model, store, "--groups", "4", "--block", "64", "--embeddings", "8bit")
-    assert "0 tensors done, 21 were complete already" in out
+    assert "0 tensors done, 21 already complete" in out
     code, out, _ = run("inspect", store)
     assert "model.layers.1.mlp.up_proj.weight" in out
     assert "nominal" in out

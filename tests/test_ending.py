@@ -16,7 +16,7 @@ from tests.gates import end_at_once, wait_for
 
 ROOT = Path(__file__).parents[1]
 BOUND = 30  # seconds in which everything has to have ended
-KEPT = "what is complete is kept: the same command goes on from there"
+KEPT = "completed work is kept: run the same command again to resume"
 
 
 class Command:

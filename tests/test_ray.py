@@ -197,7 +197,9 @@ def test_a_job_too_big_for_every_node(
 
 def test_a_node_with_another_version(home: None, tiny_model: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("jobs.runner.__version__", "0.0.1")
-    with pytest.raises(StoreError, match=r"has bincompress .*, the driver 0\.0\.1; install one everywhere; 0 of 21"):
+    with pytest.raises(
+        StoreError, match=r"has bincompress .*, the driver 0\.0\.1; install the same version .*; 0 of 21"
+    ):
         on_ray(tiny_model, tmp_path / "store")
 
 

@@ -379,7 +379,7 @@ def test_other_versions_and_other_stores_are_refused(tiny_model: Path, tmp_path:
     with pytest.raises(StoreError, match="no such store"):
         open_store(str(tmp_path / "nowhere"))
     zarr.create_group(tmp_path / "zarr")
-    with pytest.raises(StoreError, match="not of bincompress"):
+    with pytest.raises(StoreError, match="not a bincompress store"):
         open_store(str(tmp_path / "zarr"))
     (tmp_path / "folder").mkdir()
     with pytest.raises(StoreError, match="not a Zarr v3 store"):

@@ -299,7 +299,7 @@ def test_the_command_line(run: Run, tmp_path: Path) -> None:
     assert (code, json.loads(out)["done"]) == (0, 38), err
     assert "256 tokens are few for inputs of 768 columns" in err
     code, out, err = run("compress", DEMO_MODEL, store, *options)
-    assert (code, "38 were complete already" in out) == (0, True), err
+    assert (code, "38 already complete" in out) == (0, True), err
     assert run("report", store, "--out", tmp_path / "report.html")[0] == 0
     assert '"context": 64' in (tmp_path / "report.html").read_text()
     code, out, err = run("compress", DEMO_MODEL, tmp_path / "dry", *options, "--dry-run")
@@ -332,4 +332,4 @@ def test_the_command_line(run: Run, tmp_path: Path) -> None:
         code, _, err = run("compress", DEMO_MODEL, tmp_path / "x", *arguments)
         assert (code, message in err) == (2, True), err
     code, _, err = run("compress", DEMO_MODEL, store, *options[:2], "--samples", 5, *options[4:])
-    assert (code, "was begun with other settings: statistics" in err) == (2, True), err
+    assert (code, "was started with other settings: statistics" in err) == (2, True), err

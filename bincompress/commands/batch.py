@@ -26,14 +26,15 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Replace stores made with other settings: they are removed before new ones are written.",
 )
+@click.option("--export-only", is_flag=True, help="Make stores although they will not run here, to export them.")
 @click.option("--archive", is_flag=True, help="Compress the arrays with zstd: smaller, slower to load.")
 @click.option("--verbose", "-v", is_flag=True, help="A line per tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
-    manifest: Path, placement: Placement, dry_run: bool, rate: int | None, overwrite: bool, archive: bool,
-    verbose: bool, as_json: bool,
+    manifest: Path, placement: Placement, dry_run: bool, rate: int | None, overwrite: bool, export_only: bool,
+    archive: bool, verbose: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Compress the models of MANIFEST, one queue over all their matrices, the largest first.
+    """Compress the models of MANIFEST: all their matrices in one queue, the largest first.
 
     MANIFEST is a TOML file with a [[model]] table for each: source, store and, optionally, recipe. What can be
     refused of any is refused before the first is begun. Exit code: 0 all done, 1 some tensors failed, 2 refused.
@@ -50,14 +51,21 @@ def command(
         _show(api.plan_batch(manifest, archive=archive), rate, as_json)
         return
     with run_bar(verbose, as_json) as progress:
-        results = api.batch(manifest, archive=archive, overwrite=overwrite, placement=placement, progress=progress)
+        results = api.batch(
+            manifest,
+            archive=archive,
+            export_only=export_only,
+            overwrite=overwrite,
+            placement=placement,
+            progress=progress,
+        )
     if as_json:
         shown = ("done", "unchanged", "failures", "complete")
         print_json({store: {name: getattr(result, name) for name in shown} for store, result in results.items()})
     else:
         for store, result in results.items():
             failed = f", {len(result.failures)} FAILED" if result.failures else ""
-            click.echo(f"{store}: {result.done} tensors done, {result.unchanged} were complete already{failed}")
+            click.echo(f"{store}: {result.done} tensors done, {result.unchanged} already complete{failed}")
     if not all(result.complete for result in results.values()):
         sys.exit(1)
 

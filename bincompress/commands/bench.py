@@ -11,8 +11,8 @@ from bincompress.commands.shared import decoding_announced, print_json
 
 @click.command()
 @click.argument("store")
-@click.option("--prompt", type=click.IntRange(min=0), default=128, show_default=True, help="Tokens of the prompt test.")
-@click.option("--tokens", type=click.IntRange(min=0), default=64, show_default=True, help="Tokens of the writing test.")
+@click.option("--prompt", type=click.IntRange(min=0), default=128, show_default=True, help="Tokens of the prompt.")
+@click.option("--tokens", type=click.IntRange(min=0), default=64, show_default=True, help="Tokens to write.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Runs of each test.")
 @engine_options
 @click.option("--verbose", "-v", is_flag=True, help="Show which kernel multiplies each tensor.")

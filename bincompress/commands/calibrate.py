@@ -17,17 +17,17 @@ from bincompress.commands.shared import kernels_announced, print_json
     "--text",
     type=click.Path(dir_okay=False, path_type=Path),
     required=True,
-    help="A text like those the model is for; not the one it will be evaluated on.",
+    help="Text like that which the model will see; not the text you will evaluate on.",
 )
 @click.option("--samples", type=int, default=64, show_default=True, help="Windows, spread evenly over the text.")
-@click.option("--context", type=int, default=512, show_default=True, help="Tokens of a window.")
+@click.option("--context", type=int, default=512, show_default=True, help="Tokens per window.")
 @click.option("--threads", type=click.IntRange(min=1), help="local: threads.  [default: all usable CPUs]")
 @click.option(
     "--runner",
     type=click.Choice(["local", "ray"]),
     default="local",
     show_default=True,
-    help="Who runs the samples: this machine or a Ray cluster.",
+    help="Where the samples run: on this machine or on a Ray cluster.",
 )
 @click.option("--address", help="ray: auto, HOST:PORT or ray://HOST:10001.  [default: RAY_ADDRESS, or this machine]")
 @click.option("--overwrite", is_flag=True, help="Replace statistics made with other settings: they are removed first.")

@@ -11,11 +11,11 @@ from bincompress.commands.shared import decoding_announced
 
 @click.command()
 @click.argument("store")
-@click.option("--system", help="A system message to begin with.")
+@click.option("--system", help="System message at the start of the conversation.")
 @sampling_options
 @engine_options
 def command(store: str, system: str | None, **options: Any) -> None:
-    """Talk with the model in STORE, by its own chat template. An empty line or Ctrl-D ends.
+    """Chat with the model in STORE, using its own chat template. An empty line or Ctrl-D ends the chat.
 
     \b
     Example:

@@ -33,14 +33,12 @@ _SAMPLES, _CONTEXT = 64, 512  # of --sequential; bincompress.api has the same, a
     type=click.Path(dir_okay=False, path_type=Path),
     help="Single weights kept exactly, lines of 'tensor row column'.",
 )
-@click.option(
-    "--stats", help="Statistics of the layers' inputs, as `bincompress calibrate` writes them: a path or fsspec URL."
-)
+@click.option("--stats", help="Input statistics written by `bincompress calibrate`: a path or fsspec URL.")
 @click.option(
     "--sequential",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="TEXT",
-    help="In place of --stats: calibrate each layer on this text, after the layers before it are compressed.",
+    help="Instead of --stats: calibrate on this text layer by layer, on the outputs of those binarized so far.",
 )
 @click.option(
     "--samples",
@@ -49,7 +47,9 @@ _SAMPLES, _CONTEXT = 64, 512  # of --sequential; bincompress.api has the same, a
 )
 @click.option("--context", type=click.IntRange(min=2), help=f"sequential: tokens of a window.  [default: {_CONTEXT}]")
 @click.option(
-    "--target-bits", type=float, help="Spread so many stored bits a weight over the matrices by what errors cost."
+    "--target-bits",
+    type=float,
+    help="Average stored bits per weight: choose planes and blocks per matrix where errors cost most.",
 )
 @placement_options
 @click.option("--dry-run", is_flag=True, help="Show what would be done: tensors, bytes, memory, core-hours.")
@@ -59,6 +59,7 @@ _SAMPLES, _CONTEXT = 64, 512  # of --sequential; bincompress.api has the same, a
     is_flag=True,
     help="Replace a store made with other settings: it is removed before the new one is written.",
 )
+@click.option("--export-only", is_flag=True, help="Make the store although it will not run here, to export it.")
 @click.option("--archive", is_flag=True, help="Compress the arrays with zstd: smaller, slower to load.")
 @click.option("--verbose", "-v", is_flag=True, help="A line per tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -89,6 +90,7 @@ def command(
         planned = api.plan(source, headers_only=dry_run, placement=placement, progress=progress, **chosen)
         for note in planned.notes:
             click.echo(f"note: {note}", err=True)
+        click.echo(planned.plan.verdict.line(), err=True)
         if not dry_run:
             done = api.carry_out(planned, store, overwrite=overwrite, placement=placement, progress=progress)
     if dry_run:
@@ -103,11 +105,13 @@ def finish(result: CompressionResult, as_json: bool) -> None:
 
     if as_json:
         counts = {"done": result.done, "unchanged": result.unchanged, "failures": result.failures}
-        print_json({"store": result.store, **counts, "tensors": result.tensors, "total": result.total})
+        print_json(
+            {"store": result.store, **counts, "tensors": result.tensors, "total": result.total, "kept": result.kept}
+        )
     else:
-        again = f", {result.unchanged} were complete already" if result.unchanged else ""
+        again = f", {result.unchanged} already complete" if result.unchanged else ""
         click.echo(f"{result.store}: {result.done} tensors done{again}")
-        click.echo("\n".join(totals(result.total)))
+        click.echo("\n".join([*totals(result.total), *result.kept]))
     if not result.complete:
         sys.exit(1)
 
@@ -146,12 +150,13 @@ def _show_plan(planned: Planned, rate: int | None, verbose: bool, as_json: bool)
         f"reads {plan.source_bytes:,} bytes, writes {plan.expected_bytes:,} bytes "
         f"({plan.source_bytes / max(1, plan.expected_bytes):.1f} x smaller)"
     )
+    click.echo("\n".join(plan.kept_lines()))
     click.echo(f"memory: at most about {plan.peak_memory / 1e6:,.0f} MB a worker")
     click.echo(cost.line())
     if collecting is not None:
         click.echo(
-            f"not counted: --sequential runs {tokens:,} tokens through the unquantized model and the compressed one, "
-            f"in about {collecting / 1e6:,.0f} MB beside the workers"
+            f"not included: --sequential also runs {tokens:,} tokens through the unquantized model and the compressed "
+            f"one, in about {collecting / 1e6:,.0f} MB on top of the workers"
         )
 
 
@@ -165,6 +170,10 @@ def _plan_record(planned: Planned, estimate: dict[str, Any], collecting: int | N
         "peak_memory_bytes": plan.peak_memory,
         "collecting_memory_bytes": collecting,
         "estimate": estimate,
+        "runs_here": plan.verdict.runs,
+        "faults": list(plan.verdict.faults),
+        "notes": list(planned.notes),
+        "kept": plan.kept_lines(),
         "tensors": {
             t.source.name: {
                 "kind": t.kind,

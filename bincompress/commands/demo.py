@@ -12,7 +12,7 @@ _TOKENS = 60
 @click.command()
 @click.argument("store", default="bincompress-demo")
 def command(store: str) -> None:
-    """Compress the small model that ships with the package into STORE (./bincompress-demo), check it, let it write.
+    """Compress the small model that ships with the package into STORE (./bincompress-demo), verify it, generate text.
 
     \b
     Example:
@@ -27,7 +27,7 @@ def command(store: str) -> None:
     from bincompress.reporting.inspection import table
     from cpu_kernels.jit.compiler import announce
 
-    # The packed model's kernels are compiled beside those that pack it.
+    # A second process compiles the kernels that run the model while this one compiles those that pack it.
     with compiling_ahead() as ahead, announce(lambda _: ahead()):
         with as_file(files("bincompress") / "demo_model") as folder, run_bar(verbose=False, quiet=False) as progress:
             # So small a model bears two planes only with calibration; with eight groups a matrix it still writes

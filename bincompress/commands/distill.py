@@ -14,18 +14,36 @@ _PLACES = ("device", "threads", "checkpoint_every")
 @click.command()
 @click.argument("store")
 @click.option("--teacher", metavar="SOURCE", required=True, help="The checkpoint that STORE was made from.")
-@click.option("--text", type=click.Path(dir_okay=False, path_type=Path), help="What to train on.")
+@click.option("--text", type=click.Path(dir_okay=False, path_type=Path), help="Text to train on.")
 @click.option("--data-free", is_flag=True, help="Train on text that the teacher writes itself.")
-@click.option("--written-tokens", type=int, help="That the teacher writes.  [default: 0; --data-free: 262144]")
+@click.option(
+    "--written-tokens",
+    type=int,
+    help="Tokens of training text that the teacher generates.  [default: 0; --data-free: 262144]",
+)
 @click.option("--out", metavar="STORE2", required=True, help="The store to write.")
 @click.option("--steps", type=int, default=500, show_default=True, help="Optimizer steps.")
-@click.option("--batch", type=int, default=4, show_default=True, help="Windows of a step.")
-@click.option("--context", type=int, default=512, show_default=True, help="Tokens of a window.")
-@click.option("--accumulate", type=int, default=1, show_default=True, help="Parts of a batch, one after the other.")
-@click.option("--lr", type=float, default=0.01, show_default=True, help="Relative to a row's typical coefficient.")
-@click.option("--warmup", type=float, default=0.05, show_default=True, help="Share of the steps; then a cosine.")
-@click.option("--lam", type=float, default=0.0, show_default=True, help="Weight of ambiguous tokens; 0: plain.")
-@click.option("--gamma", type=float, default=0.5, show_default=True, help="The teacher's share in what is ambiguous.")
+@click.option("--batch", type=int, default=4, show_default=True, help="Windows per step.")
+@click.option("--context", type=int, default=512, show_default=True, help="Tokens per window.")
+@click.option(
+    "--accumulate",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Split each batch into this many parts (gradient accumulation).",
+)
+@click.option(
+    "--lr", type=float, default=0.01, show_default=True, help="Learning rate, relative to a row's typical coefficient."
+)
+@click.option(
+    "--warmup", type=float, default=0.05, show_default=True, help="Share of the steps for warm-up; then cosine decay."
+)
+@click.option(
+    "--lam", type=float, default=0.0, show_default=True, help="Extra weight of ambiguous tokens (DB-LLM). 0: plain."
+)
+@click.option(
+    "--gamma", type=float, default=0.5, show_default=True, help="The teacher's share in the ambiguity of a token."
+)
 @click.option("--norms", is_flag=True, help="Train the norm weights, too.")
 @click.option(
     "--rechoose-planes",
@@ -35,17 +53,31 @@ _PLACES = ("device", "threads", "checkpoint_every")
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to train."
 )
-@click.option("--dtype", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True, help="Products.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of a CPU.  [default: PyTorch's]")
 @click.option(
-    "--cache-logits", type=click.Path(file_okay=False, path_type=Path), help="Keep the teacher's logits here."
+    "--dtype",
+    type=click.Choice(["float32", "bf16"]),
+    default="float32",
+    show_default=True,
+    help="Type of the matrix products.",
 )
-@click.option("--validation-share", type=float, default=0.02, show_default=True, help="Of the text, held out to judge.")
-@click.option("--evaluate-every", type=int, default=50, show_default=True, help="Steps between judgements.")
-@click.option("--patience", type=int, default=5, show_default=True, help="Judgements without gain before it stops.")
-@click.option("--checkpoint-every", type=int, default=100, show_default=True, help="Steps; 0: none.")
-@click.option("--work", type=click.Path(file_okay=False, path_type=Path), help="Checkpoints.  [default: beside STORE2]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of windows and of written text.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: PyTorch's]")
+@click.option(
+    "--cache-logits", type=click.Path(file_okay=False, path_type=Path), help="Folder to cache the teacher's logits in."
+)
+@click.option(
+    "--validation-share", type=float, default=0.02, show_default=True, help="Share of the text held out for validation."
+)
+@click.option("--evaluate-every", type=int, default=50, show_default=True, help="Steps between validations.")
+@click.option(
+    "--patience", type=int, default=5, show_default=True, help="Validations without improvement before training stops."
+)
+@click.option(
+    "--checkpoint-every", type=int, default=100, show_default=True, help="Steps between checkpoints. 0: none."
+)
+@click.option(
+    "--work", type=click.Path(file_okay=False, path_type=Path), help="Folder for checkpoints.  [default: beside STORE2]"
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the window order and of generated text.")
 @click.option(
     "--overwrite", is_flag=True, help="Begin anew, and replace STORE2 (in a folder: when the result is there)."
 )
@@ -57,7 +89,7 @@ def command(
     """Train the coefficients of STORE against the model that it was made from, and write them to a new store.
 
     Planes stay as they are; STORE is not changed. Part of the text is held out: the result is the state that predicts
-    it best. The same command goes on where an interrupted one stopped, with the same result. Needs PyTorch:
+    it best. The same command resumes an interrupted run, with the same result. Needs PyTorch:
     pip install 'bincompress[distill]'.
 
     \b
@@ -95,7 +127,7 @@ def command(
         print_json({"store": out, **found.record()})
         return
     if found.resumed_at:
-        click.echo(f"resumed at step {found.resumed_at}")
+        click.echo(f"resumed from step {found.resumed_at}")
     if found.stopped:
         click.echo(f"stopped at step {found.steps}: {found.stopped}")
     click.echo(

@@ -12,17 +12,20 @@ from bincompress.commands.shared import kernels_announced, print_json
 @click.command()
 @click.argument("store")
 @click.option(
-    "--text", type=click.Path(dir_okay=False, path_type=Path), required=True, help="A text that was not trained on."
+    "--text",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="Text that the model was not trained or calibrated on.",
 )
-@click.option("--context", type=int, default=1024, show_default=True, help="Tokens of a window.")
-@click.option("--windows", type=int, help="At most so many windows from the beginning.  [default: the whole text]")
-@click.option("--baseline", metavar="SOURCE", help="The unquantized checkpoint (folder or Hub id), to compare with.")
+@click.option("--context", type=int, default=1024, show_default=True, help="Tokens per window.")
+@click.option("--windows", type=int, help="Use at most this many windows, from the start.  [default: the whole text]")
+@click.option("--baseline", metavar="SOURCE", help="The unquantized checkpoint (folder or Hub id) to compare with.")
 @engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(
     store: str, text: Path, context: int, windows: int | None, baseline: str | None, as_json: bool, **options: Any
 ) -> None:
-    """Measure how well the model in STORE predicts a text: perplexity, and what the bits cost against a baseline.
+    """Measure the perplexity of the model in STORE on a text, and compare it with the unquantized model.
 
     The whole text is tokenized once; consecutive windows are scored, each from its second token. STORE may also be an
     unquantized checkpoint folder, which runs in float32.

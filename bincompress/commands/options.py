@@ -1,4 +1,4 @@
-"""Options that the verbs which run a model share."""
+"""The options that commands which run a model share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ def engine_options(command: Command) -> Command:
             type=click.Choice(["6", "8", "16"]),
             default="8",
             show_default=True,
-            help="Bits of activations; 16: float32 on decoded weights, slow.",
+            help="Bits of activations. 16: float32 activations on decoded weights (slow).",
         ),
         click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: all usable CPUs]"),
     ):
@@ -35,14 +35,20 @@ def engine_options(command: Command) -> Command:
 def sampling_options(command: Command) -> Command:
     """Add the sampling options; those not given come from the model's generation_config.json."""
     for option in (
-        click.option("--seed", type=int, help="Seed, for the same text again."),
-        click.option("--repetition-penalty", type=float, help="Above 1: tokens seen before become less likely."),
-        click.option("--min-p", type=float, help="Only tokens at least so likely, relative to the likeliest."),
-        click.option("--top-p", type=float, help="Only the likeliest tokens that sum up to this probability."),
-        click.option("--top-k", type=int, help="Only so many of the likeliest tokens (0: all)."),
-        click.option("--temperature", type=float, help="0: always the likeliest token."),
+        click.option("--seed", type=int, help="Seed of the sampling: the same seed gives the same text."),
+        click.option("--repetition-penalty", type=float, help="Above 1: tokens that have appeared become less likely."),
+        click.option(
+            "--min-p",
+            type=float,
+            help="Keep only tokens with at least this share of the likeliest token's probability.",
+        ),
+        click.option("--top-p", type=float, help="Keep only the likeliest tokens whose probabilities add up to this."),
+        click.option("--top-k", type=int, help="Keep only this many of the likeliest tokens (0: all)."),
+        click.option("--temperature", type=float, help="Randomness of sampling. 0: always the likeliest token."),
         click.option("--stop", multiple=True, help="Text that ends the answer (repeatable)."),
-        click.option("--max-tokens", type=int, help="At most so many tokens.  [default: until the context is full]"),
+        click.option(
+            "--max-tokens", type=int, help="Generate at most this many tokens.  [default: until the context is full]"
+        ),
     ):
         command = option(command)
     return command

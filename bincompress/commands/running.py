@@ -49,17 +49,23 @@ _OPTIONS = [
         type=click.Choice(["local", "ray"]),
         default="local",
         show_default=True,
-        help="Who does the jobs: this machine or a Ray cluster.",
+        help="Where jobs run: on this machine or on a Ray cluster.",
     ),
     click.option(
         "--address", help="ray: auto, HOST:PORT or ray://HOST:10001.  [default: RAY_ADDRESS, or this machine]"
     ),
-    click.option("--max-in-flight", type=click.IntRange(min=1), help="ray: jobs at once.  [default: number of cores]"),
-    click.option("--memory-per-job", type=Size(), help="ray: claimed for a job, such as 4GB.  [default: as planned]"),
+    click.option(
+        "--max-in-flight",
+        type=click.IntRange(min=1),
+        help="ray: most jobs handed to Ray at once.  [default: a few more than cores]",
+    ),
+    click.option(
+        "--memory-per-job", type=Size(), help="ray: memory reserved for each job, such as 4GB.  [default: as planned]"
+    ),
     click.option(
         "--events",
         type=click.Path(dir_okay=False, path_type=Path),
-        help="Append a JSON line to this file for each thing that happens to a job.",
+        help="Append a JSON line to this file for each event of a job.",
     ),
 ]
 _NAMES = ("workers", "runner", "address", "max_in_flight", "memory_per_job", "events")

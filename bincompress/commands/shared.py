@@ -1,4 +1,4 @@
-"""What the verbs share: progress bars, the kernel compiler's one-time message, JSON."""
+"""What commands share: progress bars, the kernel compiler's one-time message, JSON."""
 
 import contextlib
 import gc
@@ -41,9 +41,9 @@ def kernels_announced(
 
 @contextlib.contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """Look for no garbage meanwhile, and never among what is there then: modules, which live as long as the process.
+    """Pause the garbage collector, and exempt what exists afterwards: modules, which live as long as the process.
 
-    The looking is a tenth of the time that importing Numba takes.
+    Collecting takes a tenth of the time that importing Numba takes.
     """
     collecting = gc.isenabled()
     gc.disable()
@@ -57,9 +57,9 @@ def _nothing_collected() -> Iterator[None]:
 
 @contextlib.contextmanager
 def decoding_announced() -> Iterator[None]:
-    """`kernels_announced` for a verb that runs a model: a second process compiles a part of the decoder's kernels."""
+    """`kernels_announced` for a command that runs a model: a second process compiles some of the decoder's kernels."""
     with _nothing_collected():
-        import bincompress.inference.load  # noqa: F401 (for the verb, which imports it too)
+        import bincompress.inference.load  # noqa: F401 (for the command, which imports it too)
         from bincompress.inference.warmup import compiling_ahead
 
     with compiling_ahead() as ahead, kernels_announced(ahead=ahead):

@@ -11,7 +11,7 @@ from bincompress.commands.shared import print_json
 @click.argument("store")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(store: str, as_json: bool) -> None:
-    """Read everything in STORE and hold it against its hashes and the format. Exit code 1: something is wrong.
+    """Check every byte of STORE against its hashes and the format. Exit code 1: damage was found.
 
     \b
     Example:

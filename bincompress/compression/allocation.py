@@ -37,7 +37,7 @@ def spreadable(plan: Plan) -> list[PlannedTensor]:
     """Return the tensors whose bits can be chosen: those with error compensation; raises RecipeError if none is."""
     found = [tensor for tensor in plan.tensors if tensor.inputs_hash and _trials(tensor.settings)]
     if not found:
-        raise RecipeError("--target-bits spreads bits by what errors cost: give --compensate and --stats too")
+        raise RecipeError("--target-bits needs --compensate and --stats: it chooses bits by the cost of errors")
     return found
 
 
@@ -102,7 +102,7 @@ def spread(plan: Plan, trials: Mapping[str, Sequence[Trial]], target_bits: float
     least = sum(min(trial.nbytes for trial in own) for own in trials.values())
     if least > budget:
         raise RecipeError(
-            f"--target-bits {target_bits:g}: the least that these matrices take is "
+            f"--target-bits {target_bits:g}: these matrices need at least "
             f"{8 * (least + fixed) / sum(weights.values()):.3f} bits a weight"
         )
     chosen = _cheapest(trials, weights, budget)

@@ -114,7 +114,7 @@ def _job_seconds(folder: Path, settings: Settings, dtype: str, shape: tuple[int,
         report = run_job(Job(store, source.name, source, settings, statistics=statistics))
         times.append(time.perf_counter() - begin)
         if report.status != "done":
-            raise TensorError(f"these settings cannot be timed: {report.error}; give --rate")
+            raise TensorError(f"these settings cannot be timed here: {report.error}; give --rate")
     return min(times)
 
 

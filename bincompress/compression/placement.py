@@ -45,7 +45,7 @@ class Placement:
             processes = held.enter_context(Processes(self.workers, on_event)) if held is not None else None
             return functools.partial(run_local, workers=self.workers, work=work, processes=processes, on_event=on_event)
         if self.workers != 1:
-            raise BincompressError("--workers is for --runner local; --max-in-flight bounds the jobs on a cluster")
+            raise BincompressError("--workers is for --runner local; on a cluster use --max-in-flight")
         from jobs.runner import connected, run_ray
 
         if held is not None:

@@ -117,7 +117,7 @@ def make_plan(
         for tensor in checkpoint.tensors.values()
     )
     if sequence is not None and not any(t.settings.calibrated for t in tensors):
-        raise RecipeError("--sequential is for methods that need calibration, and none of these do: add --compensate")
+        raise RecipeError("--sequential needs a method that uses calibration; add --compensate")
     url = statistics.url if statistics is not None and any(t.inputs_hash for t in tensors) else ""
     return Plan(checkpoint, recipe, archive, _folded(checkpoint, tensors), url, sequence, found)
 
@@ -229,7 +229,9 @@ def _planned(source: TensorSource, recipe: Recipe, kept: tuple[tuple[int, int], 
     settings = recipe.settings_for(source.name, None if kind == "linear" else base)
     if settings == KEEP:
         if kept:
-            raise RecipeError(f"{source.name}: single weights are to be kept, but the whole tensor is")
+            raise RecipeError(
+                f"{source.name}: --keep-weights names single weights, but the whole tensor is kept already"
+            )
         memory = _BASE_BYTES + 2 * min(source.nbytes, 512 << 20) + source.nbytes
         if source.dtype not in ITEM_BYTES and source.dtype not in OTHER_DTYPES:
             raise RecipeError(
@@ -240,7 +242,9 @@ def _planned(source: TensorSource, recipe: Recipe, kept: tuple[tuple[int, int], 
             reason = f"{source.dtype}, which the decoder does not read"
         return PlannedTensor(source, kind, settings, (), source.nbytes, memory, reason=reason)
     if len(source.shape) != 2 or min(source.shape) < 1:
-        raise RecipeError(f"{source.name}: shape {list(source.shape)}; only matrices can be packed, keep it instead")
+        raise RecipeError(
+            f"{source.name}: shape {list(source.shape)}; only matrices can be packed; use --keep for this tensor"
+        )
     if source.dtype not in ITEM_BYTES:
         raise RecipeError(
             f"{source.name}: dtype {source.dtype} cannot be packed; expected {', '.join(ITEM_BYTES)} "

@@ -56,7 +56,7 @@ def prepare(job: Job, weight: Weight, mark: dict[str, Any]) -> Prepared:
     """Return what is to be worked on; mark: the job's fingerprint. Raises TensorError where statistics are missing."""
     inputs = _inputs(job)
     if inputs is None and job.settings.calibrated:  # some methods could do without, and give other planes
-        raise TensorError(f"{job.name}: the statistics of its inputs are gone; calibrate again")
+        raise TensorError(f"{job.name}: its input statistics are missing; run `bincompress calibrate` again")
     decides = job.shared.settings if job.shared is not None else job.settings
     method = None if decides == KEEP else method_named(decides.method)
     if inputs is not None and method is not None and job.shared is not None:

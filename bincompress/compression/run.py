@@ -69,7 +69,7 @@ def compress_all(
                     complete = sum(count["done"] + count["unchanged"] for count in counts.values())
                     raise StoreError(
                         f"{report.error}; {complete} of {len(jobs)} tensors are complete: "
-                        "mend the cause and run the same command again to go on from there"
+                        "fix the cause and run the same command again to resume"
                     )
                 counts[report.store][report.status] += 1
                 if report.status == "failed":

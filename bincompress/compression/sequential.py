@@ -153,7 +153,7 @@ class _Sequence:
         left = statistics_at(url)
         if left is not None and left.attributes.get("kind") != _KIND:
             raise StoreError(
-                f"{url}: a run layer after layer keeps its statistics there, and holds others already; move them away"
+                f"{url}: --sequential keeps its statistics there, but the folder holds others; move or remove them"
             )
         begun = any(self.store.node_attributes(job.name) for job in jobs)
         return begin_statistics(url, {"kind": _KIND, **self.work.record()}, overwrite=left is not None and not begun)
@@ -258,7 +258,7 @@ def _reader(job: Job) -> str:
 
 
 def _not_begun(job: Job, cause: str) -> JobReport:
-    return failed_report(job, f"{job.name}: not begun, as it is calibrated on what {cause} gives, which failed")
+    return failed_report(job, f"{job.name}: not started: it is calibrated on the output of {cause}, which failed")
 
 
 class _SoFar:

@@ -48,7 +48,9 @@ def write_store(
         if is_local(url):
             put_in_place(check_place(url, MODEL, overwrite=True), VERSION)
     except OSError as error:
-        raise DistillError(f"{url}: cannot be written: {error.strerror or error}; choose a path with room") from None
+        raise DistillError(
+            f"{url}: cannot be written: {error.strerror or error}; choose a path with free space"
+        ) from None
     finally:
         if is_local(url):
             with contextlib.suppress(OSError):

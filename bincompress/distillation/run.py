@@ -108,7 +108,7 @@ def distill(
         taught = Teacher(predictions, weights, windows, places.cached_logits, key)
         student = Student(opened, config, device, dtype, settings.norms)
         if not student.parameters():
-            raise DistillError(f"{store}: no tensor of it is packed, so there is nothing to train")
+            raise DistillError(f"{store}: it has no packed tensor, so there is nothing to train")
         rechoose = (lambda s: choose_planes(s, teacher, device)) if settings.rechoose_planes else None
         training = Training(student, taught, predictions, windows, settings, rechoose)
         record = {"settings": settings.record(), "store": _content(opened), "text": windows.fingerprint}
@@ -138,14 +138,14 @@ def _check(
         raise StoreError(f"{store.url}: not complete; run the same `bincompress compress` again before distilling it")
     if attributes["source"]["fingerprint"] != source_record(teacher)["fingerprint"]:
         raise DistillError(
-            f"{store.url}: was made from {attributes['source']['id']}, whose headers or config are not those of "
+            f"{store.url}: was made from {attributes['source']['id']}, but its headers or config differ from those of "
             f"{teacher.name}; give the checkpoint that it was made from as --teacher"
         )
     if text is None and not settings.written_tokens:
         raise DistillError("nothing to train on: expected --text FILE, or --data-free")
     CheckpointSource(teacher, checkpoint_config(teacher))
     if is_local(out) and Path(out).resolve() == Path(store.url).resolve():
-        raise DistillError(f"{out}: is the store to distill; --out has to be another")
+        raise DistillError(f"{out}: is the store to distill; choose another --out")
     place = check_place(out, MODEL, overwrite)
     if not overwrite and _is_taken(out, place):
         raise DistillError(f"{out}: exists; choose another --out, or --overwrite")
@@ -260,5 +260,5 @@ def _memory_named(settings: DistillSettings) -> Iterator[None]:
         raise DistillError(
             f"out of memory with {settings.batch // settings.accumulate} windows of {settings.context} tokens at once: "
             f"raise --accumulate (a divisor of --batch {settings.batch}) or lower --context; "
-            "where one window does not fit either, --dtype bf16 halves activations"
+            "if a single window does not fit, --dtype bf16 halves the activations"
         ) from None

@@ -41,7 +41,7 @@ class Teacher:
             present = sum(1 for _ in folder.glob("*.npy"))
             free = shutil.disk_usage(folder).free
         except OSError as error:
-            raise DistillError(f"{folder}: cannot hold cached logits: {error.strerror or error}") from None
+            raise DistillError(f"{folder}: cannot be used for cached logits: {error.strerror or error}") from None
         count, context = self._windows.shape
         needed = 2 * (count - present) * context * self._predictions.decoder.config.vocab
         if needed > free:

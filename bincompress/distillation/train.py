@@ -82,7 +82,7 @@ class Training:
             on_step(progress)
         if not progress.best_step:
             why = progress.stopped or "try a smaller --lr, or more --steps"
-            raise DistillError(f"nothing was better than the start on held-out text, so no store was written: {why}")
+            raise DistillError(f"training did not improve the held-out perplexity, so no store was written: {why}")
         self._restore(self._best)
 
     def state(self) -> dict[str, Any]:
@@ -206,20 +206,20 @@ class Checkpoints:
             record, state = found["record"], found["state"]
         except Exception as error:  # a damaged file makes torch raise many kinds
             raise DistillError(
-                f"{self._path}: not a readable checkpoint ({type(error).__name__}); --overwrite begins anew"
+                f"{self._path}: not a readable checkpoint ({type(error).__name__}); --overwrite starts again"
             ) from None
         for key, value in self._record.items():
             if record.get(key) != value:
                 raise DistillError(
                     f"{self._path}: a run with other settings was interrupted here: {_named(key, record, value)}; "
-                    "give the same to go on, or --overwrite to begin anew"
+                    "use the same settings to resume, or --overwrite to start again"
                 )
         return dict(state)
 
 
 def _named(key: str, record: dict[str, Any], value: Any) -> str:
     if key != "settings":
-        return f"its {key} was another"
+        return f"its {key} was different"
     return DistillSettings(**value).difference(record.get(key, {}))
 
 

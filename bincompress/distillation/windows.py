@@ -33,7 +33,7 @@ class Windows:
         if np.count_nonzero(~held) < settings.batch or not held.any():
             raise DistillError(
                 f"the text has {len(tokens):,} tokens, {count} windows of {settings.context}; expected at least "
-                f"{settings.batch} for a batch and one to judge by: give a longer text, or a smaller --batch or "
+                f"{settings.batch} for a batch and one held-out window: give a longer text, or a smaller --batch or "
                 "--context"
             )
         return cls(windows[~held], windows[held], settings.seed)

@@ -31,7 +31,7 @@ class ChatTemplate:
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
         if name not in self._templates:
             known = ", ".join(sorted(self._templates))
-            raise TemplateError(f"chat template: none is named 'default'; the model has {known}")
+            raise TemplateError(f"chat template: expected one that is named 'default', found {known}")
         values = _plain({**self._variables, **variables, "tools": tools, "documents": variables.get("documents")})
         values["messages"] = [_with_reasoning(message) for message in _plain(list(messages))]
         # Here, because generating from a prompt needs no template, and importing jinja2 takes as long as a small model.

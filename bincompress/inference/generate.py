@@ -31,7 +31,7 @@ class GenerationSettings:
         if self.context is not None and self.context < 2:
             raise PromptError(f"context: expected at least 2 tokens, found {self.context}")
         if not all(self.stop):
-            raise PromptError("stop: expected texts that are not empty")
+            raise PromptError("stop: expected non-empty texts")
 
 
 @dataclass(frozen=True)

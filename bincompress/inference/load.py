@@ -64,7 +64,7 @@ def load(
 ) -> Model:
     """Load a finished store as a model.
 
-    threads: exactly so many are used (all usable CPUs if not given). activation_bits: 8 or 6, or 16 for float32
+    threads: exactly this many are used (all usable CPUs if not given). activation_bits: 8 or 6, or 16 for float32
     activations on decoded weights. activation_scale: one per "token" or per token and "segment" of 128 columns.
     kernel: "lookup", "lookup-avx2", "popcount", ... (the best of this CPU if not given).
 
@@ -132,7 +132,9 @@ def load_decoder(url: str, threads: int | None, settings: ActivationSettings, ke
             f"activations: {settings.bits} bits per {settings.per}; expected 6, 8 or 16 bits per token or segment"
         )
     if kernel is not None and kernel not in ("lookup", *kernels()):
-        raise BincompressError(f"kernel {kernel!r} is unknown, or this CPU lacks it; available: {', '.join(kernels())}")
+        raise BincompressError(
+            f"kernel {kernel!r} is unknown or not supported by this CPU; available: {', '.join(kernels())}"
+        )
     store = open_store(url)
     assets = store.read_assets()
     config = store_config(store, assets)

@@ -41,7 +41,7 @@ class DbellquantSettings(CompensatedSettings):
 
     method: ClassVar[str] = "dbellquant"
     planes: int = option(2, "planes, each with its own scale; more than one with error compensation", least=1, most=2)
-    epsilon: float = option(0.85, "weight of the inputs' size in the first channel scale", least=0, most=1)
+    epsilon: float = option(0.85, "weight of the inputs' magnitude in the initial channel scale", least=0, most=1)
 
     @property
     def calibrated(self) -> bool:

@@ -73,8 +73,12 @@ class CompensatedSettings(Settings):
     """Settings of a method that can round with error compensation."""
 
     scale_bits: Literal[8, 16] = option(16, "bits of each stored scale (with error compensation)")
-    compensate: bool = option(False, "round with error compensation, by the statistics of the inputs")
-    refine: int = option(0, "rounds of scale refit and bit flips after error compensation", least=0)
+    compensate: bool = option(
+        False, "error compensation (GPTQ): spread each column's rounding error over the columns that follow"
+    )
+    refine: int = option(
+        0, "rounds of refinement after error compensation: refit the scales, then flip single bits", least=0
+    )
 
     @property
     def calibrated(self) -> bool:
@@ -97,7 +101,7 @@ class CompensatedSettings(Settings):
             return "error compensation works on rows and row-blocks, not on a whole matrix; choose another --block"
         if not self.calibrated and (self.refine or self.scale_bits == 8):
             used = "--refine" if self.refine else "--scale-bits 8"
-            return f"{used} is a part of error compensation: give --compensate and --stats too"
+            return f"{used} is part of error compensation: add --compensate and --stats"
         return ""
 
 

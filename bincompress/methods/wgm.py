@@ -35,14 +35,14 @@ class WgmSettings(CompensatedSettings):
     """How the magnitudes of a tensor are grouped."""
 
     method: ClassVar[str] = "wgm"
-    groups: int = option(2, "at most so many groups of magnitudes in a block", least=1, most=256)
+    groups: int = option(2, "at most this many groups of magnitudes per block", least=1, most=256)
     solver: Literal["exact", "greedy", "windowed"] = option(
         "exact", "the exact optimum, or the paper's algorithm 2 or 3"
     )
-    window: int = option(512, "magnitudes in a starting group of the windowed solver")
+    window: int = option(512, "magnitudes in each initial group of the windowed solver")
     lam: float = option(0.0, "weight of 1/size in a group's cost", flag="--lambda", least=0)
     lam_normalized: bool = option(
-        False, "lambda is a share between the paper's l_min and l_max", flag="--lambda-normalized"
+        False, "read lambda as a fraction between the paper's l_min and l_max", flag="--lambda-normalized"
     )
 
     def record(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class WgmSettings(CompensatedSettings):
             if self.scale_bits == 8 and self.groups > 2:
                 return "8-bit scales are for one or two groups (more have coefficients of both signs)"
             if self.solver != "exact" or self.lam:
-                return "error compensation finds its groups by itself; leave --solver and --lambda out"
+                return "error compensation finds groups itself; remove --solver and --lambda"
         elif self.lam == float("inf"):
             return f"lambda {self.lam}: expected a number"
         rows, cols = shape

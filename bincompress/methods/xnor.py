@@ -42,7 +42,7 @@ class XnorSettings(CompensatedSettings):
     def problem(self, shape: tuple[int, int]) -> str:
         """Return what is wrong beyond single values; empty if nothing."""
         if not self.calibrated and self.planes > 1:
-            return "--planes is a part of error compensation: give --compensate and --stats too"
+            return "--planes is part of error compensation: add --compensate and --stats"
         return super().problem(shape)
 
 

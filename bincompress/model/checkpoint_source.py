@@ -23,7 +23,7 @@ class CheckpointSource:
         """Check that every tensor of the decoder is there in the shape that config.json gives."""
         for name, shape in config.tensors().items():
             if name not in checkpoint.tensors:
-                raise CheckpointError(f"{checkpoint.folder}: tensor {name} is missing; config.json asks for it")
+                raise CheckpointError(f"{checkpoint.folder}: tensor {name} is missing; config.json requires it")
             found = checkpoint.tensors[name].shape
             if found != shape:
                 raise CheckpointError(f"{name}: expected shape {shape}, as config.json gives it, found {found}")

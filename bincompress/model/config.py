@@ -100,7 +100,7 @@ def parse(raw: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(f"config.json: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
     head_dim = _size(raw, "head_dim", _head_dim(raw, declared, hidden, heads))
     if head_dim % 2:
-        raise ConfigError(f"config.json: head_dim {head_dim} is odd; rotary embedding turns pairs")
+        raise ConfigError(f"config.json: head_dim {head_dim} is odd; rotary embeddings need an even one")
     context = _size(raw, "max_position_embeddings", declared.context, limit=1 << 31)
     return ModelConfig(
         architecture=name,

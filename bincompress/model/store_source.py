@@ -52,7 +52,7 @@ class StoreSource:
         kinds = store.tensors()
         for name, shape in config.tensors().items():
             if name not in kinds:
-                raise StoreError(f"{store.url}: tensor {name} is missing; config.json asks for it")
+                raise StoreError(f"{store.url}: tensor {name} is missing; config.json requires it")
             found = store.shape(name)
             if found != shape:
                 raise StoreError(f"{store.url}: {name}: shape {found}; config.json gives {shape}")

@@ -115,8 +115,8 @@ def totals(total: dict[str, Any]) -> list[str]:
         )
     if total["additions_saved"] is not None:
         lines.append(
-            f"{{0, 1}} planes  a machine that skips zeros saves {100 * total['additions_saved']:.1f}% of the additions "
-            "(here all are done: products work on whole words of a plane)"
+            f"{{0, 1}} planes  hardware that skips zeros would save {100 * total['additions_saved']:.1f}% of the "
+            "additions (these kernels do not skip any: they work on whole words of a plane)"
         )
     lines.append(
         f"whole model    {total['complete']} tensors, {total['weights']:,} weights: "

@@ -46,7 +46,7 @@ def _from_hub(repo: str, revision: str | None, headers_only: bool) -> Checkpoint
     except NotASafetensorsRepoError:
         raise CheckpointError(f"{repo}: no safetensors files there; other formats are not read") from None
     except LocalEntryNotFoundError as error:
-        raise CheckpointError(f"{repo}: the Hub could not be reached and the cache lacks it: {_line(error)}") from None
+        raise CheckpointError(f"{repo}: the Hub cannot be reached and the cache lacks it: {_line(error)}") from None
     except HfHubHTTPError as error:
         raise CheckpointError(
             f"{repo}: no such folder here, and the Hub says: {_line(error)}; check the name, or log in "

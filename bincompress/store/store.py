@@ -86,7 +86,7 @@ def _check_equal(place: Place, url: str, record: Mapping[str, Any]) -> dict[str,
     difference = difference_of(place.attributes, record)
     if difference:
         raise StoreError(
-            f"{url}: was begun with other settings: {difference}; use another store, the same settings, or --overwrite"
+            f"{url}: was started with other settings: {difference}; use another store, the same settings or --overwrite"
         )
     return place.attributes
 

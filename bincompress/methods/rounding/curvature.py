@@ -40,7 +40,9 @@ def curvature(hessian: Floats, name: str = "") -> Curvature:
     exact = hessian.astype(np.float64)
     mean = float(np.trace(exact)) / len(exact)
     if not np.isfinite(exact).all() or mean < 0:
-        raise TensorError(f"{name}: its Hessian is not that of any inputs (not finite or negative); calibrate again")
+        raise TensorError(
+            f"{name}: its Hessian has entries that are not finite or a negative diagonal; calibrate again"
+        )
     mean = mean or 1.0  # inputs that are all zero: every rounding costs the same
     # A column whose input was always zero costs nothing, whatever it holds; refinement would divide zero by zero. As if
     # it had inputs of its own, its weights keep their nearest levels (GPTQ does likewise).
@@ -60,7 +62,9 @@ def curvature(hessian: Floats, name: str = "") -> Curvature:
         if np.isfinite(factor).all():
             return Curvature(exact.astype(np.float32), np.ascontiguousarray(factor), damping)
         damping *= 10
-    raise TensorError(f"{name}: its Hessian cannot be factorised even with {damping:g} times its mean added")
+    raise TensorError(
+        f"{name}: its Hessian is not positive definite even with damping of {damping:g} times its mean diagonal"
+    )
 
 
 def _cholesky(matrix: NDArray[np.float64]) -> Floats:
