@@ -83,7 +83,6 @@ class Decoder:
     def _advance(self, vectors: Floats, cache: KvCache) -> Buffers:
         """Run one block of vectors (n, hidden); the next one overwrites the buffers."""
         n = len(vectors)
-        cache.reach(cache.length + n)
         if len(self._buffers.stream) < n:
             self._buffers = Buffers.for_tokens(self.config, n)
         work, steps = self._buffers.first(n), self._steps
