@@ -57,7 +57,7 @@ def test_generate_stops_at_a_text_and_reads_standard_input(
     [
         (("generate", "STORE", "word " * 3000), "the prompt has"),
         (("generate", "STORE", "x", "--temperature", "-1"), "temperature: expected 0"),
-        (("generate", "STORE", "x", "--top-p", "0"), "top_p: expected above 0"),
+        (("generate", "STORE", "x", "--top-p", "-1"), "top_p: expected 0 to 1"),
         (("generate", "STORE", "x", "--max-tokens", "0"), "max tokens: expected at least 1"),
         (("generate", "STORE", "x", "--stop", ""), "stop: expected non-empty texts"),
         (("generate", "STORE", "x", "--kernel", "abacus"), "kernel 'abacus' is unknown"),

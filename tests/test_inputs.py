@@ -235,3 +235,10 @@ def test_tokenizers_are_looked_at_before_the_work(tmp_path: Path) -> None:
     verdict = plan_of(folder).verdict
     assert (verdict.runs, verdict.line()) == (True, "this store will run here")
     verdict.require(export_only=False)
+
+
+def test_a_plan_of_headers_alone_asks_for_no_weights(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", tiny_tensors(layers=1), tiny_config(layers=1) | {"tie_word_embeddings": True})
+    checkpoint = open_checkpoint(folder)
+    (folder / "model.safetensors").unlink()
+    assert make_plan(checkpoint, load_recipe(None, {})).verdict.runs

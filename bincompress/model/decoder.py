@@ -106,7 +106,6 @@ class Decoder:
 
     def _run(self, vectors: Floats, cache: KvCache) -> Buffers:
         n = len(vectors)
-        cache.reach(cache.length + n)
         if len(self._buffers.stream) < n:
             self._buffers = Buffers.for_tokens(self.config, n)
         work, steps = self._buffers.first(n), self._steps

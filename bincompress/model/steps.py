@@ -85,6 +85,7 @@ class Steps:
     def attend(self, work: Buffers, layer: Layer, number: int, cache: KvCache) -> None:
         """Let the tokens read those before them, and put their keys and values into the cache."""
         config, first, n = self.config, cache.length, len(work.normed)
+        cache.reach(first + n)
         keys, values = cache.keys[number], cache.values[number]
         place, attend = PLACE[keys.dtype], ATTEND[keys.dtype]
         window = config.windows[number] or NO_WINDOW
