@@ -1,6 +1,5 @@
 """What is done with one tensor, wherever it runs: read, binarize, write, commit, report."""
 
-import errno
 import functools
 import json
 import math
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from bincompress.compression.plan import Plan, settings_record
 from bincompress.compression.recipe import KEEP
 from bincompress.errors import BincompressError, StoreError, TensorError
+from bincompress.faults import explain, stops_everything
 from bincompress.methods import METHODS
 from bincompress.methods.dbellquant import channel_scale
 from bincompress.records import Binarized, Inputs, Job, JobReport, Shared, Weight
@@ -28,7 +28,6 @@ from bincompress.tensors.float8 import from_float8
 from cpu_kernels.quantize.counting import greatest_magnitude
 
 BYTES_VERSION = 3  # raised when a change of the program changes the bytes of a tensor
-_FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _SAMPLE = 1 << 14  # weights in a tensor's histogram
 _BINS = 100
 _FINITE = {"BF16": 0x7F7F, "F16": 0x7BFF, "F32": 0x7F7FFFFF}  # greatest finite magnitude
@@ -86,8 +85,11 @@ def run_job(job: Job) -> JobReport:
     except MemoryError:
         return failed(f"{job.name}: not enough memory; `--dry-run` shows what a job needs")
     except OSError as error:
-        return failed(f"{job.name}: {job.store}: {error.strerror or error}", fatal=error.errno in _FATAL)
-    except Exception:  # a fault of the program must not lose the other tensors: it is reported with its place
+        return failed(f"{job.name}: {job.store}: {error.strerror or explain(error)}", fatal=stops_everything(error))
+    except Exception as error:  # a fault of the program must not lose the other tensors: it is reported with its place
+        known = explain(error)
+        if known is not None:
+            return failed(f"{job.name}: {job.store}: {known}", fatal=stops_everything(error))
         return failed(f"{job.name}: {traceback.format_exc().strip()}")
 
 

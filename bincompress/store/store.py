@@ -19,6 +19,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from bincompress.errors import DamagedError, StoreError
+from bincompress.faults import hinders
 from bincompress.records import Binarized, Weight
 from bincompress.tensors.packed import Packed, assemble
 
@@ -227,6 +228,8 @@ class Store:
             found = self._mapped(path, node or self._node(path)) if mapped else None
             return self._access.read_array(path) if found is None else found
         except (ArithmeticError, KeyError, MemoryError, OSError, TypeError, ValueError, RuntimeError) as error:
+            if hinders(error):
+                raise
             raise DamagedError(f"{self.url}: {name}: array {path.split('/')[-1]} cannot be read: {error}") from None
 
     def _mapped(self, path: str, node: dict[str, Any]) -> NDArray[Any] | None:
