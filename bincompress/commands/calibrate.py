@@ -88,6 +88,7 @@ def _runner(kind: str, threads: int | None, address: str | None, stats: str) -> 
         return run_in_threads(threads or usable_threads())
     if threads is not None:
         raise BincompressError("--threads is for --runner local; on a cluster every part is one core's work")
-    from jobs.calibration import run_on_ray
+    from bincompress.own_jobs import own_jobs
 
-    return run_on_ray(address, stats)
+    runner: LayerRunner = own_jobs("calibration").run_on_ray(address, stats)
+    return runner
