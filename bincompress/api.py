@@ -282,9 +282,9 @@ def calibrate(
     else:
         if threads is not None:
             raise BincompressError("--threads is for --runner local; on a cluster every part runs on one core")
-        from jobs.calibration import run_on_ray
+        from bincompress.own_jobs import own_jobs
 
-        run_layer = run_on_ray(address, stats)
+        run_layer = own_jobs("calibration").run_on_ray(address, stats)
     checkpoint = open_source(str(source))
     tokens = choose_samples(checkpoint, read_text(Path(text)), samples, context)
     found: Statistics = collect(checkpoint, tokens, stats, runner=run_layer, overwrite=overwrite, progress=progress)

@@ -1,6 +1,7 @@
 """What is wrong when something other than our own checks fails: an object store, a package, a disk? In one line."""
 
 import errno
+import re
 from collections.abc import Iterator
 
 _CREDENTIALS = {
@@ -110,14 +111,11 @@ def _of_the_machine(error: BaseException) -> str | None:
 
 
 def _of_a_package(error: ImportError) -> str | None:
-    name = (error.name or next((link.name for link in _chain(error) if isinstance(link, ImportError)), "") or "").split(
-        "."
-    )[0]
+    asked = re.search(r"nstall (\w+) to", str(error))  # as fsspec says it
+    name = asked[1] if asked else (error.name or "").split(".")[0]
     if name in ("bincompress", "cpu_kernels", "jobs"):
         return None
-    if isinstance(error, ModuleNotFoundError) or "nstall" in str(error):
-        if not name:
-            return one_line(error)
+    if name and (asked or isinstance(error, ModuleNotFoundError)):
         return f"the package {name} is not installed: pip install '{_EXTRAS.get(name, name)}'"
     return f"the package {name or '?'} cannot be loaded: {one_line(error)}; install it anew"
 

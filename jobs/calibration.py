@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,9 +19,10 @@ from bincompress import __version__
 from bincompress.calibration.collect import Calibration, LayerRunner, PartRunner, Sum
 from bincompress.calibration.statistics import open_unfinished
 from bincompress.errors import BincompressError
-from jobs.nodes import PATIENCE_SECONDS, Nodes
-from jobs.runner import connect, import_ray
-from jobs.task import ENVIRONMENT
+
+from .nodes import PATIENCE_SECONDS, Nodes
+from .runner import absolute_url, by_value, connect, import_ray
+from .task import ENVIRONMENT
 
 Floats = NDArray[np.float32]
 _MOST_DEATHS = 3  # of the workers and nodes that had one part
@@ -33,12 +35,15 @@ def run_on_ray(address: str | None, url: str, *, patience: float = PATIENCE_SECO
     url: of the statistics store, which every node has to reach. address and patience: as for `run_ray`.
     """
     ray = import_ray()
+    url = absolute_url(url)
+    by_value(ray, run_part)
     if not ray.is_initialized():
         connect(ray, address)
     # Its own retries after the memory monitor's kills would be endless.
     task = ray.remote(num_cpus=1, max_retries=0, runtime_env={"env_vars": ENVIRONMENT})(run_part)
 
     def run(work: Calibration, layer: int, stream: Floats) -> Iterator[tuple[Floats, dict[str, Sum]]]:
+        work = _absolute(work)
         found = open_unfinished(url)
         found.write_work(f"stream-{layer}", stream)
         parts = range(len(work.parts))
@@ -62,6 +67,13 @@ def run_on_ray(address: str | None, url: str, *, patience: float = PATIENCE_SECO
                 ray.cancel(reference, force=True)
 
     return run
+
+
+def _absolute(work: Calibration) -> Calibration:
+    """Return it with the driver's relative paths resolved: workers run in other folders."""
+    checkpoint = work.checkpoint
+    tensors = {name: replace(one, file=absolute_url(one.file)) for name, one in checkpoint.tensors.items()}
+    return replace(work, checkpoint=replace(checkpoint, folder=checkpoint.folder.absolute(), tensors=tensors))
 
 
 def _error(ray: Any, reference: Any, patience: float, layer: int) -> Exception | None:

@@ -5,10 +5,13 @@ memory. This driver counts the deaths of each job instead and gives it up by nam
 """
 
 import contextlib
+import re
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from bincompress import __version__
@@ -16,9 +19,13 @@ from bincompress.compression.events import JobEvent, OnEvent
 from bincompress.compression.job import run_job
 from bincompress.compression.records import Job, JobReport
 from bincompress.errors import BincompressError
-from jobs.interrupts import Interrupts
-from jobs.nodes import PATIENCE_SECONDS, Nodes
-from jobs.task import ENVIRONMENT, run_task
+from bincompress.store.store import is_local
+from bincompress.tensors.weight import TensorSource
+
+from .addresses import check_address
+from .interrupts import Interrupts
+from .nodes import PATIENCE_SECONDS, Nodes
+from .task import ENVIRONMENT, run_task
 
 _TICK_SECONDS = 1.0  # how often the driver looks up although no job has finished
 _CANCEL_SECONDS = 20.0
@@ -85,15 +92,46 @@ def import_ray() -> Any:
 
 def connect(ray: Any, address: str | None) -> None:
     """Connect to a cluster, or begin one; raises BincompressError where there is none at the address."""
+    check_address(address)
     try:
         # The dashboard concerns a cluster that is begun here; Ray's client for ray:// knows no such option.
         options = {} if str(address).startswith("ray://") else {"include_dashboard": False}
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # Ray raises whatever its parts raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if re.search(r"token|unauthenticated|authenticat", reason, re.IGNORECASE):
+            raise BincompressError(
+                f"the Ray cluster at {address or 'the default address'} refuses this driver's token: {reason}; set "
+                "RAY_AUTH_MODE and RAY_AUTH_TOKEN as the cluster has them"
+            ) from None
+        if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+            raise BincompressError(f"Ray cannot start: {reason}; RAY_TMPDIR names a short path to write to") from None
         raise BincompressError(
             f"no Ray cluster at {address or 'the default address'}: {reason}; `ray start --head` starts one"
         ) from None
+
+
+def by_value(ray: Any, function: Callable[..., Any]) -> None:
+    """Send this function's code to the workers, whose folder may hold another package of the name `jobs`."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[function.__module__])
+
+
+def absolute(job: Job) -> Job:
+    """Return a job with the driver's relative paths resolved: workers run in other folders."""
+
+    def source(tensor: TensorSource) -> TensorSource:
+        return replace(tensor, file=absolute_url(tensor.file))
+
+    shared = job.shared and replace(job.shared, members=tuple(source(member) for member in job.shared.members))
+    return replace(
+        job, store=absolute_url(job.store), source=source(job.source), shared=shared,
+        statistics=absolute_url(job.statistics) if job.statistics else "",
+    )  # fmt: skip
+
+
+def absolute_url(url: str) -> str:
+    """Return a local path from the root, and any other URL as it is."""
+    return str(Path(url).absolute()) if is_local(url) else url
 
 
 @dataclass(frozen=True)
@@ -123,6 +161,7 @@ class _Run:
         self.work = work
         self.on_event = on_event
         self.nodes = Nodes(ray)
+        by_value(ray, run_task)
         self.remote = ray.remote(num_cpus=1, max_retries=0, runtime_env={"env_vars": ENVIRONMENT})(run_task)
 
     def reports(self, interrupts: Interrupts) -> Iterator[JobReport]:
@@ -163,7 +202,7 @@ class _Run:
                 self._set_aside(task)
                 continue
             claim = {"memory": task.memory} if task.memory else {}
-            reference = self.remote.options(**claim).remote(self.work, task.job, __version__)
+            reference = self.remote.options(**claim).remote(self.work, absolute(task.job), __version__)
             self.flying[reference] = task
             self.on_event(JobEvent("submitted", task.job.store, task.job.name))
 
@@ -221,7 +260,7 @@ class _Run:
         """Yield a finished task's report, or count its death and put it back, or give it up."""
         errors = self.ray.exceptions
         try:
-            yield self.ray.get(reference)
+            yield replace(self.ray.get(reference), store=task.job.store)
             return
         except errors.OutOfMemoryError:
             kind = "memory"

@@ -19,6 +19,9 @@ class FakeHub(ThreadingHTTPServer):
 
     folder: Path
     asked: list[str]
+    mode = ""  # how it misbehaves
+    daemon_threads = True
+    release: threading.Event
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -42,6 +45,15 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
         self.server.asked.append(path)
+        if self.server.mode == "silent":
+            self.server.release.wait(120)
+            return
+        if self.server.mode == "portal":
+            self.answer(200, b"<html>Please sign in</html>", {"Content-Type": "text/html"})
+            return
+        if self.server.mode:
+            self.answer(int(self.server.mode), b"{}", {"X-Error-Message": "no"})
+            return
         if path in ("/api/models/team/tiny", *(f"/api/models/team/tiny/revision/{r}" for r in ("main", "v1", COMMIT))):
             files = [{"rfilename": file.name} for file in self.server.folder.iterdir()]
             body = {
@@ -80,22 +92,24 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tiny_model: Path) -> Iterator[FakeHub]:
     server = FakeHub(("127.0.0.1", 0), Handler)
-    server.folder, server.asked = tiny_model, []
+    server.folder, server.asked, server.release = tiny_model, [], threading.Event()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
+    server.release.set()
     server.shutdown()
     thread.join()
     server.server_close()
 
 
-def bincompress(folder: Path, port: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def bincompress(folder: Path, port: int, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "HF_ENDPOINT": f"http://127.0.0.1:{port}",
         "HF_HOME": str(folder / "hub"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        **more,
     }
     return subprocess.run(
         [sys.executable, "-m", "bincompress", *arguments], env=environment, capture_output=True, text=True, check=False
@@ -140,3 +154,75 @@ def test_a_source_that_is_neither_folder_nor_id(tmp_path: Path) -> None:
     done = bincompress(tmp_path, 9, "compress", "./no/such/folder", str(tmp_path / "store"))
     assert done.returncode == 2
     assert "neither a folder nor a Hub id" in done.stderr
+
+
+@pytest.mark.parametrize("source", ["team/tiny", "team/tiny@v1", f"team/tiny@{COMMIT}"])
+def test_what_is_cached_is_used_without_the_hub(hub: FakeHub, tmp_path: Path, source: str) -> None:
+    def compress(port: int = hub.server_port, **more: str) -> None:
+        store = tmp_path / f"store-{len(list(tmp_path.iterdir()))}"
+        done = bincompress(tmp_path, port, "compress", source, str(store), **more)
+        assert done.returncode == 0, done.stderr
+        inspected = bincompress(tmp_path, port, "inspect", str(store), "--json")
+        assert json.loads(inspected.stdout)["total"]["source"]["revision"] == COMMIT
+
+    compress()
+    compress(HF_HUB_OFFLINE="1")
+    compress(port=9)
+    for mode in ("500", "429", "portal"):
+        hub.mode = mode
+        compress()
+    done = bincompress(tmp_path, 9, "compress", source, str(tmp_path / "dry"), "--dry-run", "--rate", "1GB")
+    assert done.returncode == 0, done.stderr
+    for weights in (tmp_path / "hub").rglob("*-00002-of-*.safetensors"):
+        weights.unlink()
+    done = bincompress(tmp_path, 9, "compress", source, str(tmp_path / "part"))
+    assert (done.returncode, "could not be reached" in done.stderr, done.stderr.count("\n")) == (2, True, 1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("401", "log in (hf auth login)"),
+        ("403", "ask for access on the model's page"),
+        ("404", "check the name"),
+        ("429", "too many requests"),
+        ("500", "out of order (status 500)"),
+        ("portal", "what answers is not the Hub"),
+        ("silent", "gave no answer within 1 s"),
+    ],
+)
+def test_what_the_hub_answers_is_one_true_line(hub: FakeHub, tmp_path: Path, mode: str, words: str) -> None:
+    hub.mode = mode
+    code = (
+        "import sys; from bincompress.sources import hub; from bincompress import cli; hub._ANSWER_SECONDS = 1.0\n"
+        "sys.argv = ['bincompress', 'compress', 'team/tiny', sys.argv[1]]; cli.main()"
+    )
+    environment = {
+        **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "hub"),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "store"], env=environment, capture_output=True, text=True, check=False,
+        timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.startswith("error: team/tiny: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_cache_that_cannot_be_written(hub: FakeHub, tmp_path: Path) -> None:
+    done = bincompress(tmp_path, hub.server_port, "compress", "team/tiny", str(tmp_path / "s"), HF_HOME="/dev/null/x")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "the Hub's cache cannot be written: /dev/null/x" in done.stderr
+
+
+def test_only_the_weights_that_are_needed_are_fetched(hub: FakeHub, tmp_path: Path) -> None:
+    for name in ("consolidated.safetensors", "model.safetensors", "pytorch_model.bin"):
+        (hub.folder / name).write_bytes(b"a second set of weights")
+    done = bincompress(tmp_path, hub.server_port, "compress", "team/tiny", str(tmp_path / "store"))
+    assert done.returncode == 0, done.stderr
+    fetched = {path.split("/")[-1] for path in hub.asked if "/resolve/" in path}
+    assert {name for name in fetched if name.endswith((".safetensors", ".bin"))} == {
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+    }  # fmt: skip

@@ -1,6 +1,5 @@
 """bincompress generate"""
 
-import sys
 import time
 from typing import Any
 
@@ -8,6 +7,7 @@ import click
 
 from bincompress.commands.options import engine_options, load_with, sampling_options, settings_from
 from bincompress.commands.shared import decoding_announced, print_json
+from bincompress.streams import read_input
 
 
 @click.command()
@@ -24,7 +24,7 @@ def command(store: str, prompt: str, as_json: bool, **options: Any) -> None:
       bincompress generate ./store "The scheduler" --max-tokens 60
       bincompress generate ./store "The scheduler" --temperature 0 --threads 1 --json
     """
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_input("the prompt") if prompt == "-" else prompt
     begin = time.perf_counter()
     with decoding_announced():
         model = load_with(store, options)

@@ -1,5 +1,6 @@
 """bincompress report"""
 
+import os
 from pathlib import Path
 
 import click
@@ -28,10 +29,26 @@ def command(store: str, out: Path, tensor: str | None) -> None:
     from bincompress.reporting.page import report_page
     from bincompress.store.store import open_store
 
+    # A notebook names its own way of drawing here, which matplotlib refuses to start with outside of it.
+    os.environ.pop("MPLBACKEND", None)
     with kernels_announced():
         page = report_page(open_store(store), tensor)
     try:
-        out.write_text(page, "utf-8")
+        _replace(out, page)
     except OSError as error:
         raise BincompressError(f"{out}: cannot be written: {error.strerror}") from None
     click.echo(f"{out}: written, {len(page):,} bytes")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all; what is no file, such as a pipe, is written as it goes."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, "utf-8")
+        return
+    target = path.resolve()  # a link stays one
+    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        beside.write_text(text, "utf-8")
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)

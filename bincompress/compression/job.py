@@ -1,6 +1,5 @@
 """What is done with one tensor, wherever it runs: read, prepare, binarize, write, report."""
 
-import errno
 import functools
 import time
 import traceback
@@ -12,11 +11,10 @@ from bincompress.compression.prepare import prepare
 from bincompress.compression.records import Job, JobReport, failed_report
 from bincompress.compression.tensor_report import tensor_report
 from bincompress.errors import BincompressError
+from bincompress.faults import explain, stops_everything
 from bincompress.methods import KEEP
 from bincompress.sources.checkpoint import read_weight
 from bincompress.store.store import Store, open_store
-
-_FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def largest_first(jobs: Iterable[Job]) -> list[Job]:
@@ -34,11 +32,10 @@ def run_job(job: Job) -> JobReport:
     except MemoryError:
         text = f"{job.name}: not enough memory; `--dry-run` shows what a job needs"
         return failed_report(job, text, time.perf_counter() - begin)
-    except OSError as error:
-        text = f"{job.name}: {job.store}: {error.strerror or error}"
-        return failed_report(job, text, time.perf_counter() - begin, fatal=error.errno in _FATAL)
-    except Exception:  # a fault of the program must not lose the other tensors: it is reported with its place
-        return failed_report(job, f"{job.name}: {traceback.format_exc().strip()}", time.perf_counter() - begin)
+    except Exception as error:  # a fault of the program must not lose the other tensors: it is reported with its place
+        known = (error.strerror if isinstance(error, OSError) else None) or explain(error)
+        text = f"{job.name}: {job.store}: {known}" if known else f"{job.name}: {traceback.format_exc().strip()}"
+        return failed_report(job, text, time.perf_counter() - begin, fatal=bool(known) and stops_everything(error))
     seconds = time.perf_counter() - begin
     return JobReport(job.name, status, seconds, job.source.nbytes, report, store=job.store)
 

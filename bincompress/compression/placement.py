@@ -46,12 +46,14 @@ class Placement:
             return functools.partial(run_local, workers=self.workers, work=work, processes=processes, on_event=on_event)
         if self.workers != 1:
             raise BincompressError("--workers is for --runner local; on a cluster use --max-in-flight")
-        from jobs.runner import connected, run_ray
+        from bincompress.own_jobs import own_jobs
+
+        ray_runner = own_jobs("runner")
 
         if held is not None:
-            held.enter_context(connected(self.address))
+            held.enter_context(ray_runner.connected(self.address))
         return functools.partial(
-            run_ray,
+            ray_runner.run_ray,
             address=self.address,
             max_in_flight=self.max_in_flight,
             memory_per_job=self.memory_per_job,

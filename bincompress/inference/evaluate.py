@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 from bincompress.model.cache import CacheType
 from bincompress.model.decoder import Decoder
-from bincompress.model.errors import PromptError
+from bincompress.model.errors import NotFiniteError, PromptError
 
 Floats = NDArray[np.float32]
 Progress = Callable[[int, int], None]  # windows done, windows in all
 
+_LARGEST_LOSS = 700.0  # nats, whose exponential is still a number
 _LOGITS_AT_ONCE = 1 << 21  # items of a chunk of logits: 16 MB in float64
 
 
@@ -76,6 +77,8 @@ def evaluate(
             progress(window + 1, count)
     scored = count * (context - 1)
     means = scores / scored
+    if not (means[:3] < _LARGEST_LOSS).all():
+        raise NotFiniteError(f"perplexity: not a finite number (a mean loss of {means[:3].max():.3g} nats a token)")
     return Evaluation(
         perplexity=float(np.exp(means[0])),
         tokens=scored,

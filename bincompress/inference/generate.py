@@ -14,6 +14,10 @@ from bincompress.model.tokenizer import TextStream, Tokenizer
 FinishReason = Literal["stop", "length"]
 
 
+class TooLongError(PromptError):
+    """The prompt fills the context."""
+
+
 @dataclass(frozen=True)
 class GenerationSettings:
     """What ends a generation and how tokens are chosen."""
@@ -71,7 +75,7 @@ class Generation:
         if not prompt:
             raise PromptError("the prompt is empty and the tokenizer has no beginning-of-text token; give some text")
         if len(prompt) >= limit:
-            raise PromptError(
+            raise TooLongError(
                 f"the prompt has {len(prompt)} tokens, the context {limit}; "
                 f"shorten the prompt to at most {limit - 1}" + _larger(limit, model.decoder.config.context)
             )

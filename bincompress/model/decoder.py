@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from bincompress.model.cache import CacheType, KvCache
 from bincompress.model.config import ModelConfig
-from bincompress.model.errors import PromptError
+from bincompress.model.errors import NotFiniteError, PromptError
 from bincompress.model.linear import Embedding, Linear, WeightSource
 from bincompress.model.steps import Buffers, Layer, Steps
 from bincompress.model.threads import in_turn
@@ -66,15 +66,22 @@ class Decoder:
         return self.logits_of(self.states(ids, cache))
 
     def logits_of(self, states: Floats) -> Floats:
-        """Return the logits (n, vocab) of final states (n, hidden)."""
+        """Return the logits (n, vocab) of final states (n, hidden); raises NotFiniteError."""
         workers = self.workers
         with workers.lock:
             workers.claim()
             workers.busy = True
             try:
-                return self.head(states)
+                found = self.head(states)
             finally:
                 workers.busy = False
+        # The states too: quantizing them for the head could make numbers of NaN.
+        if not (np.isfinite(states).all() and np.isfinite(found).all()):
+            raise NotFiniteError(
+                "the model computes NaN or infinity: a norm, an embedding or another weight that was kept as it is "
+                "holds such a value, or float32 overflows; check the checkpoint and compress it again"
+            )
+        return found
 
     def check_ids(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the tokens as an array; raise PromptError if there is none, or one outside of the vocabulary."""
@@ -105,6 +112,8 @@ class Decoder:
             self.workers.busy = False
 
     def _run(self, vectors: Floats, cache: KvCache) -> Buffers:
+        if not np.isfinite(vectors).all():
+            raise NotFiniteError("a token's embedding holds NaN or infinity; check the checkpoint and compress again")
         n = len(vectors)
         if len(self._buffers.stream) < n:
             self._buffers = Buffers.for_tokens(self.config, n)

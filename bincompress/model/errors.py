@@ -15,6 +15,10 @@ class PromptError(BincompressError):
     """The prompt cannot be run: empty, too long, or not expressible with the model's template."""
 
 
+class NotFiniteError(BincompressError):
+    """The model computes NaN or infinity."""
+
+
 class TokenizerError(BincompressError):
     """The model's tokenizer is missing or cannot be read."""
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from bincompress.errors import StoreError
 from bincompress.model.config import ModelConfig, parse
+from bincompress.model.errors import NotFiniteError
 from bincompress.model.layout import settle
 from bincompress.model.linear import DenseLinear, Embedding, Floats, Linear
 from bincompress.model.lowering import Lowered, lower
@@ -68,8 +69,15 @@ class StoreSource:
 
     def vector(self, names: Sequence[str]) -> Floats:
         """Return one-dimensional tensors, one after the other."""
-        found = (self._store.read_plain(name, check_hashes=True)[0] for name in names)
-        return np.concatenate([weight.float32().reshape(-1) for weight in found])
+        found = []
+        for name in names:
+            values = self._store.read_plain(name, check_hashes=True)[0].float32().reshape(-1)
+            if not np.isfinite(values).all():  # quantizing what it makes of activations would turn it into numbers
+                raise NotFiniteError(
+                    f"{self._store.url}: {name} holds NaN or infinity; check the checkpoint and compress it again"
+                )
+            found.append(values)
+        return np.concatenate(found)
 
     def linear(self, names: Sequence[str]) -> Linear:
         """Return matrices with the same input as one, rows one below the other."""

@@ -6,7 +6,7 @@ from typing import Any
 import tokenizers
 
 from bincompress.model.added_tokens import NAMED, SpecialTokens, add, special_tokens
-from bincompress.model.errors import TokenizerError
+from bincompress.model.errors import PromptError, TokenizerError
 from bincompress.model.files import json_object, pointer
 
 _UNFINISHED = "\ufffd"  # what decoders give for bytes that are not yet a whole character
@@ -52,6 +52,11 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Return the tokens of a text, with those that the tokenizer's post-processor adds unless `special` is off."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            found = ascii(text[error.start])
+            raise PromptError(f"text: not UTF-8: {found} at place {error.start}; convert it (iconv -t UTF-8)") from None
         return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:

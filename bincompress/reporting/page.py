@@ -110,6 +110,12 @@ def _times(packed: dict[str, dict[str, Any]]) -> str:
     figure = _figure(height=3)
     axes = figure.subplots()
     timed = [report for report in packed.values() if report["seconds"] is not None]
+    if not timed:
+        axes.annotate(
+            "the store has no times: its log/ is not there", (0.5, 0.5), xycoords="axes fraction", ha="center"
+        )
+        axes.set_axis_off()
+        return _svg(figure)
     axes.scatter([report["weights"] for report in timed], [report["seconds"] for report in timed], s=14)
     axes.set_xscale("log")
     axes.set_yscale("log")

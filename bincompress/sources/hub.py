@@ -1,18 +1,22 @@
 """Where does a source lie: a folder on this machine, or a model on the Hugging Face Hub?"""
 
+import errno
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bincompress.errors import CheckpointError
-from bincompress.sources.checkpoint import ASSETS, INDEX, Checkpoint, open_checkpoint, read_json
+from bincompress.errors import BincompressError, CheckpointError
+from bincompress.sources.assets import is_asset
+from bincompress.sources.checkpoint import INDEX, Checkpoint, open_checkpoint, read_json
 from bincompress.sources.shapes import has_only_config, open_shapes
 from bincompress.tensors.weight import TensorSource
 
 _HUB_ID = re.compile(r"(?P<id>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[\w.\-/]+))?")
-_FILES = [*ASSETS, INDEX, "*.safetensors"]
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_ANSWER_SECONDS = 20.0  # for the Hub to say anything
+_OF_A_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENOENT)
 
 
 def open_source(source: str, *, headers_only: bool = False) -> Checkpoint:
@@ -33,34 +37,109 @@ def open_source(source: str, *, headers_only: bool = False) -> Checkpoint:
 
 
 def _from_hub(repo: str, revision: str | None, headers_only: bool) -> Checkpoint:
+    """Return a model of the Hub: as it is there now, or where the Hub does not answer, as it lies in the cache."""
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, NotASafetensorsRepoError
 
-    # The HTTP library's own base error: which library it is has changed between versions of the Hub client.
-    http_error: Any = HfHubHTTPError.__mro__[1]
+    # Its client waits for ever by itself.
+    huggingface_hub.get_session().timeout = _ANSWER_SECONDS
+    if revision is not None and _COMMIT.fullmatch(revision) and not headers_only:
+        cached = _from_cache(repo, revision)  # what a commit names never changes
+        if cached is not None:
+            return cached
     try:
-        commit = huggingface_hub.model_info(repo, revision=revision).sha or ""
+        info = huggingface_hub.model_info(repo, revision=revision, timeout=_ANSWER_SECONDS)
         if headers_only:
-            return _headers_from_hub(repo, commit)
-        folder = huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=_FILES)
-    except NotASafetensorsRepoError:
-        raise CheckpointError(f"{repo}: no safetensors files there; other formats are not read") from None
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(f"{repo}: the Hub cannot be reached and the cache lacks it: {_line(error)}") from None
-    except HfHubHTTPError as error:
-        raise CheckpointError(
-            f"{repo}: no such folder here, and the Hub says: {_line(error)}; check the name, or log in "
-            "(hf auth login) for gated models"
-        ) from None
-    except (OSError, http_error) as error:
-        raise CheckpointError(
-            f"{repo}: no such folder here, and the Hub could not be reached: {_line(error)}"
-        ) from None
-    return open_checkpoint(Path(folder), repo, commit)
+            return _headers_from_hub(repo, info.sha or "")
+        names = {file.rfilename for file in info.siblings or []}
+        wanted = [name for name in sorted(names) if is_asset(name)] + _weights(repo, info.sha or "", names)
+        # By the name of the branch, which the cache remembers for a day without the Hub.
+        folder = huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=[_literal(n) for n in wanted]
+        )
+        return open_checkpoint(Path(folder), repo, Path(folder).name)
+    except BincompressError:
+        raise
+    except Exception as error:  # of the client and of whatever library it speaks HTTP with
+        cached = None if _refused(error) else _from_cache(repo, revision)
+        if cached is not None:
+            return cached
+        raise CheckpointError(f"{repo}: {_reason(error)}") from None
+
+
+def _weights(repo: str, commit: str, names: set[str]) -> list[str]:
+    """Return the files that hold the weights: those of the index, or model.safetensors; never a second set."""
+    import huggingface_hub
+
+    if INDEX in names:
+        index = read_json(Path(huggingface_hub.hf_hub_download(repo, INDEX, revision=commit)))
+        found = index.get("weight_map")
+        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+            raise CheckpointError(f"{repo}: {INDEX}: expected a weight_map of tensor names to file names")
+        return [INDEX, *sorted(set(found.values()))]
+    if "model.safetensors" in names:
+        return ["model.safetensors"]
+    others = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+    if not others:
+        raise CheckpointError(f"{repo}: no safetensors files there; other formats are not read")
+    return others
+
+
+def _literal(name: str) -> str:
+    """Return a pattern that only this name fits."""
+    return re.sub(r"([*?\[])", r"[\1]", name)
+
+
+def _from_cache(repo: str, revision: str | None) -> Checkpoint | None:
+    """Return what an earlier download left, None where it is not all there."""
+    import huggingface_hub
+
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[])
+        )
+        return open_checkpoint(folder, repo, folder.name)
+    except (OSError, ValueError, CheckpointError):
+        return None
+
+
+def _refused(error: Exception) -> bool:
+    """Return whether the Hub answered, and the answer is no: then an old copy would be a wrong answer."""
+    return _status(error) in (401, 403, 404)
+
+
+def _status(error: Exception) -> int:
+    return int(getattr(getattr(error, "response", None), "status_code", 0) or 0)
+
+
+def _reason(error: Exception) -> str:
+    """Return why a model could not be had from the Hub, and what to do."""
+    status, text = _status(error), _line(error)
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if status == 404 or names & {"RepositoryNotFoundError", "RevisionNotFoundError"}:
+        return (
+            f"no such folder here, and the Hub says: {text}; check the name, or log in (hf auth login) for private and "
+            "gated models"
+        )
+    if status in (401, 403):
+        return f"the Hub says: {text}; log in (hf auth login), and ask for access on the model's page if it is gated"
+    if status == 429:
+        return "the Hub says that there were too many requests (429); wait some minutes, or log in (hf auth login)"
+    if status >= 500:
+        return f"the Hub is out of order (status {status}), and the cache lacks the model; try again later"
+    if "OfflineModeIsEnabled" in names:
+        return "the cache lacks the model, or a part of it, and HF_HUB_OFFLINE forbids asking the Hub"
+    if names & {"TimeoutException", "TimeoutError"}:
+        return f"the Hub gave no answer within {_ANSWER_SECONDS:.0f} s, and the cache lacks the model; try again later"
+    if isinstance(error, ValueError):
+        return f"what answers is not the Hub ({text}); does this network ask to sign in first? does HF_ENDPOINT fit?"
+    if isinstance(error, OSError) and error.errno in _OF_A_DISK:
+        where = error.filename or "HF_HOME"
+        return f"the Hub's cache cannot be written: {where}: {error.strerror}; set HF_HOME to a folder with space"
+    return f"no such folder here, and the Hub could not be reached: {text}; the cache lacks the model, too"
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _headers_from_hub(repo: str, commit: str) -> Checkpoint:

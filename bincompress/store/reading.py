@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bincompress.errors import DamagedError, StoreError
+from bincompress.faults import hinders
 from bincompress.sources.assets import is_asset
 from bincompress.sources.checkpoint import OTHER_DTYPES
 from bincompress.store.arrays import first_not_finite, map_array, read_array
@@ -233,6 +234,8 @@ class StoreReader:
             found = map_array(self.url, path, layout) if mapped and is_local(self.url) else None
             return read_array(self.files, path, layout, self._size) if found is None else found
         except _UNREADABLE as error:
+            if hinders(error):
+                raise
             raise DamagedError(f"{self.url}: {name}: array {key} cannot be read: {_cause(error)}") from None
 
     def _layout(self, name: str, path: str, key: str = "array") -> ArrayLayout:
@@ -251,6 +254,8 @@ class StoreReader:
             if known is not None and layout != parse_layout(known):
                 raise ValueError("its zarr.json is not the one that was written")
         except _UNREADABLE as error:
+            if hinders(error):
+                raise
             raise DamagedError(f"{self.url}: {name}: array {key} cannot be read: {_cause(error)}") from None
         return layout
 
@@ -282,6 +287,8 @@ class StoreReader:
             try:
                 layout = parse_array(node)
             except _UNREADABLE as error:
+                if hinders(error):
+                    raise
                 raise DamagedError(f"{self.url}: {path}: array {name} cannot be read: {_cause(error)}") from None
             values = self._read_at(path, name, path, layout)
             if node.get("attributes", {}).get("hashes") != {"array": array_hash(values)}:
