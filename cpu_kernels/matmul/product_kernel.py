@@ -7,6 +7,7 @@ plane the packed bits (see stream.py).
 
 import collections
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -295,21 +296,12 @@ def _add_tiles(*arguments: Any) -> None:
     raise NotImplementedError
 
 
-@functools.cache
-def product_kernel(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
-    """Return the kernel for one instruction set, activation width, k_tile of `words` words and float16 or 32 scales.
-
-    It takes the address of a job, int64 (len(FIELDS),), and computes tiles first .. last - 1.
-    """
+def _token_tiles(instruction_set: int, bits: int, words: int, half: int) -> Callable[..., Any]:
+    """Return the function that adds up the tiles of one token; constants as in `product_kernel`."""
     tile = cpu_features.tile_rows(instruction_set)
-    lookup_used = 0 if instruction_set == cpu_features.PORTABLE else 1
-    together = TOGETHER if lookup_used else 1
     scale_bytes = tile * (2 if half else 4)
     k_tile_bytes = words * 8 * tile
-    per_word = table_bytes(instruction_set, bits)
-    size = words * per_word
-    step_bytes = lookup.WAYS * lookup.LINE
-    capacity = lookup.CAPACITY[bits]
+    size = words * table_bytes(instruction_set, bits)
 
     # One token has a function of its own, with as few numbers as fit the registers: beside the loops over tokens they
     # were kept in memory, 75 instructions for each k_tile of 180. Called for each tile it took 45 ns more, as long as
@@ -353,8 +345,29 @@ def product_kernel(instruction_set: int, bits: int, words: int, half: int) -> Ke
             for r in range(np.uint64(min(tile, multipliers.size - number * tile))):
                 result[row + r] = accumulators[r] * multipliers[row + r]
 
+    return add_tiles
+
+
+@functools.cache
+def product_kernel(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
+    """Return the kernel for one instruction set, activation width, k_tile of `words` words and float16 or 32 scales.
+
+    It takes the address of a job, int64 (len(FIELDS),), and computes tiles first .. last - 1.
+    """
+    tile = cpu_features.tile_rows(instruction_set)
+    lookup_used = 0 if instruction_set == cpu_features.PORTABLE else 1
+    together = TOGETHER if lookup_used else 1
+    scale_bytes = tile * (2 if half else 4)
+    k_tile_bytes = words * 8 * tile
+    per_word = table_bytes(instruction_set, bits)
+    size = words * per_word
+    step_bytes = lookup.WAYS * lookup.LINE
+    capacity = lookup.CAPACITY[bits]
+
     # Addresses, not arrays: a call of 24 arguments took 4 microseconds, and a waiting thread can be handed a number.
-    @kernel(types.void(types.int64, types.int64, types.int64), _add_tiles=add_tiles)
+    @kernel(
+        types.void(types.int64, types.int64, types.int64), _add_tiles=_token_tiles(instruction_set, bits, words, half)
+    )
     def multiply(job_address: Any, first: Any, last: Any) -> None:
         job = int64_items(job_address, _WORDS)
         rows, k_tiles, k_tiles_per_block = job[_AT.rows], job[_AT.k_tiles], job[_AT.k_tiles_per_block]
