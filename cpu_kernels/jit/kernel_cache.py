@@ -56,7 +56,8 @@ def cache_folder() -> Path | None:
         try:
             folder = _made(check, base / f"kernels-{_identity()}")
         except (OSError, RuntimeError) as error:
-            looked.append(f"{base} ({getattr(error, 'strerror', None) or error})")
+            why = "not a folder" if isinstance(error, FileExistsError) else getattr(error, "strerror", None) or error
+            looked.append(f"{base} ({why})")
         else:
             return folder
     say_once(

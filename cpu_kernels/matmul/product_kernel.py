@@ -7,14 +7,13 @@ plane the packed bits (see stream.py).
 
 import collections
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from cpu_kernels.jit import cpu_features, llvm
+from cpu_kernels.jit import cpu_features
 from cpu_kernels.jit.addresses import (
     call,
     float32_items,
@@ -29,169 +28,9 @@ from cpu_kernels.jit.addresses import (
 from cpu_kernels.jit.compiler import Kernel, inline, inline_whole, kernel
 from cpu_kernels.matmul import lookup, popcount
 from cpu_kernels.matmul.activations import QUANTIZING
-from cpu_kernels.matmul.shuffle import load_scales
+from cpu_kernels.matmul.k_tile import add_offset, multiply_k_tile, prefetch_ways, table_bytes
 
 TOGETHER = 4  # tokens that share one pass over the packed bits of a k_tile
-
-
-def table_bytes(instruction_set: int, bits: int) -> int:
-    """Return the bytes of prepared activations (tables or bit slices) per 64 columns of one token."""
-    if instruction_set == cpu_features.PORTABLE:
-        return 8 * bits
-    return 256 if bits == 6 else 512
-
-
-@intrinsic(prefer_literal=True)
-def _k_tile(
-    typing: Any,
-    instruction_set: Any,
-    bits: Any,
-    words: Any,
-    half: Any,
-    tokens: Any,
-    stream: Any,
-    packed: Any,
-    scales: Any,
-    tables: Any,
-    table: Any,
-    constants: Any,
-    factors: Any,
-    headrooms: Any,
-    first: Any,
-    weight: Any,
-    acc: Any,
-    place: Any,
-    prefetch_at: Any,
-    apart: Any,
-) -> Any:
-    """Add the product of one k_tile of one plane with `tokens` tokens to acc[place:]; positions are bytes or items.
-
-    One token leaves time to ask for the stream at `prefetch_at`, prefetch_at + apart, ... meanwhile.
-    """
-    literals = (instruction_set, bits, words, half, tokens)
-    if not all(isinstance(literal, types.IntegerLiteral) for literal in literals):
-        return None
-    chosen, width, count, is_half, together = (literal.literal_value for literal in literals)
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kinds = signature.args
-        base = llvm.data(context, builder, kinds[5], arguments[5])
-        packed_at, scales_at = llvm.at(builder, base, arguments[6]), llvm.at(builder, base, arguments[7])
-        tables_at = llvm.at(builder, llvm.data(context, builder, kinds[8], arguments[8]), arguments[9])
-        steps = [ir.Constant(llvm.I64, t) for t in range(together)]
-
-        def of_tokens(k: int) -> list[Any]:
-            first = llvm.at(builder, llvm.data(context, builder, kinds[k], arguments[k]), arguments[13])
-            return [builder.load(llvm.at(builder, first, step)) for step in steps]
-
-        def constants_and_factors() -> tuple[list[Any], list[Any]]:
-            return of_tokens(10), [builder.fmul(factor, arguments[14]) for factor in of_tokens(11)]
-
-        acc_at = llvm.at(builder, llvm.data(context, builder, kinds[15], arguments[15]), arguments[16])
-        if chosen == cpu_features.PORTABLE:
-            constant, factor = constants_and_factors()
-            popcount.emit_k_tile(
-                builder, width, count, bool(is_half), packed_at, tables_at, constant[0], factor[0], scales_at, acc_at
-            )
-        else:
-            size = table_bytes(chosen, width) * count
-            token_tables = [llvm.at(builder, tables_at, ir.Constant(llvm.I64, t * size)) for t in range(together)]
-            asked = [llvm.at(builder, base, arguments[17])]
-            for _ in range(1, lookup.WAYS):
-                asked.append(llvm.at(builder, asked[-1], arguments[18]))
-            prefetch_at = asked if together == 1 else []
-            # Else tables are loaded before the loop over planes and kept on the stack, for want of registers: with
-            # AVX-512 and 8 bits a product took 1.1 x the time.
-            builder.fence("seq_cst", "singlethread")
-            sums = _sums(builder, chosen, width, 8 * count, of_tokens(12), packed_at, token_tables, prefetch_at)
-            # Loaded after the branches for headroom, where it takes no instruction to have them in every lane.
-            constant, factor = constants_and_factors()
-            lookup.emit_apply(
-                builder, cpu_features.tile_rows(chosen), bool(is_half), sums, constant, factor, scales_at, acc_at
-            )
-        return context.get_dummy_value()
-
-    index = types.intp
-    signature = types.void(
-        *literals, stream, index, index, tables, index, constants, factors, headrooms, index, types.float32, acc, index,
-        index, index,
-    )  # fmt: skip
-    return signature, generate
-
-
-def _sums(
-    builder: Any, instruction_set: int, bits: int, vectors: int, headrooms: list[Any], packed: Any, tables: list[Any],
-    prefetch_at: list[Any],
-) -> list[list[Any]]:  # fmt: skip
-    """Return lookup.emit_sums with the most headroom that all tokens have; its code is there once for each.
-
-    Several tokens at once keep to what is always right: AVX-512 gains 2% by more, and compiling takes 2 s longer.
-    """
-    possible = lookup.HEADROOMS[bits] if len(tables) == 1 else lookup.HEADROOMS[bits][:1]
-    least = headrooms[0]
-    for headroom in headrooms[1:]:
-        least = builder.select(builder.icmp_signed("<", headroom, least), headroom, least)
-    after = builder.append_basic_block("summed")
-    found = []
-    for headroom in reversed(possible):
-        following = None
-        if headroom > possible[0]:
-            enough, following = builder.append_basic_block("headroom"), builder.append_basic_block("less")
-            builder.cbranch(builder.icmp_signed(">=", least, ir.Constant(llvm.I32, headroom)), enough, following)
-            builder.position_at_end(enough)
-        sums = lookup.emit_sums(builder, instruction_set, bits, vectors, headroom, packed, tables, prefetch_at)
-        found.append((sums, builder.block))
-        builder.branch(after)
-        if following:
-            builder.position_at_end(following)
-    builder.position_at_end(after)
-    chosen = []
-    for t in range(len(tables)):
-        halves = [builder.phi(total.type) for total in found[0][0][t]]
-        for sums, block in found:
-            for phi, total in zip(halves, sums[t], strict=True):
-                phi.add_incoming(total, block)
-        chosen.append(halves)
-    return chosen
-
-
-@intrinsic(prefer_literal=True)
-def _prefetch(typing: Any, stream: Any, prefetch_at: Any, apart: Any) -> Any:
-    """Ask for the cache lines of the stream at `prefetch_at`, prefetch_at + apart, ..."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = llvm.at(builder, llvm.data(context, builder, signature.args[0], arguments[0]), arguments[1])
-        for _ in range(lookup.WAYS):
-            llvm.prefetch(builder, place)
-            place = llvm.at(builder, place, arguments[2])
-        return context.get_dummy_value()
-
-    return types.void(stream, types.intp, types.intp), generate
-
-
-@intrinsic(prefer_literal=True)
-def _add_offset(typing: Any, rows: Any, half: Any, stream: Any, scales: Any, value: Any, acc: Any, place: Any) -> Any:
-    """Add value * offset of each row to acc[place:]."""
-    if not isinstance(rows, types.IntegerLiteral) or not isinstance(half, types.IntegerLiteral):
-        return None
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kinds = signature.args
-        lanes = 16
-        base = llvm.at(builder, llvm.data(context, builder, kinds[2], arguments[2]), arguments[3])
-        target = llvm.at(builder, llvm.data(context, builder, kinds[5], arguments[5]), arguments[6])
-        item = 2 if half.literal_value else 4
-        for row in range(0, rows.literal_value, lanes):
-            offset = load_scales(
-                builder, llvm.at(builder, base, ir.Constant(llvm.I64, row * item)), lanes, bool(half.literal_value)
-            )
-            pointer = llvm.at(builder, target, ir.Constant(llvm.I64, row))
-            before = llvm.load(builder, pointer, llvm.F32, lanes, 4)
-            after = llvm.multiply_add(builder, offset, llvm.splat(builder, arguments[4], lanes), before)
-            llvm.store(builder, after, pointer, 4)
-        return context.get_dummy_value()
-
-    return types.void(rows, half, stream, types.intp, types.float32, acc, types.intp), generate
 
 
 # The int64 words of a job, in order: sizes, and addresses of C-contiguous arrays.
@@ -271,7 +110,7 @@ def _add_offsets(
         value = np.float32(0)
         for u in range(first, last):
             value += offsets[u * count + t]
-        _add_offset(tile, half, stream, place, value, acc, t * tile)
+        add_offset(tile, half, stream, place, value, acc, t * tile)
 
 
 @inline_whole
@@ -282,7 +121,7 @@ def _add_k_tile(
 ) -> Any:  # fmt: skip
     """Add the products of one k_tile of one plane with tokens t, t + 1, ..., `together` at a time; return the next."""
     while t + together <= count:
-        _k_tile(
+        multiply_k_tile(
             instruction_set, bits, words, half, together, stream, position, scale, tables, (first + t) * size,
             constants, factors, headrooms, first + t, weight, acc, t * tile, prefetch_at, apart,
         )  # fmt: skip
@@ -295,21 +134,12 @@ def _add_tiles(*arguments: Any) -> None:
     raise NotImplementedError
 
 
-@functools.cache
-def product_kernel(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
-    """Return the kernel for one instruction set, activation width, k_tile of `words` words and float16 or 32 scales.
-
-    It takes the address of a job, int64 (len(FIELDS),), and computes tiles first .. last - 1.
-    """
+def _token_tiles(instruction_set: int, bits: int, words: int, half: int) -> Callable[..., Any]:
+    """Return the function that adds up the tiles of one token; constants as in `product_kernel`."""
     tile = cpu_features.tile_rows(instruction_set)
-    lookup_used = 0 if instruction_set == cpu_features.PORTABLE else 1
-    together = TOGETHER if lookup_used else 1
     scale_bytes = tile * (2 if half else 4)
     k_tile_bytes = words * 8 * tile
-    per_word = table_bytes(instruction_set, bits)
-    size = words * per_word
-    step_bytes = lookup.WAYS * lookup.LINE
-    capacity = lookup.CAPACITY[bits]
+    size = words * table_bytes(instruction_set, bits)
 
     # One token has a function of its own, with as few numbers as fit the registers: beside the loops over tokens they
     # were kept in memory, 75 instructions for each k_tile of 180. Called for each tile it took 45 ns more, as long as
@@ -331,7 +161,7 @@ def product_kernel(instruction_set: int, bits: int, words: int, half: int) -> Ke
                 scales = position
                 position += header
                 for _ in range(header_steps):
-                    _prefetch(stream, prefetch_at, apart)
+                    prefetch_ways(stream, prefetch_at, apart)
                     prefetch_at += lookup.LINE
                 end = min(k_tile + k_tiles_per_block, k_tiles)
                 if has_offset:
@@ -340,7 +170,7 @@ def product_kernel(instruction_set: int, bits: int, words: int, half: int) -> Ke
                 for u in range(k_tile, end):
                     scale = scales
                     for p in range(planes):
-                        _k_tile(
+                        multiply_k_tile(
                             instruction_set, bits, words, half, 1, stream, position, scale, tables, u * size, constants,
                             factors, headrooms, u, weights[p], accumulators, 0, prefetch_at, apart,
                         )  # fmt: skip
@@ -353,8 +183,29 @@ def product_kernel(instruction_set: int, bits: int, words: int, half: int) -> Ke
             for r in range(np.uint64(min(tile, multipliers.size - number * tile))):
                 result[row + r] = accumulators[r] * multipliers[row + r]
 
+    return add_tiles
+
+
+@functools.cache
+def product_kernel(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
+    """Return the kernel for one instruction set, activation width, k_tile of `words` words and float16 or 32 scales.
+
+    It takes the address of a job, int64 (len(FIELDS),), and computes tiles first .. last - 1.
+    """
+    tile = cpu_features.tile_rows(instruction_set)
+    lookup_used = 0 if instruction_set == cpu_features.PORTABLE else 1
+    together = TOGETHER if lookup_used else 1
+    scale_bytes = tile * (2 if half else 4)
+    k_tile_bytes = words * 8 * tile
+    per_word = table_bytes(instruction_set, bits)
+    size = words * per_word
+    step_bytes = lookup.WAYS * lookup.LINE
+    capacity = lookup.CAPACITY[bits]
+
     # Addresses, not arrays: a call of 24 arguments took 4 microseconds, and a waiting thread can be handed a number.
-    @kernel(types.void(types.int64, types.int64, types.int64), _add_tiles=add_tiles)
+    @kernel(
+        types.void(types.int64, types.int64, types.int64), _add_tiles=_token_tiles(instruction_set, bits, words, half)
+    )
     def multiply(job_address: Any, first: Any, last: Any) -> None:
         job = int64_items(job_address, _WORDS)
         rows, k_tiles, k_tiles_per_block = job[_AT.rows], job[_AT.k_tiles], job[_AT.k_tiles_per_block]
@@ -384,7 +235,7 @@ def product_kernel(instruction_set: int, bits: int, words: int, half: int) -> Ke
         apart = (blocks * header_steps + k_tiles * planes * (k_tile_bytes // step_bytes)) * lookup.LINE
         if asking and first < last:
             for prefetch_at in range(first * tile_bytes, first * tile_bytes + apart, lookup.LINE):
-                _prefetch(stream, prefetch_at, apart)
+                prefetch_ways(stream, prefetch_at, apart)
         if job[_AT.quantize]:
             call(job[_AT.quantize], job_address + 8 * _QUANTIZING, 0, tokens)
         for start in range(0, tokens, token_block):

@@ -29,8 +29,9 @@ from cpu_kernels.matmul.activations import (
     quantizing,
 )
 from cpu_kernels.matmul.aligned_memory import aligned
+from cpu_kernels.matmul.k_tile import table_bytes
 from cpu_kernels.matmul.prepacking import PackedMatrix, choose
-from cpu_kernels.matmul.product_kernel import FIELDS, product_kernel, table_bytes
+from cpu_kernels.matmul.product_kernel import FIELDS, product_kernel
 from cpu_kernels.parallel import spin_wait
 from cpu_kernels.parallel.workers import Pool, Workers, share
 
