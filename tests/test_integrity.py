@@ -26,8 +26,8 @@ from bincompress.inference.load import load_decoder
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.sources.checkpoint import open_checkpoint
 from bincompress.store.arrays import first_not_finite
-from bincompress.store.files import ObjectFiles
 from bincompress.store.layout import SEAL, array_hash, sealed
+from bincompress.store.objects import ObjectFiles
 from bincompress.store.store import Store, open_store
 from bincompress.store.verify import unsealed
 from tests.conftest import Run, as_weight, tiny_config, tiny_tensors, write_model

@@ -1,6 +1,6 @@
 """How is a store read? Attributes, arrays and assets, each held against its hash and the format."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -303,21 +303,3 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{type(error).__name__} {error}" if isinstance(error, KeyError | AttributeError | TypeError) else str(error)
-
-
-def check_root(url: str, attributes: Mapping[str, Any]) -> None:
-    """Raise DamagedError where the root's attributes are not those under their hash."""
-    problem = seal_problem("", attributes)
-    if problem:
-        raise DamagedError(f"{url}: zarr.json: {problem}; compress this store again")
-
-
-def root_attributes(url: str) -> dict[str, Any]:
-    """Return the attributes of a store's root; raises FileNotFoundError or ValueError where there is no such group."""
-    content = files_at(url).read("zarr.json")
-    if content is None:
-        raise FileNotFoundError("it has no zarr.json")
-    node = parse_node(content)
-    if node.get("zarr_format") != 3 or node.get("node_type") != "group":
-        raise ValueError("zarr.json is not a group's")
-    return dict(node.get("attributes", {}))

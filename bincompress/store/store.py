@@ -12,9 +12,8 @@ from typing import Any
 
 from bincompress.errors import DamagedError, StoreError
 from bincompress.store.arrays import let_go
-from bincompress.store.files import is_local
-from bincompress.store.layout import FORMAT, MODEL, NODES, VERSION, array_hash
-from bincompress.store.reading import check_root, root_attributes
+from bincompress.store.files import files_at, is_local
+from bincompress.store.layout import FORMAT, MODEL, NODES, VERSION, array_hash, parse_node, seal_problem
 from bincompress.store.replace import BEGINNING, Place, check_place, clear
 from bincompress.store.writing import Store
 
@@ -29,11 +28,22 @@ def open_store(url: str) -> Store:
     if is_local(url) and not Path(url).is_dir():
         raise StoreError(f"{url}: no such store; `bincompress compress SOURCE {url}` makes one")
     try:
-        attributes = root_attributes(url)
+        attributes = _root_attributes(url)
     except (FileNotFoundError, KeyError, ValueError, RecursionError) as error:
         raise StoreError(f"{url}: not a Zarr v3 store: {str(error) or type(error).__name__}") from None
     _check_format(url, attributes)
     return Store(url, attributes)
+
+
+def _root_attributes(url: str) -> dict[str, Any]:
+    """Return the attributes of a store's root; raises FileNotFoundError or ValueError where there is no such group."""
+    content = files_at(url).read("zarr.json")
+    if content is None:
+        raise FileNotFoundError("it has no zarr.json")
+    node = parse_node(content)
+    if node.get("zarr_format") != 3 or node.get("node_type") != "group":
+        raise ValueError("zarr.json is not a group's")
+    return dict(node.get("attributes", {}))
 
 
 def _check_format(url: str, attributes: dict[str, Any]) -> None:
@@ -52,7 +62,9 @@ def _check_format(url: str, attributes: dict[str, Any]) -> None:
     for name, kind in attributes["tensors"].items():
         if kind not in ("packed", "plain") or not _NAME.fullmatch(name) or ".." in name:
             raise StoreError(f"{url}: its manifest lists {name!r:.80} as {kind!r:.40}, which names no tensor")
-    check_root(url, attributes)
+    problem = seal_problem("", attributes)
+    if problem:
+        raise DamagedError(f"{url}: zarr.json: {problem}; compress this store again")
 
 
 def begin_store(url: str, plan: Mapping[str, Any], assets: Mapping[str, bytes], run_id: str, overwrite: bool) -> Store:
