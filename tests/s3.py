@@ -13,7 +13,10 @@ from typing import Any
 def s3_server() -> Iterator[tuple[str, int]]:
     """Run moto's server with an empty bucket named "bucket"; yields its host and port."""
     import boto3
+    import s3fs
     from moto.server import ThreadedMotoServer
+
+    s3fs.S3FileSystem.clear_instance_cache()  # those of a server before, at another port
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -24,6 +27,7 @@ def s3_server() -> Iterator[tuple[str, int]]:
         yield host, port
     finally:
         server.stop()
+        s3fs.S3FileSystem.clear_instance_cache()
 
 
 class CuttingProxy:

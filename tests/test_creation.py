@@ -17,6 +17,7 @@ from bincompress.store import files
 from bincompress.store.export import export
 from bincompress.store.layout import group_node
 from bincompress.store.lock import exclusive
+from bincompress.store.objects import ObjectFiles
 from bincompress.store.store import begin_store, open_store
 from tests.conftest import Run, tiny_config, tiny_tensors, write_model
 from tests.test_run import Tree, plan_of, problems, run
@@ -135,11 +136,11 @@ def test_an_object_store_goes_on_from_a_killed_beginning(tiny_model: Path, monke
     class KilledError(BaseException):
         pass
 
-    real = files.ObjectFiles.write
+    real = ObjectFiles.write
     for number in range(1, 9):
         left = number
 
-        def write(self: files.ObjectFiles, key: str, parts: object) -> None:
+        def write(self: ObjectFiles, key: str, parts: object) -> None:
             nonlocal left
             left -= 1
             if not left:
@@ -147,7 +148,7 @@ def test_an_object_store_goes_on_from_a_killed_beginning(tiny_model: Path, monke
             real(self, key, parts)  # type: ignore[arg-type]
 
         url = f"memory://killed-{number}"
-        monkeypatch.setattr(files.ObjectFiles, "write", write)
+        monkeypatch.setattr(ObjectFiles, "write", write)
         with pytest.raises(KilledError):
             run(tiny_model, url)
         monkeypatch.undo()

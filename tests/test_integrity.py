@@ -17,6 +17,7 @@ import numcodecs
 import numpy as np
 import pytest
 
+from bincompress.calibration.statistics import begin_statistics
 from bincompress.compression.plan import make_plan
 from bincompress.compression.recipe import load_recipe
 from bincompress.compression.run import compress
@@ -25,8 +26,8 @@ from bincompress.inference.load import load_decoder
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.sources.checkpoint import open_checkpoint
 from bincompress.store.arrays import first_not_finite
-from bincompress.store.files import ObjectFiles
 from bincompress.store.layout import SEAL, array_hash, sealed
+from bincompress.store.objects import ObjectFiles
 from bincompress.store.store import Store, open_store
 from bincompress.store.verify import unsealed
 from tests.conftest import Run, as_weight, tiny_config, tiny_tensors, write_model
@@ -282,6 +283,19 @@ def test_a_large_array_coded_in_a_few_bytes_is_refused(made: Path, tmp_path: Pat
         pytest.raises(DamagedError, match=r"bytes are said to hold 2,684,354,560; expected at most 1024 ti"),
     ):
         open_store(str(store)).read_packed(NAME)
+
+
+@pytest.mark.parametrize(("what", "edit"), NODES, ids=[what for what, _ in NODES])
+def test_made_up_statistics_ask_for_no_memory(tmp_path: Path, what: str, edit: Callable[[dict[str, Any]], Any]) -> None:
+    made = begin_statistics(str(tmp_path), {"inputs": {NAME: NAME}}, overwrite=False)
+    made.write(NAME, [NAME], 1, {"hessian": np.eye(64, dtype=np.float32), "absmax": np.ones(64, np.float32)})
+    np.testing.assert_array_equal(made.read(NAME).hessian, np.eye(64))
+    path = tmp_path / "inputs" / NAME / "hessian" / "zarr.json"
+    node = json.loads(path.read_text())
+    edit(node)
+    path.write_text(json.dumps(node))
+    with limited(), pytest.raises(DamagedError, match="hessian cannot be read"):
+        made.read(NAME)
 
 
 def test_behind_a_url_too(made: Path, tmp_path: Path) -> None:

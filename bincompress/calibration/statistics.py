@@ -23,8 +23,9 @@ from zarr.core.sync import sync
 
 from bincompress.errors import DamagedError, StoreError
 from bincompress.methods import Inputs
-from bincompress.store.files import is_local
-from bincompress.store.layout import BEGINNING, STATISTICS, array_hash, group_node
+from bincompress.store.arrays import read_array
+from bincompress.store.files import files_at, is_local
+from bincompress.store.layout import BEGINNING, STATISTICS, array_hash, group_node, parse_array, parse_node
 from bincompress.store.replace import check_place, clear, remove
 from bincompress.store.store import difference_of
 from bincompress.store.zarr_access import zarr_store
@@ -68,11 +69,14 @@ class Statistics:
     def read(self, tensor: str) -> Inputs:
         """Return what is known of a tensor's input, checked against its hashes; raises StoreError, DamagedError."""
         group = self._group(tensor)
+        files = files_at(self.url)
         found: dict[str, NDArray[Any]] = {}
         for key, expected in self._hashes(group).items():
+            path = f"inputs/{self.attributes['inputs'][tensor]}/{key}"
             try:
-                found[key] = np.asarray(group[key][...])  # type: ignore[index]
-            except (KeyError, OSError, TypeError, ValueError, RuntimeError) as error:
+                # Not through zarr, which would take whatever memory the metadata asks for.
+                found[key] = read_array(files, path, parse_array(parse_node(files.read(f"{path}/zarr.json") or b"")))
+            except (AttributeError, KeyError, OSError, TypeError, ValueError, RuntimeError, MemoryError) as error:
                 raise DamagedError(f"{self.url}: {group.path}: {key} cannot be read: {error}") from None
             if array_hash(found[key]) != expected:
                 raise DamagedError(f"{self.url}: {group.path}: {key}: its bytes are not those that were written")

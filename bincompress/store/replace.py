@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bincompress.errors import StoreError
-from bincompress.store.files import Files, ObjectFiles, files_at, nobodys
+from bincompress.store.files import Files, files_at, nobodys
 from bincompress.store.layout import BEGINNING, NEW, Format, group_node, parse_node
 
 _LOG = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Place:
 def look(url: str, format: Format) -> Place:
     """Return what lies at a path or fsspec URL; raises StoreError where that is a whole bucket, or unreadable."""
     files = files_at(url)
-    if isinstance(files, ObjectFiles) and files.is_whole_bucket:
+    if files.is_whole_bucket:
         raise StoreError(
             f"{url}: is a whole bucket, which may hold other things; give a place in it, such as "
             f"{url.rstrip('/')}/store"

@@ -10,7 +10,8 @@ import zarr
 import zarr.storage
 from zarr.storage import LocalStore
 
-from bincompress.store.files import is_local, options_of, replacing
+from bincompress.store.files import is_local, replacing
+from bincompress.store.objects import options_of
 
 
 class DirectStore(LocalStore):
