@@ -282,7 +282,7 @@ def calibrate(
     else:
         if threads is not None:
             raise BincompressError("--threads is for --runner local; on a cluster every part runs on one core")
-        from bincompress.own_jobs import own_jobs
+        from bincompress.process.own_jobs import own_jobs
 
         run_layer = own_jobs("calibration").run_on_ray(address, stats)
     checkpoint = open_source(str(source))

@@ -11,9 +11,10 @@ from typing import Any
 
 import click
 
-from bincompress import __version__, faults, streams
+from bincompress import __version__
 from bincompress.errors import BincompressError
-from bincompress.interrupts import Terminated, end_soon, terminations_raised
+from bincompress.process import faults, streams
+from bincompress.process.interrupts import Terminated, end_soon, terminations_raised
 
 _COMMANDS = {
     "demo": "Compress the small model that ships with the package, show the result, check it.",

@@ -18,11 +18,7 @@ TOP_PACKAGES = ("bincompress", "cpu_kernels", "jobs")
 # A part of bincompress imports only parts before it.
 ORDER = [
     "errors",
-    "blas",
-    "interrupts",
-    "machine",
-    "streams",
-    "faults",
+    "process",
     "tensors",
     "methods",
     "sources",

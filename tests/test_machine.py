@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bincompress import machine
 from bincompress.inference.load import TooLittleMemoryError, check_memory
+from bincompress.process import machine
 
 FOUR = {"sched_getaffinity": lambda pid: {0, 1, 2, 3}}
 
@@ -119,7 +119,7 @@ def test_ulimit_v_is_a_limit() -> None:
     pytest.importorskip("resource")
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n"
-        "from bincompress.machine import free_memory; free, what = free_memory()\n"
+        "from bincompress.process.machine import free_memory; free, what = free_memory()\n"
         "assert 0 < free < 4 << 30, free; assert what == '`ulimit -v`', what"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -275,7 +275,7 @@ def test_stores_that_cannot_run(tiny_model: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(BincompressError, match="kernel 'abacus' is unknown"):
         load(store, kernel="abacus")
     monkeypatch.setattr(
-        "bincompress.machine.psutil.virtual_memory", lambda: type("Memory", (), {"available": 10_000_000})
+        "bincompress.process.machine.psutil.virtual_memory", lambda: type("Memory", (), {"available": 10_000_000})
     )
     with pytest.raises(TooLittleMemoryError, match=r"needs about \d+ MB of memory, 10 MB are free"):
         load(store)

@@ -18,7 +18,6 @@ import pytest
 import threadpoolctl
 
 import bincompress
-from bincompress.blas import one_blas_thread
 from bincompress.calibration.collect import calibrate, run_in_threads
 from bincompress.calibration.statistics import open_statistics
 from bincompress.compression.plan import make_plan
@@ -29,6 +28,7 @@ from bincompress.inference.evaluate import evaluate
 from bincompress.inference.generate import Model
 from bincompress.inference.load import load
 from bincompress.inference.sampling import Sampling
+from bincompress.process.blas import one_blas_thread
 from bincompress.sources.checkpoint import open_checkpoint
 from cpu_kernels.parallel.workers import Workers
 

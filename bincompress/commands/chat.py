@@ -10,8 +10,8 @@ import click
 from bincompress.commands.options import engine_options, load_with, sampling_options, settings_from
 from bincompress.commands.shared import decoding_announced
 from bincompress.errors import BincompressError
-from bincompress.interrupts import Terminated
-from bincompress.streams import read_line
+from bincompress.process.interrupts import Terminated
+from bincompress.process.streams import read_line
 
 if TYPE_CHECKING:
     from bincompress.inference.conversation import Conversation

@@ -7,7 +7,7 @@ import click
 
 from bincompress.commands.options import engine_options, load_with, sampling_options, settings_from
 from bincompress.commands.shared import decoding_announced, print_json
-from bincompress.streams import read_input
+from bincompress.process.streams import read_input
 
 
 @click.command()

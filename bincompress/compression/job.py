@@ -11,8 +11,8 @@ from bincompress.compression.prepare import prepare
 from bincompress.compression.records import Job, JobReport, failed_report
 from bincompress.compression.tensor_report import tensor_report
 from bincompress.errors import BincompressError
-from bincompress.faults import explain, stops_everything
 from bincompress.methods import KEEP
+from bincompress.process.faults import explain, stops_everything
 from bincompress.sources.checkpoint import read_weight
 from bincompress.store.store import Store, open_store
 

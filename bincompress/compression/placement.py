@@ -46,7 +46,7 @@ class Placement:
             return functools.partial(run_local, workers=self.workers, work=work, processes=processes, on_event=on_event)
         if self.workers != 1:
             raise BincompressError("--workers is for --runner local; on a cluster use --max-in-flight")
-        from bincompress.own_jobs import own_jobs
+        from bincompress.process.own_jobs import own_jobs
 
         ray_runner = own_jobs("runner")
 

@@ -10,12 +10,12 @@ from concurrent.futures.process import BrokenProcessPool
 from importlib.machinery import ModuleSpec
 from types import TracebackType
 
-from bincompress.blas import one_blas_thread
 from bincompress.compression.events import JobEvent, OnEvent
 from bincompress.compression.job import run_job
 from bincompress.compression.records import Job, JobReport, failed_report
 from bincompress.errors import BincompressError
-from bincompress.interrupts import end_with, termination_came
+from bincompress.process.blas import one_blas_thread
+from bincompress.process.interrupts import end_with, termination_came
 
 
 class Processes:

@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bincompress.blas import one_blas_thread
 from bincompress.errors import BincompressError, DamagedError, StoreError
 from bincompress.inference.chat import load_template
 from bincompress.inference.generate import GenerationSettings, Model
 from bincompress.inference.sampling import Sampling
-from bincompress.machine import free_memory, usable_cpus
 from bincompress.model.cache import cache_bytes
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.config import ModelConfig
@@ -20,6 +18,8 @@ from bincompress.model.files import json_object
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.model.store_source import StoreSource, store_config
 from bincompress.model.tokenizer import load_tokenizer
+from bincompress.process.blas import one_blas_thread
+from bincompress.process.machine import free_memory, usable_cpus
 from bincompress.sources.checkpoint import Checkpoint
 from bincompress.store.store import Store, open_store
 from cpu_kernels.matmul.prepacking import kernels

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from bincompress.interrupts import end_with
-from bincompress.machine import usable_cpus
+from bincompress.process.interrupts import end_with
+from bincompress.process.machine import usable_cpus
 from cpu_kernels.decoder.attention import ATTEND
 from cpu_kernels.decoder.norms import PLACE, add_norm, gate
 from cpu_kernels.jit.compiler import Kernel

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bincompress.blas import one_blas_thread
 from bincompress.model.threads import over_ranges
+from bincompress.process.blas import one_blas_thread
 from cpu_kernels.matmul.dense import bfloat16_rows
 from cpu_kernels.parallel.workers import Workers
 

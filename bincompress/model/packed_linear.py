@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bincompress.blas import one_blas_thread
 from bincompress.model.linear import Floats, Linear
 from bincompress.model.threads import over_ranges
+from bincompress.process.blas import one_blas_thread
 from bincompress.tensors.dequantize import dequantize
 from bincompress.tensors.packed import PackedTensor
 from cpu_kernels.matmul.activations import Activations, Per, quantize

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bincompress.errors import DamagedError, StoreError
-from bincompress.faults import hinders
+from bincompress.process.faults import hinders
 from bincompress.sources.assets import is_asset
 from bincompress.sources.checkpoint import OTHER_DTYPES
 from bincompress.store.arrays import first_not_finite, map_array, read_array

@@ -8,7 +8,14 @@ from types import FrameType, TracebackType
 
 from bincompress.errors import BincompressError
 
-_WRITERS = ("click.utils", "click._compat", "click._termui_impl", "tqdm.std", "tqdm.utils", "bincompress.streams")
+_WRITERS = (
+    "click.utils",
+    "click._compat",
+    "click._termui_impl",
+    "tqdm.std",
+    "tqdm.utils",
+    "bincompress.process.streams",
+)
 _told = False
 
 

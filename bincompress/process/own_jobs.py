@@ -12,7 +12,7 @@ _ELSE = "bincompress_jobs"  # its name where `jobs` is somebody else's
 
 def own_jobs(name: str) -> Any:
     """Return the module jobs.NAME that lies beside this package."""
-    place = Path(__file__).resolve().parents[1] / "jobs"
+    place = Path(__file__).resolve().parents[2] / "jobs"
     if _folder(sys.modules.get("jobs")) != place and _found("jobs") != place:
         if _ELSE not in sys.modules:
             spec = importlib.util.spec_from_file_location(

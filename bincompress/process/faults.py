@@ -4,6 +4,8 @@ import errno
 import re
 from collections.abc import Iterator
 
+from cpu_kernels.errors import KernelError
+
 _CREDENTIALS = {
     "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError",
     "SSOTokenLoadError", "UnauthorizedSSOTokenError", "SSOError", "NoAuthTokenError", "DefaultCredentialsError",
@@ -31,12 +33,14 @@ _OF_THE_MACHINE = (
 
 def explain(error: BaseException) -> str | None:
     """Return what is wrong in one line, and what to do about it; None for what no user can have caused."""
+    if isinstance(error, KernelError):
+        return str(error)
     return _of_an_object_store(error) or _of_the_machine(error)
 
 
 def stops_everything(error: BaseException) -> bool:
     """Return whether whatever is tried next would fail as well: no credentials, no package, no space."""
-    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+    if isinstance(error, KernelError) or (isinstance(error, OSError) and error.errno in _OF_THE_MACHINE):
         return True
     links = list(_chain(error))
     names = {name for link in links for name in _names(link)}

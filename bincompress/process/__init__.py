@@ -1,0 +1,1 @@
+"""What the program shares with the process and the machine around it: threads, signals, streams, limits, faults."""
