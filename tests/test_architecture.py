@@ -42,15 +42,9 @@ LATER_IN_FUNCTIONS = {
 LATER_FOR_TYPES = {
     ("bincompress", "api"): "type checkers see its functions, which are imported when they are asked for",
 }
-JOBS_IN_FUNCTIONS = {
-    "bincompress.api": "--runner ray; Ray is installed for that alone",
-    "bincompress.compression.placement": "--runner ray; Ray is installed for that alone",
-}
-
 LONGEST = {"bincompress": 60, "cpu_kernels": 100, "jobs": 60}
 LONGER = {
     "bincompress.distillation.run.distill": "64 lines: opening, training, choosing and writing, each one call",
-    "cpu_kernels.matmul.product_kernel.sweep": "139 lines: one loop for a token and for blocks, compiled as one kernel",
 }
 
 METHODS = ("xnor", "wgm", "billm", "dbellquant", "dbllm", "uniform")
@@ -95,11 +89,12 @@ def imports_of(name: str, path: Path) -> Iterator[Import]:
             if isinstance(child, ast.Import):
                 yield from (Import(name, alias.name, when) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
-                assert child.level == 0, f"{name}: relative imports are not used here"
-                assert child.module is not None
+                # Relative ones are used in jobs alone, which may be imported under another name.
+                assert not child.level or name.startswith("jobs"), f"{name}: relative imports are not used here"
+                module = ".".join(filter(None, ["jobs" if child.level else "", child.module or ""]))
                 for alias in child.names:
-                    full = f"{child.module}.{alias.name}"
-                    yield Import(name, full if full in known else child.module, when)
+                    full = f"{module}.{alias.name}"
+                    yield Import(name, full if full in known else module, when)
             yield from visit(child, inner)
 
     of_ours = (found for found in visit(tree_of(path), "import") if found.of.split(".")[0] in TOP_PACKAGES)
@@ -145,10 +140,11 @@ def test_kernels_know_nothing_but_kernels() -> None:
     assert others == []
 
 
-def test_jobs_are_imported_only_where_a_cluster_is_asked_for() -> None:
-    of_jobs = [f for f in all_imports() if f.of.split(".")[0] == "jobs" and not f.by.startswith("jobs")]
-    assert [found for found in of_jobs if found.when == "import"] == []
-    assert {found.by for found in of_jobs if found.when == "function"} == set(JOBS_IN_FUNCTIONS)
+def test_jobs_are_imported_by_their_place_alone() -> None:
+    """A folder of that name may lie where the user is: see process/own_jobs.py."""
+    assert [
+        found for found in all_imports() if found.of.split(".")[0] == "jobs" and not found.by.startswith("jobs")
+    ] == []
 
 
 def test_there_is_no_circle() -> None:
@@ -166,7 +162,8 @@ def test_packages_of_kernels_have_no_circle() -> None:
         by, of = (".".join(name.split(".")[:2]) for name in (found.by, found.of))
         if by.startswith("cpu_kernels") and by != of:
             graph.setdefault(by, set()).add(of)
-    assert next(iter(graphlib.TopologicalSorter(graph).static_order())) == "cpu_kernels.jit"
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert order[:2] == ["cpu_kernels.errors", "cpu_kernels.jit"]
 
 
 def documentation(tree: ast.Module) -> set[int]:

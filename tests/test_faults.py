@@ -151,7 +151,7 @@ def test_an_interrupts_words_are_true(run: Run, monkeypatch: pytest.MonkeyPatch,
     code, _, errors = run(command, "a", "b")
     assert code == 130
     assert errors.strip() == "interrupted" + (
-        "; what is complete is kept: the same command goes on from there" if kept else ""
+        "; completed work is kept: run the same command again to resume" if kept else ""
     )
 
 

@@ -218,7 +218,7 @@ def test_a_cache_that_cannot_be_written(hub: FakeHub, tmp_path: Path) -> None:
 
 
 def test_only_the_weights_that_are_needed_are_fetched(hub: FakeHub, tmp_path: Path) -> None:
-    for name in ("consolidated.safetensors", "model.safetensors", "pytorch_model.bin"):
+    for name in ("consolidated.safetensors", "pytorch_model.bin"):
         (hub.folder / name).write_bytes(b"a second set of weights")
     done = bincompress(tmp_path, hub.server_port, "compress", "team/tiny", str(tmp_path / "store"))
     assert done.returncode == 0, done.stderr

@@ -227,6 +227,7 @@ def test_a_store_that_will_not_run_is_told_before_the_work(tmp_path: Path, chang
 
 def test_tokenizers_are_looked_at_before_the_work(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", tiny_tensors(layers=1), tiny_config(layers=1))
+    (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"x")
     assert "has no tokenizer.json (it can be made of tokenizer.model: " in plan_of(folder).verdict.line()
     (folder / "tokenizer.json").write_text("{")

@@ -23,7 +23,7 @@ from bincompress.inference.sampling import Sampling
 from bincompress.methods import Settings
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.decoder import Decoder
-from bincompress.model.errors import ConfigError, UnsupportedModelError
+from bincompress.model.errors import ConfigError, SamplingError, UnsupportedModelError
 from bincompress.model.lowering import MOST_PLANES, lower
 from bincompress.model.packed_linear import ActivationSettings, PackedEmbedding, StackedLinear
 from bincompress.sources.checkpoint import open_checkpoint
@@ -267,6 +267,7 @@ def test_two_loaded_models_write_beside_each_other_what_each_writes_alone(demo_s
 
 
 def test_stores_that_cannot_run(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tiny_model / "tokenizer.json").unlink()
     store = stored(tiny_model, tmp_path / "store", Recipe())
     with pytest.raises(StoreError, match=r"no tokenizer\.json"):
         load(store)
@@ -403,7 +404,10 @@ def test_an_unfinished_store_and_an_unknown_architecture(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("content", "temperature", "top_p"),
     [
-        ({}, 1.0, 1.0),
+        ({}, 0.0, 1.0),
+        ({"do_sample": None, "temperature": 0.8, "top_p": 0.5}, 0.0, 0.5),
+        ({"do_sample": True, "temperature": None, "top_k": -1}, 1.0, 1.0),
+        ({"do_sample": True, "top_k": 20.0, "top_p": 0.0}, 1.0, 0.0),
         ({"do_sample": True, "temperature": 0.8, "top_p": 0.95}, 0.8, 0.95),
         ({"do_sample": False}, 0.0, 1.0),
     ],
@@ -413,6 +417,20 @@ def test_sampling_comes_from_the_models_own_settings(content: dict[str, Any], te
     assert (sampling.temperature, sampling.top_p) == (temperature, top_p)
     with pytest.raises(ConfigError, match="temperature: expected a number, found 'hot'"):
         default_sampling({"generation_config.json": b'{"temperature": "hot"}'})
+
+
+def test_an_option_comes_before_the_file_and_errors_name_the_file() -> None:
+    def of(content: dict, **given: Any) -> Sampling:
+        return default_sampling({"generation_config.json": json.dumps(content).encode()}, given)
+
+    assert of({"do_sample": False, "top_k": 7, "repetition_penalty": 1.5}) == Sampling(0.0, 7, repetition_penalty=1.5)
+    assert of({"top_k": 7}, temperature=0.5) == Sampling(0.5, 7)
+    assert of({"do_sample": True, "top_k": -5, "top_p": "x"}, top_k=0, top_p=0.9) == Sampling(top_p=0.9)
+    for content in ({"top_k": -5}, {"top_k": 2.5}, {"top_p": 1.5}, {"do_sample": 1}, {"min_p": True}, {"top_k": 1e400}):
+        with pytest.raises(ConfigError, match=rf"^generation_config\.json: {next(iter(content))}: expected "):
+            of(content)
+    with pytest.raises(SamplingError, match=r"^top_k: expected"):
+        of({}, top_k=-3)
 
 
 def test_exported_and_packed_agree(tiny_model: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def seen(decoder: Any, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
     streams: list[np.ndarray] = []
     for sample in samples:
         cache.rewind()
-        after = decoder._advance(decoder.embedding.rows_of(sample), cache).stream
+        after = decoder._advance(sample, cache).stream
         streams.append(after - down.matrix(down.seen[-1]))
     read, written, stream = (np.concatenate(kept).astype(np.float64) for kept in (gate_up.seen, down.seen, streams))
     return read, written, stream
@@ -232,7 +232,7 @@ def test_what_is_not_its_own_is_left_alone(tiny_model: Path, tmp_path: Path, tre
     shutil.rmtree(place)
     collect(open_checkpoint(tiny_model), SAMPLES, str(place), runner=run_in_threads(1))
     before = tree(place)
-    with pytest.raises(StoreError, match="holds others already; move them away"):
+    with pytest.raises(StoreError, match="the folder holds others; move or remove them"):
         run(tiny_model, tmp_path / "store")
     assert tree(place) == before
 
@@ -247,7 +247,7 @@ def test_what_hangs_on_a_failed_tensor_is_not_begun(tmp_path: Path) -> None:
     assert len(outcome.failures) == 9  # it, the down_proj after it, and the second layer
     assert "nan at row 3, column 5" in outcome.failures[name]
     assert (
-        f"not begun, as it is calibrated on what {name} gives"
+        f"not started: it is calibrated on the output of {name}"
         in outcome.failures["model.layers.0.mlp.down_proj.weight"]
     )
     kept = make_plan(open_checkpoint(broken), load_recipe(None, ONE_PLANE, (name,)), sequence=text_record(SAMPLES))
@@ -303,7 +303,7 @@ def test_the_command_line(run: Run, tmp_path: Path) -> None:
     assert run("report", store, "--out", tmp_path / "report.html")[0] == 0
     assert '"context": 64' in (tmp_path / "report.html").read_text()
     code, out, err = run("compress", DEMO_MODEL, tmp_path / "dry", *options, "--dry-run")
-    assert (code, "core-hours" in out, "--sequential runs 256 tokens" in out) == (0, True, True), err
+    assert (code, "core-hours" in out, "--sequential also runs 256 tokens" in out) == (0, True, True), err
     dry = ("--compensate", "--dry-run", "--json")
     assert "give a longer text" in run("compress", DEMO_MODEL, tmp_path / "dry", *options[:2], *dry)[2]
     (tmp_path / "shapes").mkdir()
@@ -321,7 +321,7 @@ def test_the_command_line(run: Run, tmp_path: Path) -> None:
     assert (code, json.loads(out)["total"]["binary"]["stored_bits"] <= 2) == (0, True), err
     sequential = ("--sequential", text, "--samples", 2, "--context", 64)
     for arguments, message in (
-        ((*sequential,), "--sequential is for methods that need calibration"),
+        ((*sequential,), "--sequential needs a method that uses calibration; add --compensate"),
         ((*sequential, "--compensate", "--stats", stats), "leave --stats out"),
         ((*sequential, "--compensate", "--target-bits", 2), "give it --stats STATS too"),
         ((*sequential, "--compensate", "--samples", 10**6), "give a longer text, or --samples"),

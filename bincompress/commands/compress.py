@@ -90,7 +90,8 @@ def command(
         planned = api.plan(source, headers_only=dry_run, placement=placement, progress=progress, **chosen)
         for note in planned.notes:
             click.echo(f"note: {note}", err=True)
-        click.echo(planned.plan.verdict.line(), err=True)
+        if not planned.plan.verdict.runs:
+            click.echo(f"note: {planned.plan.verdict.line()}", err=True)
         if not dry_run:
             done = api.carry_out(planned, store, overwrite=overwrite, placement=placement, progress=progress)
     if dry_run:
@@ -150,7 +151,7 @@ def _show_plan(planned: Planned, rate: int | None, verbose: bool, as_json: bool)
         f"reads {plan.source_bytes:,} bytes, writes {plan.expected_bytes:,} bytes "
         f"({plan.source_bytes / max(1, plan.expected_bytes):.1f} x smaller)"
     )
-    click.echo("\n".join(plan.kept_lines()))
+    click.echo("\n".join([*plan.kept_lines(), plan.verdict.line()]))
     click.echo(f"memory: at most about {plan.peak_memory / 1e6:,.0f} MB a worker")
     click.echo(cost.line())
     if collecting is not None:

@@ -12,6 +12,7 @@ from bincompress.compression.plan import Plan
 from bincompress.compression.records import Job, JobReport
 from bincompress.compression.runner import run_local
 from bincompress.errors import StoreError
+from bincompress.process.faults import explain
 from bincompress.store.lock import exclusive
 from bincompress.store.store import Store, begin_store, check_begin
 
@@ -120,4 +121,5 @@ def _begin(plan: Plan, store: str, run_id: str, overwrite: bool) -> Store:
 
 
 def _cause(error: OSError) -> str:
-    return f"{error.strerror or error}" + (" (free some space)" if error.errno == errno.ENOSPC else "")
+    known = explain(error) if error.strerror is None or error.errno not in errno.errorcode else None
+    return known or f"{error.strerror or error}" + (" (free some space)" if error.errno == errno.ENOSPC else "")

@@ -1,6 +1,7 @@
 """Which small files beside the weights come along: all that a loader may want, and never code."""
 
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from bincompress.errors import CheckpointError
@@ -82,9 +83,15 @@ def read_assets(folder: Path) -> dict[str, bytes]:
 def asset_names(folder: Path) -> list[str]:
     """Return the paths in a folder of the files that ASSETS names."""
     paths = (path for pattern in ASSETS for path in sorted(folder.glob(pattern)) if path.is_file())
-    return [name for name in dict.fromkeys(path.relative_to(folder).as_posix() for path in paths) if is_asset(name)]
+    return [name for name in dict.fromkeys(path.relative_to(folder).as_posix() for path in paths) if is_plain(name)]
 
 
 def is_asset(name: str) -> bool:
-    """Return whether a name may be a small file's: a plain name, in a folder of one level at most."""
+    """Return whether ASSETS names this path, of a listing of files that are not here."""
+    same_depth = (pattern for pattern in ASSETS if pattern.count("/") == name.count("/"))
+    return is_plain(name) and any(fnmatchcase(name, pattern) for pattern in same_depth)
+
+
+def is_plain(name: str) -> bool:
+    """Return whether a path may be a small file's: a plain name, in a folder of one level at most."""
     return _PATH.fullmatch(name) is not None

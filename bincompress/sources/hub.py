@@ -70,14 +70,14 @@ def _weights(repo: str, commit: str, names: set[str]) -> list[str]:
     """Return the files that hold the weights: those of the index, or model.safetensors; never a second set."""
     import huggingface_hub
 
+    if "model.safetensors" in names:  # which comes before an index, in transformers and in `sources.files`
+        return ["model.safetensors"]
     if INDEX in names:
         index = read_json(Path(huggingface_hub.hf_hub_download(repo, INDEX, revision=commit)))
         found = index.get("weight_map")
         if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
             raise CheckpointError(f"{repo}: {INDEX}: expected a weight_map of tensor names to file names")
         return [INDEX, *sorted(set(found.values()))]
-    if "model.safetensors" in names:
-        return ["model.safetensors"]
     others = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
     if not others:
         raise CheckpointError(f"{repo}: no safetensors files there; other formats are not read")

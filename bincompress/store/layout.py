@@ -66,7 +66,7 @@ class Format:
 MODEL = Format(
     FORMAT,
     "not a bincompress store",
-    "a Zarr store, but not of bincompress",
+    "a Zarr store, but not a bincompress store",
     ("tensors", "plain", "assets", "log", NODES),
 )
 STATISTICS = Format(

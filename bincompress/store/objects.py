@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bincompress.errors import StoreError
+from bincompress.process.faults import explain
 from bincompress.store.files import Bytes
 
 # Of object stores whose first name is a bucket (or a container), which holds more than one program's objects.
@@ -31,7 +32,7 @@ class ObjectFiles:
         try:
             self._fs, path = fsspec.core.url_to_fs(url, **options_of(url))
         except (ImportError, ValueError) as error:
-            raise StoreError(f"{url}: cannot be opened: {error}") from None
+            raise StoreError(f"{url}: cannot be opened: {explain(error) or error}") from None
         self.path = str(path).rstrip("/")
         # s3fs asks for an object's size before it reads it, to read a large one in parts at the same time.
         reads_in_parts = "max_concurrency" in _parameters(self._fs, "cat_file")

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from bincompress.errors import DamagedError, StoreError
 from bincompress.process.faults import hinders
-from bincompress.sources.assets import is_asset
-from bincompress.sources.checkpoint import OTHER_DTYPES
+from bincompress.sources.assets import is_plain
+from bincompress.sources.checkpoint import ITEM_BYTES, OTHER_DTYPES
 from bincompress.store.arrays import first_not_finite, map_array, read_array
 from bincompress.store.files import files_at, is_local
 from bincompress.store.layout import (
@@ -281,7 +281,7 @@ class StoreReader:
             names, self.files.read_many([f"{asset_path(n)}/zarr.json" for n in names]), strict=True
         ):
             path = asset_path(name)
-            if not is_asset(name):
+            if not is_plain(name):
                 raise DamagedError(f"{self.url}: {path}: expected the name of a file beside a model's weights")
             node = self._parsed(path, content or b"")
             try:
@@ -312,6 +312,8 @@ class StoreReader:
 
 def not_finite(weight: Weight, shape: tuple[int, ...]) -> str:
     """Return what is not finite in a tensor, and where; empty where all of it is."""
+    if weight.dtype not in ITEM_BYTES:  # the decoder does not read it
+        return ""
     place = first_not_finite(weight.bits, weight.dtype)
     if place is None:
         return ""
@@ -364,7 +366,7 @@ def read_root(url: str) -> dict[str, Any]:
 def check_format(url: str, attributes: Mapping[str, Any]) -> None:
     """Raise StoreError where the root's attributes are not those of a store that this program reads."""
     if attributes.get("format") != FORMAT:
-        raise StoreError(f"{url}: a Zarr store, but not of bincompress (format {attributes.get('format')!r})")
+        raise StoreError(f"{url}: a Zarr store, but not a bincompress store (format {attributes.get('format')!r})")
     if attributes.get("version") != VERSION:
         raise StoreError(
             f"{url}: store version {attributes.get('version')!r}; this program reads version {VERSION}: "
