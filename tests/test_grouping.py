@@ -152,6 +152,47 @@ def test_two_groups_per_block_are_the_general_solvers(seed: int, cost_of_size: t
         np.testing.assert_array_equal(sums[0], general[0, 0])
 
 
+def blocks_one_by_one(
+    weight: NDArray[np.float32], block: int, most: int, lam: float
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """The exact groups of every row-block, each sorted alone and solved by the scalar search."""
+    rows, cols = weight.shape
+    codes = np.empty(weight.shape, np.uint8)
+    sums = np.zeros((3, most, rows, -(-cols // block)))
+    for row, start in itertools.product(range(rows), range(0, cols, block)):
+        magnitudes = np.abs(weight[row, start : start + block])
+        ordered = np.sort(magnitudes)
+        ends = np.append(np.flatnonzero(np.diff(ordered)) + 1, ordered.size)
+        values = ordered.astype(np.float64)
+        count, first, second = (np.concatenate([[0.0], np.cumsum(values**power)[ends - 1]]) for power in (0, 1, 2))
+        bounds = np.empty(most + 1, np.int64)
+        limits = bounds[: exact_groups(count, first, second, lam, most, bounds) + 1]
+        codes[row, start : start + block] = np.searchsorted(ordered[ends[limits[1:] - 1] - 1], magnitudes)
+        for part, prefix in enumerate((count, first, second)):
+            sums[part, : limits.size - 1, row, start // block] = np.diff(prefix[limits])
+    return codes, sums
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.4]), st.integers(1, 300), st.sampled_from([64, 128, 256, 300]),
+    st.integers(1, 20),
+)  # fmt: skip
+def test_groups_of_row_blocks_are_the_scalar_searchs_to_the_bit(
+    seed: int, lam: float, cols: int, block: int, most: int
+) -> None:
+    random = np.random.default_rng(seed)
+    values = random.standard_normal((34, cols))
+    # Values with ties, of equal magnitudes and of equal costs, as often as without.
+    values = (values, np.round(values * 8) / 8, np.round(values * 50) * 0.1, np.round(values * 2))[seed % 4]
+    weight = values.astype(np.float32)
+    block = min(block, cols) if block == 300 else block
+    codes, sums = np.empty(weight.size, np.uint8), np.empty((3, most, 34, -(-cols // block)))
+    group_units(weight.view(np.uint32).reshape(-1), cols, block, most, 1, True, lam, False, codes, sums)
+    expected_codes, expected_sums = blocks_one_by_one(weight, block, most, lam)
+    np.testing.assert_array_equal(codes.reshape(weight.shape), expected_codes)
+    np.testing.assert_array_equal(sums, expected_sums)
+
+
 @pytest.mark.parametrize("size", [1, 2, 8, 64, 128, 256])
 def test_sorting_network_sorts_every_sequence_of_zeros_and_ones_it_is_given(size: int) -> None:
     # By the 0-1 principle a network that sorts these sorts everything; random ones stand for all above 8 keys.
