@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from bincompress.methods import make_settings, method_named
 from bincompress.methods.rounding import whole_matrix
+from bincompress.methods.rounding.narrowed import narrowed_groups
 from bincompress.sources.checkpoint import open_checkpoint, read_weight
 from cpu_kernels.quantize.group_units import group_units
 from cpu_kernels.quantize.grouping import exact_groups, merged_groups
+from cpu_kernels.quantize.narrowing import codes_by_limits
 from cpu_kernels.quantize.two_groups import sorting_network, split_blocks
 from tests.conftest import SHARED, as_weight
 
@@ -235,3 +237,45 @@ def test_exact_is_never_above_the_papers_algorithms_on_a_trained_model() -> None
         assert exact <= error("windowed"), source.name
         if "k_proj" in source.name:  # it takes seconds for each
             assert exact <= error("greedy"), source.name
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_groups_of_a_large_float32_matrix_are_those_of_all_its_magnitudes_sorted(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(seed)
+    normal = random.standard_normal((80, 90)) * 0.05
+    values = (normal, normal**3, np.where(normal > 0, 0.3 + normal, normal - 1), random.uniform(-1, 1, normal.shape))
+    weight = as_weight(values[seed % 4], "F32")
+    weight.bits[::9, ::5] = 0
+    groups = (2, 3, 4, 8, 16, 32)[seed % 6]
+    settings = make_settings("wgm", groups=groups, block="matrix")
+    narrowed = narrowed_groups(weight.flat, groups)
+    assert narrowed is not None
+    monkeypatch.setattr(whole_matrix, "_NARROWED", 0)
+    found = method_named("wgm").binarize(weight, settings)
+    monkeypatch.setattr(whole_matrix, "_NARROWED", weight.bits.size + 1)
+    expected = method_named("wgm").binarize(weight, settings)
+    np.testing.assert_array_equal(found.tensor.planes, expected.tensor.planes)
+    np.testing.assert_array_equal(found.tensor.numbers, expected.tensor.numbers)
+    np.testing.assert_array_equal(found.tensor.listed_index, expected.tensor.listed_index)
+    assert found.squared_error == pytest.approx(expected.squared_error, rel=1e-7)
+    assert found.notes == expected.notes
+
+
+def test_magnitudes_that_are_alike_or_not_finite_are_left_to_the_sorting_solver() -> None:
+    random = np.random.default_rng(0)
+    alike = as_weight(np.round(random.standard_normal((80, 90)) * 20) * 0.01, "F32")
+    assert narrowed_groups(alike.flat, 4) is None
+    values = random.standard_normal((80, 90))
+    values[3, 4] = np.inf
+    assert narrowed_groups(as_weight(values, "F32").flat, 4) is None
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=60), st.lists(st.integers(0, 2**31 - 1), max_size=9))
+def test_codes_by_limits_count_the_limits_below(bits: list[int], limits: list[int]) -> None:
+    patterns, upper = np.array(bits, np.uint32), np.sort(np.array(limits, np.uint32))
+    codes = np.empty(patterns.size, np.uint8)
+    codes_by_limits(patterns, upper, 77, codes)
+    keys = patterns & np.uint32(0x7FFFFFFF)
+    np.testing.assert_array_equal(codes, np.where(keys == 0, 77, np.searchsorted(upper, keys, side="left")))
