@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from bincompress.methods import make_settings, method_named
 from bincompress.methods.rounding import whole_matrix
+from bincompress.methods.rounding.narrowed import narrowed_groups
 from bincompress.sources.checkpoint import open_checkpoint, read_weight
 from cpu_kernels.quantize.group_units import group_units
 from cpu_kernels.quantize.grouping import exact_groups, merged_groups
+from cpu_kernels.quantize.narrowing import codes_by_limits
 from cpu_kernels.quantize.two_groups import sorting_network, split_blocks
 from tests.conftest import SHARED, as_weight
 
@@ -152,6 +154,47 @@ def test_two_groups_per_block_are_the_general_solvers(seed: int, cost_of_size: t
         np.testing.assert_array_equal(sums[0], general[0, 0])
 
 
+def blocks_one_by_one(
+    weight: NDArray[np.float32], block: int, most: int, lam: float
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """The exact groups of every row-block, each sorted alone and solved by the scalar search."""
+    rows, cols = weight.shape
+    codes = np.empty(weight.shape, np.uint8)
+    sums = np.zeros((3, most, rows, -(-cols // block)))
+    for row, start in itertools.product(range(rows), range(0, cols, block)):
+        magnitudes = np.abs(weight[row, start : start + block])
+        ordered = np.sort(magnitudes)
+        ends = np.append(np.flatnonzero(np.diff(ordered)) + 1, ordered.size)
+        values = ordered.astype(np.float64)
+        count, first, second = (np.concatenate([[0.0], np.cumsum(values**power)[ends - 1]]) for power in (0, 1, 2))
+        bounds = np.empty(most + 1, np.int64)
+        limits = bounds[: exact_groups(count, first, second, lam, most, bounds) + 1]
+        codes[row, start : start + block] = np.searchsorted(ordered[ends[limits[1:] - 1] - 1], magnitudes)
+        for part, prefix in enumerate((count, first, second)):
+            sums[part, : limits.size - 1, row, start // block] = np.diff(prefix[limits])
+    return codes, sums
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.4]), st.integers(1, 300), st.sampled_from([64, 128, 256, 300]),
+    st.integers(1, 20),
+)  # fmt: skip
+def test_groups_of_row_blocks_are_the_scalar_searchs_to_the_bit(
+    seed: int, lam: float, cols: int, block: int, most: int
+) -> None:
+    random = np.random.default_rng(seed)
+    values = random.standard_normal((34, cols))
+    # Values with ties, of equal magnitudes and of equal costs, as often as without.
+    values = (values, np.round(values * 8) / 8, np.round(values * 50) * 0.1, np.round(values * 2))[seed % 4]
+    weight = values.astype(np.float32)
+    block = min(block, cols) if block == 300 else block
+    codes, sums = np.empty(weight.size, np.uint8), np.empty((3, most, 34, -(-cols // block)))
+    group_units(weight.view(np.uint32).reshape(-1), cols, block, most, 1, True, lam, False, codes, sums)
+    expected_codes, expected_sums = blocks_one_by_one(weight, block, most, lam)
+    np.testing.assert_array_equal(codes.reshape(weight.shape), expected_codes)
+    np.testing.assert_array_equal(sums, expected_sums)
+
+
 @pytest.mark.parametrize("size", [1, 2, 8, 64, 128, 256])
 def test_sorting_network_sorts_every_sequence_of_zeros_and_ones_it_is_given(size: int) -> None:
     # By the 0-1 principle a network that sorts these sorts everything; random ones stand for all above 8 keys.
@@ -194,3 +237,45 @@ def test_exact_is_never_above_the_papers_algorithms_on_a_trained_model() -> None
         assert exact <= error("windowed"), source.name
         if "k_proj" in source.name:  # it takes seconds for each
             assert exact <= error("greedy"), source.name
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_groups_of_a_large_float32_matrix_are_those_of_all_its_magnitudes_sorted(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(seed)
+    normal = random.standard_normal((80, 90)) * 0.05
+    values = (normal, normal**3, np.where(normal > 0, 0.3 + normal, normal - 1), random.uniform(-1, 1, normal.shape))
+    weight = as_weight(values[seed % 4], "F32")
+    weight.bits[::9, ::5] = 0
+    groups = (2, 3, 4, 8, 16, 32)[seed % 6]
+    settings = make_settings("wgm", groups=groups, block="matrix")
+    narrowed = narrowed_groups(weight.flat, groups)
+    assert narrowed is not None
+    monkeypatch.setattr(whole_matrix, "_NARROWED", 0)
+    found = method_named("wgm").binarize(weight, settings)
+    monkeypatch.setattr(whole_matrix, "_NARROWED", weight.bits.size + 1)
+    expected = method_named("wgm").binarize(weight, settings)
+    np.testing.assert_array_equal(found.tensor.planes, expected.tensor.planes)
+    np.testing.assert_array_equal(found.tensor.numbers, expected.tensor.numbers)
+    np.testing.assert_array_equal(found.tensor.listed_index, expected.tensor.listed_index)
+    assert found.squared_error == pytest.approx(expected.squared_error, rel=1e-7)
+    assert found.notes == expected.notes
+
+
+def test_magnitudes_that_are_alike_or_not_finite_are_left_to_the_sorting_solver() -> None:
+    random = np.random.default_rng(0)
+    alike = as_weight(np.round(random.standard_normal((80, 90)) * 20) * 0.01, "F32")
+    assert narrowed_groups(alike.flat, 4) is None
+    values = random.standard_normal((80, 90))
+    values[3, 4] = np.inf
+    assert narrowed_groups(as_weight(values, "F32").flat, 4) is None
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=60), st.lists(st.integers(0, 2**31 - 1), max_size=9))
+def test_codes_by_limits_count_the_limits_below(bits: list[int], limits: list[int]) -> None:
+    patterns, upper = np.array(bits, np.uint32), np.sort(np.array(limits, np.uint32))
+    codes = np.empty(patterns.size, np.uint8)
+    codes_by_limits(patterns, upper, 77, codes)
+    keys = patterns & np.uint32(0x7FFFFFFF)
+    np.testing.assert_array_equal(codes, np.where(keys == 0, 77, np.searchsorted(upper, keys, side="left")))

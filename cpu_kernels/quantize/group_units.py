@@ -1,12 +1,20 @@
 """How are the magnitudes of many row-blocks (or rows) grouped, by any solver and any number of groups?"""
 
+from typing import Any
+
 import numba
 import numpy as np
 
 from cpu_kernels.jit.compiler import inline, kernel, out, view
-from cpu_kernels.quantize.grouping import merge_greedily, solve_exactly
+from cpu_kernels.quantize.best_start import CANDIDATES, best_start, best_start_plain
+from cpu_kernels.quantize.grouping import first_row, merge_greedily
+from cpu_kernels.quantize.intrinsics import LANES, order_rows
+from cpu_kernels.quantize.two_groups import gather_magnitudes, sorting_network
 
 F8, U1, U4 = numba.float64, numba.uint8, numba.uint32
+
+MAGNITUDE = np.uint32(0x7FFFFFFF)
+NETWORKS = (64, 128, 256)  # blocks that are sorted side by side
 
 
 @inline
@@ -30,6 +38,93 @@ def _radix_sort(keys, other, size, counts):
             counts[digit] += 1
         swapped = not swapped
     return swapped
+
+
+@inline
+def _best_start(count, first, second, lam, best, row, end, left, right):
+    if lam == 0.0:
+        return best_start_plain(best, count, first, second, row, lam, end, left, right)
+    return best_start(best, count, first, second, row, lam, end, left, right)
+
+
+@inline
+def _schedule(entries, searches, held):
+    """Return the order of the searches for a row of so many entries, made if the table does not hold it.
+
+    searches: int32 (slots, entries, 3); becomes in the slot, level by level, the entry (from 1) that is searched for
+    and the two entries whose choices bound its search. held: int64 (slots), the entries that each slot is for.
+    """
+    order = searches[entries % held.size]
+    if held[entries % held.size] == entries:
+        return order
+    held[entries % held.size] = entries
+    # Until its turn comes, a search is the range of entries that it is the middle of.
+    order[0, 1], order[0, 2] = 1, entries
+    filled = 1
+    for taken in range(entries):
+        begin, end = order[taken, 1], order[taken, 2]
+        middle = (begin + end) // 2
+        order[taken, 0], order[taken, 1], order[taken, 2] = middle, begin - 1, end + 1
+        if begin < middle:
+            order[filled, 1], order[filled, 2] = begin, middle - 1
+            filled += 1
+        if middle < end:
+            order[filled, 1], order[filled, 2] = middle + 1, end
+            filled += 1
+    return order
+
+
+@inline
+def _next_row(count, first, second, lam, groups, atoms, best, row, choice, searches, held):
+    """Do what `grouping.next_row` does, level by level, so that the searches of a level wait for none of each other.
+
+    choice has a place on both sides of the row's (groups - 1 and atoms + 1) for the bounds of the outermost searches.
+    """
+    choice[groups - 1] = groups - 1
+    choice[atoms + 1] = atoms - 1
+    order = _schedule(atoms - groups + 1, searches, held)
+    for at in range(atoms - groups + 1):
+        middle = np.int64(order[at, 0]) + groups - 1
+        left = np.int64(choice[order[at, 1] + groups - 1])
+        right = min(np.int64(choice[order[at, 2] + groups - 1]), middle - 1)
+        choice[middle] = _best_start(count, first, second, lam, best, row, middle, left, right)
+
+
+@inline
+def _last_entry(count, first, second, lam, groups, atoms, best, row, choice):
+    """Fill the entry of all atoms alone, of the last row: only the searches that bound its search go before it."""
+    begin = groups
+    left = groups - 1
+    while True:
+        middle = (begin + atoms) // 2
+        left = _best_start(count, first, second, lam, best, row, middle, left, min(atoms - 1, middle - 1))
+        if middle == atoms:
+            break
+        begin = middle + 1
+    choice[atoms] = left
+
+
+@inline
+def _solve(count, first, second, atoms, lam, most, rows, choices, searches, held, bounds):
+    """Return the number of groups of least cost and fill bounds, as `grouping.solve_exactly` to the bit."""
+    most = min(most, atoms)
+    first_row(count, first, second, lam, 0, atoms, rows[0])
+    least = rows[0, atoms]
+    groups = 1
+    for k in range(2, most + 1):
+        best, row = rows[k % 2], rows[1 - k % 2]
+        if k == most:
+            _last_entry(count, first, second, lam, k, atoms, best, row, choices[k])
+        else:
+            _next_row(count, first, second, lam, k, atoms, best, row, choices[k], searches, held)
+        if row[atoms] < least:
+            least = row[atoms]
+            groups = k
+    bounds[groups] = atoms
+    for k in range(groups, 1, -1):
+        bounds[k - 1] = choices[k, bounds[k]]
+    bounds[0] = 0
+    return groups
 
 
 @inline
@@ -104,13 +199,85 @@ def _assign(keys, size, order, count, bounds, groups, upper, quota, codes, base)
         codes[base + i] = _group_of(keys[i], upper, quota, groups)
 
 
+@inline
+def _assign_whole(bits, base, size, order, count, bounds, groups, codes):
+    """Write the group of every magnitude where no limit parts equal ones: how many groups end below it."""
+    for i in range(size):
+        codes[base + i] = 0
+    for group in range(groups - 1):
+        upper = order[int(count[bounds[group + 1]]) - 1]
+        for i in range(size):
+            codes[base + i] += np.uint8((bits[base + i] & MAGNITUDE) > upper)
+
+
 @kernel(
     numba.void(
-        view(U4, 1), numba.int64, numba.int64, numba.int64, numba.int64, numba.boolean, F8, numba.boolean,
-        out(U1, 1), out(F8, 4),
+        view(U4, 1), numba.int64, numba.int64, view(numba.int64, 2), numba.int64, numba.int64, numba.boolean, F8,
+        numba.boolean, out(U1, 1), out(F8, 4),
     )
 )  # fmt: skip
-def group_units(bits, cols, block, most, window, exact, lam, normalized, codes, sums):
+def _group_units(bits, cols, block, network, most, window, exact, lam, normalized, codes, sums):
+    rows, blocks = sums.shape[2], sums.shape[3]
+    lanes = LANES if network.size else 1
+    side = np.empty((block if network.size else 1, LANES), np.uint32)
+    keys, order, other = np.empty(block, np.uint32), np.empty(block, np.uint32), np.empty(block, np.uint32)
+    counts = np.empty(256, np.int64)
+    places = block + 1 + CANDIDATES
+    count, first, second = np.empty(places), np.empty(places), np.empty(places)
+    bounds = np.empty(max(most, 1) + 1, np.int64)
+    upper, quota = np.empty(most, np.uint32), np.empty(most, np.int64)
+    table = places if exact else 1
+    solved, choices = np.empty((2, table)), np.empty((most + 1, table), np.int32)
+    held = np.zeros(block + 1 if network.size else 1, np.int64)
+    searches = np.empty((held.size, block if exact else 1, 3), np.int32)
+    heap = 1 if exact else block // window + 2
+    heap_keys, heap_places = np.empty(2 * heap), np.empty((2 * heap, 3), np.int32)
+    ends, starts = np.empty(heap + 1, np.int32), np.empty(heap + 1, np.int32)
+    sums[:] = 0.0
+    for unit in range((rows + lanes - 1) // lanes * blocks * lanes):
+        # The rows of a batch are next to each other in this order, as they are sorted together.
+        lane = unit % lanes
+        b = unit // lanes % blocks
+        row = unit // (lanes * blocks) * lanes + lane
+        base = row * cols + b * block
+        size = min(block, cols - b * block)
+        if network.size:
+            if lane == 0:
+                gather_magnitudes(bits, MAGNITUDE, cols, row, rows, b * block, size, side)
+                for pair in range(network.shape[0]):
+                    order_rows(side, network[pair, 0], network[pair, 1])
+            if row >= rows:
+                continue
+            for i in range(size):
+                order[i] = side[i, lane]
+            ordered = order
+        else:
+            for i in range(size):
+                order[i] = bits[base + i] & MAGNITUDE
+            ordered = other if _radix_sort(order, other, size, counts) else order
+        values = ordered.view(np.float32)
+        atoms = _atoms(ordered, values, size, 0 if exact else window, count, first, second)
+        cost = _lambda(values, first, count, atoms, size, lam, normalized)
+        if exact:
+            groups = _solve(count, first, second, atoms, cost, most, solved, choices, searches, held, bounds)
+            _assign_whole(bits, base, size, ordered, count, bounds, groups, codes)
+        else:
+            groups = merge_greedily(
+                count, first, second, atoms, cost, most, heap_keys, heap_places, ends, starts, bounds
+            )
+            for i in range(size):
+                keys[i] = bits[base + i] & MAGNITUDE
+            _assign(keys, size, ordered, count, bounds, groups, upper, quota, codes, base)
+        for group in range(groups):
+            sums[0, group, row, b] = count[bounds[group + 1]] - count[bounds[group]]
+            sums[1, group, row, b] = first[bounds[group + 1]] - first[bounds[group]]
+            sums[2, group, row, b] = second[bounds[group + 1]] - second[bounds[group]]
+
+
+def group_units(
+    bits: Any, cols: int, block: int, most: int, window: int, exact: bool, lam: float, normalized: bool,
+    codes: Any, sums: Any,
+) -> None:  # fmt: skip
     """Group the magnitudes of every row-block of float32 weights into at most `most` groups.
 
     bits: uint32 (rows * cols), finite float32 patterns. block: columns of a row-block (cols for rows). exact:
@@ -118,41 +285,8 @@ def group_units(bits, cols, block, most, window, exact, lam, normalized, codes, 
     codes: uint8 (rows * cols), becomes the group of every weight, ascending in magnitude.
     sums: float64 (3, most, rows, blocks), becomes size, sum and sum of squares per group; empty groups are zero.
     """
-    rows, blocks = sums.shape[2], sums.shape[3]
-    keys, order, other = np.empty(block, np.uint32), np.empty(block, np.uint32), np.empty(block, np.uint32)
-    counts = np.empty(256, np.int64)
-    count, first, second = np.empty(block + 1), np.empty(block + 1), np.empty(block + 1)
-    bounds = np.empty(max(most, 1) + 1, np.int64)
-    upper, quota = np.empty(most, np.uint32), np.empty(most, np.int64)
-    table = block + 1 if exact else 1
-    solved, choices = np.empty((2, table)), np.empty((most + 1, table), np.int32)
-    stack = np.empty((128, 4), np.int64)
-    heap = 1 if exact else block // window + 2
-    heap_keys, heap_places = np.empty(2 * heap), np.empty((2 * heap, 3), np.int32)
-    ends, starts = np.empty(heap + 1, np.int32), np.empty(heap + 1, np.int32)
-    sums[:] = 0.0
-    for row in range(rows):
-        for b in range(blocks):
-            base = row * cols + b * block
-            size = min(block, cols - b * block)
-            for i in range(size):
-                keys[i] = bits[base + i] & np.uint32(0x7FFFFFFF)
-                order[i] = keys[i]
-            ordered = other if _radix_sort(order, other, size, counts) else order
-            values = ordered.view(np.float32)
-            atoms = _atoms(ordered, values, size, 0 if exact else window, count, first, second)
-            cost = _lambda(values, first, count, atoms, size, lam, normalized)
-            if exact:
-                groups = solve_exactly(count, first, second, atoms, cost, most, solved, choices, stack, bounds)
-            else:
-                groups = merge_greedily(
-                    count, first, second, atoms, cost, most, heap_keys, heap_places, ends, starts, bounds
-                )
-            _assign(keys, size, ordered, count, bounds, groups, upper, quota, codes, base)
-            for group in range(groups):
-                sums[0, group, row, b] = count[bounds[group + 1]] - count[bounds[group]]
-                sums[1, group, row, b] = first[bounds[group + 1]] - first[bounds[group]]
-                sums[2, group, row, b] = second[bounds[group + 1]] - second[bounds[group]]
+    network = sorting_network(block) if block in NETWORKS else np.empty((0, 2), np.int64)
+    _group_units(bits, cols, block, network, most, window, exact, lam, normalized, codes, sums)
 
 
 @kernel(numba.void(view(U4, 1), view(U4, 1), out(numba.int64, 1), out(U1, 1)))

@@ -41,7 +41,7 @@ def sorting_network(size: int) -> NDArray[np.int64]:
 
 
 @inline
-def _gather(bits, magnitude, cols, row, rows, start, length, keys):
+def gather_magnitudes(bits, magnitude, cols, row, rows, start, length, keys):
     """Put the magnitudes of columns start .. start + length - 1 of LANES rows into the columns of keys, padded high."""
     for lane in range(LANES):
         base = min(row + lane, rows - 1) * cols + start
@@ -124,7 +124,7 @@ def _split_blocks(bits, magnitude, shift, cols, block, network, lam, normalized,
     for row in range(0, rows, LANES):
         for b in range(blocks):
             length = min(block, cols - b * block)
-            _gather(bits, magnitude, cols, row, rows, b * block, length, keys)
+            gather_magnitudes(bits, magnitude, cols, row, rows, b * block, length, keys)
             for pair in range(network.shape[0]):
                 order_rows(keys, network[pair, 0], network[pair, 1])
             _sums(keys, shift, length, total, squares)

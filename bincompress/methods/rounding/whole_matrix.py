@@ -1,8 +1,9 @@
 """WGM with one set of groups for a whole matrix, as the paper runs it: by distinct magnitudes, not single weights.
 
 A 16-bit float has at most 32,640 finite magnitudes, so one pass that counts them holds everything that the objective
-needs; float32 weights are sorted. The exact solver keeps equal magnitudes in one group; the paper's two merging
-algorithms may part them, and then the first in row-major order are in the lower group.
+needs; of float32 weights those near the limits of groups are found (narrowed.py), or all are sorted. The exact solver
+keeps equal magnitudes in one group; the paper's two merging algorithms may part them, and then the first in row-major
+order are in the lower group.
 """
 
 from dataclasses import dataclass
@@ -13,15 +14,18 @@ from numpy.typing import NDArray
 
 from bincompress.methods.declaration import Binarized
 from bincompress.methods.rounding.coefficients import sign_terms, unwalsh, walsh
+from bincompress.methods.rounding.narrowed import narrowed_groups
 from bincompress.tensors.packed import PackedTensor
 from bincompress.tensors.weight import Weight
 from cpu_kernels.quantize.counting import MAGNITUDES, count_magnitudes, find_zeros
 from cpu_kernels.quantize.group_units import assign_groups
 from cpu_kernels.quantize.grouping import cost_rows, exact_groups, merged_groups
+from cpu_kernels.quantize.narrowing import codes_by_limits
 from cpu_kernels.quantize.packing import pack_by_table, pack_codes, pack_signs, pack_two, words_for
 
 _CHUNK = 1 << 21  # weights whose codes exist at once
 _TABLE_LIMIT = 1 << 28  # bytes of the exact solver's table of choices; past it, limits are found by halving
+_NARROWED = 1 << 16  # float32 weights from which on not all of them are sorted
 _LISTED_BYTES = 12  # of a weight kept in a list: its index and its value
 
 
@@ -65,10 +69,7 @@ def binarize(weight: Weight, settings: Grouping) -> Binarized:
     Raises FloatingPointError where a weight is NaN or infinite, which the count tells.
     """
     rows, cols = weight.shape
-    seen = magnitudes_of(weight)
-    if seen.keys.size and not np.isfinite(seen.values[-1]):
-        raise FloatingPointError("a weight is NaN or infinite")
-    groups = _solve(seen, settings)
+    seen, groups = _grouped(weight, settings)
     number = groups.positions.size - 1
     sizes, total, squares = np.diff(groups.positions), np.diff(groups.first), np.diff(groups.second)
     depth = max(0, int(number - 1).bit_length())
@@ -119,6 +120,22 @@ def binarize(weight: Weight, settings: Grouping) -> Binarized:
         groups=number,
         notes=notes,
     )
+
+
+def _grouped(weight: Weight, settings: Grouping) -> tuple[Magnitudes, Groups]:
+    """Return the magnitudes and their groups; of large float32 matrices the magnitudes near limits alone are apart."""
+    if weight.dtype == "F32" and weight.bits.size >= _NARROWED and settings.solver == "exact" and settings.lam == 0:
+        narrowed = narrowed_groups(weight.flat, settings.groups)
+        if narrowed is not None:
+            cells, limits = narrowed.cells, narrowed.limits
+            values = cells.top.view(np.float32).astype(np.float64)
+            positions, (_, first, second) = np.concatenate([[0], np.cumsum(cells.counts)]), cells.prefixes()
+            seen = Magnitudes(cells.top, values, cells.counts, narrowed.zeros)
+            return seen, Groups(positions[limits], first[limits], second[limits])
+    seen = magnitudes_of(weight)
+    if seen.keys.size and not np.isfinite(seen.values[-1]):
+        raise FloatingPointError("a weight is NaN or infinite")
+    return seen, _solve(seen, settings)
 
 
 def planes_bytes(rows: int, cols: int) -> int:
@@ -233,7 +250,8 @@ def _pack_codes(weight: Weight, seen: Magnitudes, groups: Groups, zero_code: int
     rows, cols = weight.shape
     ends = np.cumsum(seen.counts)
     last = np.searchsorted(ends, groups.positions[1:], side="left")  # the distinct magnitude that each group ends in
-    if weight.dtype != "F32" and not _parted(seen, groups):
+    parted = _parted(seen, groups)
+    if weight.dtype != "F32" and not parted:
         table = np.zeros(MAGNITUDES, np.uint8)
         table[seen.keys] = np.searchsorted(last, np.arange(seen.keys.size), side="left")
         table[0] = zero_code
@@ -247,10 +265,13 @@ def _pack_codes(weight: Weight, seen: Magnitudes, groups: Groups, zero_code: int
     for row in range(0, rows, step):
         part = slice(row, row + step)
         flat = weight.bits[part].reshape(-1)
-        keys = flat.astype(np.uint32) & np.uint32((1 << (8 * flat.itemsize - 1)) - 1)
-        codes = np.empty(keys.size, np.uint8)
-        assign_groups(keys, upper, quota, codes)
-        codes[keys == 0] = zero_code
-        packed = np.empty((planes.shape[0], keys.size // cols, planes.shape[2]), np.uint64)
+        codes = np.empty(flat.size, np.uint8)
+        if weight.dtype == "F32" and not parted:
+            codes_by_limits(flat, upper[:-1].astype(np.uint32), zero_code, codes)
+        else:
+            keys = flat.astype(np.uint32) & np.uint32((1 << (8 * flat.itemsize - 1)) - 1)
+            assign_groups(keys, upper, quota, codes)
+            codes[keys == 0] = zero_code
+        packed = np.empty((planes.shape[0], flat.size // cols, planes.shape[2]), np.uint64)
         pack_codes(codes, cols, packed)
         planes[:, part] = packed
