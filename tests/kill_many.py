@@ -189,7 +189,9 @@ def kill_many(name: str, model: Path, kills: int, seed: int) -> tuple[str, bool]
             shutil.rmtree(place.out)
             place.out.mkdir()
             in_time, orphaned = kill_once(arguments, place, seconds, chance)
+            whole = tree(place.out) == trees[0]  # killed when all was written: `distill` then refuses to do it again
             code, said = finished(arguments)
+            code = 0 if whole and name == "distill" else code
             found = tree(place.out)
             killed, left = killed + in_time, left + orphaned
             refused, lost = refused + bool(code), lost + len(trees[0].keys() - found.keys())

@@ -51,6 +51,7 @@ def test_crashes_and_hangs_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
                 self._other.close()
 
     monkeypatch.setattr(fuzz, "SECONDS", 0.1)
+    monkeypatch.setattr(fuzz, "WAITING", 0.2)
     begin = time.monotonic()
     [(hang, number, _, _)] = Silent(ends=False).answers()
     assert (hang, number) == ("hang: more than 0.1 s", 5)
