@@ -1,8 +1,17 @@
 """Everything that can be wrong with a user's input: one line each, saying what, expected, found and what next."""
 
+_LONGEST = 900  # characters of a message; what it quotes of a file may be of any length
+
 
 class BincompressError(Exception):
     """Something the user can mend; the command line prints it as one line and exits with code 2."""
+
+    def __str__(self) -> str:
+        """Return the message as one line that can be printed: its middle is left out where it is long."""
+        line = " ".join(super().__str__().split("\n")).encode("utf-8", "backslashreplace").decode("utf-8")
+        if len(line) <= _LONGEST:
+            return line
+        return f"{line[: _LONGEST * 2 // 3]} ... {line[-_LONGEST // 4 :]}"
 
 
 class CheckpointError(BincompressError):

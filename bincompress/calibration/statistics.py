@@ -191,6 +191,7 @@ def begin_statistics(url: str, record: Mapping[str, Any], overwrite: bool) -> St
                     f"{url}: was begun with another {key}: {place.attributes.get(key)!r:.80} there, {value!r:.80} now; "
                     "use another place, the same settings, or --overwrite"
                 )
+        place.files.delete(key for key in place.owned if key.endswith(".partial"))  # of a killed run
         return open_unfinished(url)
     try:
         clear(place, VERSION)

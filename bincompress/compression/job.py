@@ -14,6 +14,7 @@ from bincompress.errors import BincompressError
 from bincompress.methods import KEEP
 from bincompress.process.faults import explain, stops_everything
 from bincompress.sources.checkpoint import read_weight
+from bincompress.store.report import report_problem
 from bincompress.store.store import Store, open_store
 
 
@@ -47,7 +48,11 @@ def _done(job: Job) -> tuple[Literal["done", "unchanged"], dict[str, Any]]:
     weight = read_weight(job.source)
     mark = fingerprint(job, weight)
     before = store.look_at(job.name)
-    if before.get("status") == "complete" and before.get("fingerprint") == mark:
+    if (
+        before.get("status") == "complete"
+        and before.get("fingerprint") == mark
+        and not report_problem(before.get("report"))
+    ):
         return "unchanged", before["report"]
     prepared = prepare(job, weight, mark)
     if job.settings == KEEP:

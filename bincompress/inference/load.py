@@ -156,7 +156,7 @@ def load_baseline(checkpoint: Checkpoint, threads: int | None) -> Decoder:
 
 def _needed(store: Store, config: ModelConfig) -> int:
     try:
-        matrices = sum(int(store.complete_attributes(name)["report"]["stored_bytes"]) for name in config.tensors())
+        matrices = sum(int(store.report(name)["stored_bytes"]) for name in config.tensors())
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise DamagedError(f"{store.url}: a tensor's attributes lack its stored bytes ({error!r})") from None
     return matrices + cache_bytes(config, min(config.context, _USUAL_CONTEXT), "float16") + _BASE_BYTES

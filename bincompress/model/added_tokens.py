@@ -5,12 +5,14 @@ added_tokens.json. Then come the named tokens (bos_token, eos_token, ...) and th
 Source: transformers 5, tokenization_utils_base.py (_from_pretrained) and tokenization_utils_tokenizers.py (__init__).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
 
+from bincompress.errors import BincompressError
 from bincompress.model.errors import TokenizerError
 from bincompress.model.files import json_object
 
@@ -49,6 +51,7 @@ def special_tokens(files: Mapping[str, bytes]) -> SpecialTokens:
         # The map's older name for extra tokens counts only where nothing has the newer one.
         extra = extra or _list(given, "additional_special_tokens")
         for text, number in (json_object(files, _ADDED) or {}).items():
+            check_unicode(text, _ADDED)
             listed[_number(number, _ADDED, text)] = tokenizers.AddedToken(
                 text, normalized=text not in special, special=text in special
             )
@@ -85,7 +88,22 @@ def add(tokenizer: tokenizers.Tokenizer, tokens: SpecialTokens) -> None:
             token.special = True
     present = {_state(token) for token in known}
     if any(_state(token) not in present for token in wanted):  # else nothing would change, and it takes milliseconds
-        tokenizer.add_tokens(wanted)
+        with named("tokens beside tokenizer.json: cannot be added"):
+            tokenizer.add_tokens(wanted)
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Raise TokenizerError in place of what the tokenizers library raises: bare Exceptions, and panics of its Rust."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic is no Exception, so that it ends a program of PyO3's own; here it is a fault of the file.
+        if isinstance(error, BincompressError) or not (
+            isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        ):
+            raise
+        raise TokenizerError(f"{what}: {' '.join(str(error).split())[:200] or type(error).__name__}") from None
 
 
 def _state(token: tokenizers.AddedToken) -> tuple[Any, ...]:
@@ -115,9 +133,18 @@ def _token(value: Any, file: str, key: str, special: bool = True) -> tokenizers.
     """Return a token written as text or as an object; special: what a token that does not say is."""
     text = _text(value)
     flags = {flag: value[flag] for flag in _FLAGS if flag in value} if isinstance(value, Mapping) else {}
+    check_unicode(text, f"{file}: {key}")
     if not text or not all(isinstance(flag, bool) for flag in flags.values()):
         raise TokenizerError(f"{file}: {key}: expected a token (text, or an object with content), found {value!r:.60}")
     return tokenizers.AddedToken(text, **{"special": special, **flags})
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Raise TokenizerError where a token has half of a pair of surrogates, which JSON can write."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise TokenizerError(f"{where}: {text!r:.60} is not a text of Unicode (a lone surrogate)") from None
 
 
 def _number(value: Any, file: str, key: str) -> int:

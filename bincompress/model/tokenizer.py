@@ -5,7 +5,8 @@ from typing import Any
 
 import tokenizers
 
-from bincompress.model.added_tokens import NAMED, SpecialTokens, add, special_tokens
+from bincompress.model.added_tokens import NAMED, SpecialTokens, add, check_unicode, named, special_tokens
+from bincompress.model.charsmap import check_charsmaps
 from bincompress.model.errors import PromptError, TokenizerError
 from bincompress.model.files import json_object, pointer
 
@@ -30,10 +31,11 @@ class Tokenizer:
         tokens that any of them names end a text; the first that names a beginning-of-text token decides it. tokens:
         those that the files beside tokenizer.json know. split_special_tokens: special tokens in a text are text.
         """
-        try:
+        if found := pointer(data):
+            raise TokenizerError(f"tokenizer.json: {found}")
+        check_charsmaps(data)
+        with named("tokenizer.json: cannot be read"):
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"tokenizer.json: {pointer(data) or f'cannot be read: {str(error)[:200]}'}") from None
         # A stored limit or padding belongs to training; transformers switches both off as well.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -57,11 +59,13 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             found = ascii(text[error.start])
             raise PromptError(f"text: not UTF-8: {found} at place {error.start}; convert it (iconv -t UTF-8)") from None
-        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        with named("tokenizer.json: cannot make tokens of the text"):
+            return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of these tokens."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
+        with named("tokenizer.json: cannot make a text of tokens"):
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
     def _ids(self, config: Mapping[str, Any], kind: str) -> list[int]:
         """Return the tokens that one file names as those that begin ("bos") or end ("eos") a text."""
@@ -72,6 +76,8 @@ class Tokenizer:
             raise TokenizerError(f"{kind}_token_id: expected a token number or a list, found {value!r}")
         named = config.get(f"{kind}_token")
         text = named.get("content") if isinstance(named, Mapping) else named
+        if isinstance(text, str):
+            check_unicode(text, f"{kind}_token")
         token = self._tokenizer.token_to_id(text) if isinstance(text, str) else None
         # A negative number is how files say that there is none.
         return [number for number in numbers if number >= 0] + ([] if token is None else [token])

@@ -5,6 +5,7 @@ from typing import Any
 from bincompress.methods import KEEP, METHODS
 from bincompress.store.store import Store
 
+_LONGEST = 1e9  # seconds
 _SUMS = ("squared_error", "squared_norm", "stored_bytes", "weights")
 
 
@@ -17,10 +18,18 @@ def inspect(store: Store) -> dict[str, Any]:
         if attributes.get("status") != "complete":
             tensors[name] = {"method": None, "status": "missing"}
             continue
-        report = {key: value for key, value in attributes["report"].items() if key not in hidden}
+        report = {key: value for key, value in store.report(name).items() if key not in hidden}
         shape = list(store.shape(name))
-        tensors[name] = {**report, "shape": shape, "status": "complete", "seconds": store.read_log(name).get("seconds")}
+        tensors[name] = {**report, "shape": shape, "status": "complete", "seconds": _seconds(store, name)}
     return {"tensors": tensors, "total": _total(store, list(tensors.values()))}
+
+
+def _seconds(store: Store, name: str) -> float | None:
+    """Return how long a tensor took, None where the log, which is under no hash, does not say."""
+    found = store.read_log(name).get("seconds")
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        return None
+    return float(found) if 0 <= found <= _LONGEST else None
 
 
 def _total(store: Store, reports: list[dict[str, Any]]) -> dict[str, Any]:

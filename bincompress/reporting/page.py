@@ -40,7 +40,6 @@ def report_page(store: Store, tensor: str | None = None) -> str:
         tensor = max(packed, key=lambda name: (packed[name]["relative_error"], name))
     elif tensor not in packed:
         raise StoreError(f"{store.url}: no packed tensor {tensor!r}; `bincompress inspect` lists them")
-    attributes = store.complete_attributes(tensor)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string((files("bincompress.reporting") / "report.html.jinja").read_text("utf-8"))
     calibrated = {name: report for name, report in packed.items() if "output_error" in report}
@@ -49,8 +48,8 @@ def report_page(store: Store, tensor: str | None = None) -> str:
         "outputs": _by_layer(calibrated, "output_error", "relative squared error of outputs") if calibrated else "",
         "bits": _by_layer(packed, "stored_bits", "stored bits per weight"),
         "times": _times(packed),
-        "histogram": _histogram(attributes, store, tensor),
-        "transformation": "".join(_histograms(attributes["report"])),
+        "histogram": _histogram(store, tensor),
+        "transformation": "".join(_histograms(store.report(tensor))),
     }
     distillation = store.attributes.get("distillation")
     if distillation is not None:
@@ -143,11 +142,11 @@ def _distillation(record: dict[str, Any]) -> str:
     return _svg(figure)
 
 
-def _histogram(attributes: dict[str, Any], store: Store, tensor: str) -> str:
+def _histogram(store: Store, tensor: str) -> str:
     """Plot the original weights (the sample kept at compression) and the levels that stand for them."""
     figure = _figure()
     axes = figure.subplots()
-    kept = attributes["report"]["histogram"]
+    kept = store.report(tensor)["histogram"]
     counts = np.array(kept["counts"], np.float64)
     edges = np.linspace(kept["low"], kept["high"], counts.size + 1)
     width = edges[1] - edges[0] or 1.0

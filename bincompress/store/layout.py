@@ -37,7 +37,7 @@ _CRC32C: dict[str, Any] = {"name": "crc32c"}
 
 # What a program of this format may write: metadata, chunks, and what a killed writer leaves.
 _WRITTEN = r"(?:[^/]+/)*(?:zarr\.json|c(?:/\d+)*)"
-_PARTIAL = r"(?:[^/]+/)*\.[0-9a-f]+\.partial"
+_PARTIAL = r"(?:[^/]+/)*(?:zarr)?\.[0-9a-f]+\.partial"
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from bincompress.store.layout import (
     parse_node,
     seal_problem,
 )
+from bincompress.store.report import report_problem
 from bincompress.tensors.packed import PackedTensor, assemble
 from bincompress.tensors.weight import DTYPE_NAMES, Weight
 
@@ -152,6 +153,15 @@ class StoreReader:
             problem = "its attributes have lost their hash"
         if problem:
             raise DamagedError(f"{self.url}: {name}: {problem}")
+
+    def report(self, name: str) -> dict[str, Any]:
+        """Return what a complete tensor's attributes say of its bits and errors; raises DamagedError if not that."""
+        report = self.complete_attributes(name).get("report")
+        problem = report_problem(report)
+        if problem:
+            self.check_attributes(name)  # says it better, where the attributes were changed
+            raise DamagedError(f"{self.url}: {name}: {problem}")
+        return dict(report or {})
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a complete tensor."""
@@ -377,6 +387,9 @@ def check_format(url: str, attributes: Mapping[str, Any]) -> None:
     for key, kind in (("tensors", dict), ("status", str), ("failures", dict)):
         if not isinstance(attributes.get(key), kind):
             raise StoreError(f"{url}: its manifest lacks {key}; compress again with --overwrite")
+    for key in ("source", "config"):
+        if not isinstance(attributes.get(key, {}), dict):
+            raise DamagedError(f"{url}: zarr.json: {key}: {attributes[key]!r:.40}; expected an object")
     for name, kind in attributes["tensors"].items():
         if kind not in ("packed", "plain") or not _NAME.fullmatch(name) or ".." in name:
             raise StoreError(f"{url}: its manifest lists {name!r:.80} as {kind!r:.40}, which names no tensor")

@@ -71,6 +71,7 @@ def _tensor_problem(store: StoreReader, name: str) -> str:
     else:
         problem = not_finite(*store.read_plain(name))
     store.check_attributes(name)
+    store.report(name)
     return f"{store.url}: {name}: {problem}" if problem else ""
 
 

@@ -36,6 +36,11 @@ class DirectStore(LocalStore):
         with replacing(self.root / key) as file:
             file.write(value.as_buffer_like())
 
+    async def set_if_not_exists(self, key: str, value: Any) -> None:
+        """Write a file that is not there yet; LocalStore's own partial files have names that are not the format's."""
+        if not (self.root / key).exists():
+            await self.set(key, value)
+
 
 def zarr_store(url: str) -> Any:
     """Return zarr's view of a path or fsspec URL."""
