@@ -120,7 +120,7 @@ def test_templates_in_files_of_their_own_replace_those_of_the_config() -> None:
     files |= {"additional_chat_templates/tool_use.jinja": b"{{ bos_token }}{{ tools[0].name }}"}
     assert render_with(files, [{"name": "f"}]) == "<t>f"
     del files["chat_template.jinja"]
-    with pytest.raises(TemplateError, match="none is named 'default'; the model has tool_use"):
+    with pytest.raises(TemplateError, match="expected one that is named 'default', found tool_use"):
         render_with(files)
 
 

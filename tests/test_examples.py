@@ -40,7 +40,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 def test_compress_and_write(written: tuple[str, Path]) -> None:
     out, store = written
     assert f"{store}: 38 tensors done, 0 already complete" in out
-    text = out.split("already\n")[1]
+    text = out.split("already complete\n")[1]
     assert len(text.split()) > 10
     assert "38 already complete" in run("compress_and_write.py", DEMO, store)
 

@@ -101,7 +101,7 @@ def test_a_method_from_outside_goes_all_the_way(run: Run, tiny_model: Path, tmp_
     assert (report["method"], report["shared"]) == ("share", 0.75)
     assert found["total"]["binary"]["tensors"] == 14
     assert run("verify", store)[0] == 0
-    assert run("compress", tiny_model, store, *options)[1].startswith(f"{store}: 0 tensors done, 21 were complete")
+    assert run("compress", tiny_model, store, *options)[1].startswith(f"{store}: 0 tensors done, 21 already complete")
     attributes = open_store(str(store)).complete_attributes("model.layers.0.mlp.up_proj.weight")
     assert attributes["settings"] == {"method": "share", "block": 64, "share": 0.75}
     assert open_store(str(store)).attributes["recipe"]["defaults"]["share"] == 0.75

@@ -316,7 +316,7 @@ def test_stores_that_cannot_run(tiny_model: Path, tmp_path: Path, monkeypatch: p
         ({"block": 0}, "block: 0; expected a whole number"),
         ({"shape": None}, "shape: None; expected a list of whole numbers"),
         ({"shape": [160, 1e999]}, "shape: .*; expected a list of whole numbers"),
-        ({"report": None}, "a tensor's attributes lack its stored bytes"),
+        ({"report": None}, "its attributes are not those that were written"),
         ({"hashes": {}}, "planes: its bytes are not those"),
         ({"hashes": None}, "planes: its bytes are not those"),
     ]
@@ -381,10 +381,10 @@ def test_a_dropped_model_leaves_neither_memory_nor_threads(tiny_model: Path, tmp
     assert stream() is not None
     del loaded
     gc.collect()
-    assert stream() is None
     for thread in started:
         thread.join(timeout=60)
         assert not thread.is_alive()
+    assert stream() is None
 
 
 def test_an_unfinished_store_and_an_unknown_architecture(tmp_path: Path) -> None:
@@ -420,7 +420,7 @@ def test_sampling_comes_from_the_models_own_settings(content: dict[str, Any], te
 
 
 def test_an_option_comes_before_the_file_and_errors_name_the_file() -> None:
-    def of(content: dict, **given: Any) -> Sampling:
+    def of(content: dict[str, Any], **given: Any) -> Sampling:
         return default_sampling({"generation_config.json": json.dumps(content).encode()}, given)
 
     assert of({"do_sample": False, "top_k": 7, "repetition_penalty": 1.5}) == Sampling(0.0, 7, repetition_penalty=1.5)

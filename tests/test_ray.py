@@ -256,7 +256,7 @@ def test_calibration_loses_a_worker_and_gives_the_local_bytes(
         end.result()
     assert tree(here) == tree(there)
     (tiny_model / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(BincompressError, match=r"layer 0, part 0: .*; the same command goes on"):
+    with pytest.raises(BincompressError, match=r"layer 0, part 0: .*; the same command resumes"):
         calibrate(checkpoint, samples, str(there), runner=run_on_ray(None, str(there)), overwrite=True)
 
 

@@ -66,8 +66,9 @@ class _Parent:
     """The process that holds the other end of standard input."""
 
     def join(self) -> None:
-        """Wait for its end."""
-        sys.stdin.buffer.read()
+        """Wait for its end; without Python's buffer, whose lock a thread must not hold as the interpreter ends."""
+        while os.read(0, 1):
+            pass
 
 
 if __name__ == "__main__":

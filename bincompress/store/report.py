@@ -8,7 +8,8 @@ _NUMBERS = ("nominal_bits", "stored_bits", "relative_error", "squared_error", "s
 _LARGEST = 1e200  # far from where sums over tensors overflow
 _LARGEST_WHOLE = 1 << 62
 _LARGEST_BITS = 1e9
-_MOST_COUNTS = 1 << 16  # bins of a histogram
+_MOST_NUMBERS = 1 << 16  # of a list, such as a histogram's counts
+_LARGEST_COUNT = 1 << 48
 _LONGEST = 1 << 16  # characters of a note
 
 
@@ -25,11 +26,15 @@ def report_problem(report: Any) -> str:
     if max(report["nominal_bits"], report["stored_bits"]) > _LARGEST_BITS:
         return f"report: more than {_LARGEST_BITS:g} bits a weight"
     for key, value in report.items():
-        if not _is_plain(value) and not (isinstance(value, dict) and all(_is_counted(part) for part in value.values())):
-            return f"report: {key!r:.60}: {value!r:.40}; expected a text, a number or counts"
+        parts = value.values() if isinstance(value, dict) else [value]
+        if not all(_is_plain(part) or _is_list(part) for part in parts):
+            return f"report: {key!r:.60}: {value!r:.40}; expected a text, a number or a list of numbers"
     kept = report.get("histogram")
     if kept is not None and not _is_histogram(kept):
         return f"report: histogram: {kept!r:.40}; expected low, high and counts"
+    zeros = report.get("plane_zeros", [0.0])
+    if not _is_list(zeros):
+        return f"report: plane_zeros: {zeros!r:.40}; expected a list of numbers"
     saved = report.get("additions_saved", 0)
     return "" if _is_number(saved) else f"report: additions_saved: {saved!r:.40}; expected a number"
 
@@ -47,15 +52,14 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool) or (isinstance(value, int | float) and _is_number(abs(value)))
 
 
-def _is_counted(value: Any) -> bool:
-    """Return whether a value is a number or a list of counts, as in a histogram."""
-    if isinstance(value, list):
-        return 0 < len(value) <= _MOST_COUNTS and all(type(n) is int and 0 <= n < 1 << 48 for n in value)
-    return _is_plain(value)
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= _MOST_NUMBERS and all(_is_number(part) for part in value)
 
 
 def _is_histogram(value: Any) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("counts"), list):
+    if not isinstance(value, dict) or not _is_list(value.get("counts")):
+        return False
+    if not all(isinstance(count, int) and count < _LARGEST_COUNT for count in value["counts"]):
         return False
     low, high = value.get("low"), value.get("high")
     numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in (low, high))
