@@ -369,3 +369,28 @@ def test_columns_without_inputs_keep_their_nearest_levels(settings: Settings) ->
     alive = np.setdiff1d(np.arange(cols), dead)
     # Columns are compensated for each other's errors, so one that stands alone is off by no more than they are.
     assert errors[dead].mean() < 1.2 * errors[alive].mean()
+
+
+def test_few_tokens_are_not_refined_on() -> None:
+    """Refinement on 128 tokens for 512 columns fits them better, and other inputs of the same kind worse."""
+    random = np.random.default_rng(1)
+    cols = 512
+    mix = np.eye(cols) + 0.3 * random.standard_normal((cols, cols)) / cols**0.5
+    seen, other = ((random.standard_normal((n, cols)) @ mix).astype(np.float32) for n in (128, 4096))
+    weight = as_weight(random.standard_normal((96, cols)) * 0.05, "BF16")
+    exact = weight.float32()
+
+    def errors(tokens: int | None) -> tuple[float, float, dict[str, Any]]:
+        inputs = Inputs("layer", seen.T @ seen / np.float32(len(seen)), np.abs(seen).max(axis=0), tokens=tokens)
+        settings = make_settings("xnor", planes=2, compensate=True, refine=4)
+        found = method_named("xnor").binarize(weight, settings, inputs)
+        off = (exact - dequantize(found.tensor)).T
+        relative = [float(np.sum((x @ off) ** 2) / np.sum((x @ exact.T) ** 2)) for x in (seen, other)]
+        return relative[0], relative[1], found.notes
+
+    refined, left = errors(None), errors(len(seen))
+    assert refined[0] < left[0]
+    assert left[1] < refined[1]
+    assert (refined[2]["refinement_rounds"], left[2]["refinement_rounds"]) == (4, 0)
+    assert left[2]["refinement"] == "left out: 128 tokens of calibration for 512 columns; expected at least 256"
+    assert errors(256)[2] == refined[2]

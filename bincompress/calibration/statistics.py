@@ -80,7 +80,15 @@ class Statistics:
                 raise DamagedError(f"{self.url}: {group.path}: {key} cannot be read: {error}") from None
             if array_hash(found[key]) != expected:
                 raise DamagedError(f"{self.url}: {group.path}: {key}: its bytes are not those that were written")
-        return Inputs(tensor, found["hessian"], found["absmax"], drift=found.get("drift"), lack=found.get("lack"))
+        tokens = group.attrs.get("tokens")
+        return Inputs(
+            tensor,
+            found["hessian"],
+            found["absmax"],
+            drift=found.get("drift"),
+            lack=found.get("lack"),
+            tokens=tokens if isinstance(tokens, int) else None,
+        )
 
     def _hashes(self, group: zarr.Group) -> dict[str, str]:
         hashes = group.attrs["hashes"]

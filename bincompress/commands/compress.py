@@ -113,6 +113,10 @@ def finish(result: CompressionResult, as_json: bool) -> None:
         again = f", {result.unchanged} already complete" if result.unchanged else ""
         click.echo(f"{result.store}: {result.done} tensors done{again}")
         click.echo("\n".join([*totals(result.total), *result.kept]))
+        unrefined = {name: found["refinement"] for name, found in result.tensors.items() if "refinement" in found}
+        if unrefined:
+            name = min(unrefined)
+            click.echo(f"not refined: {len(unrefined)} tensors; {name}: refinement {unrefined[name]}")
     if not result.complete:
         sys.exit(1)
 

@@ -13,6 +13,8 @@ from bincompress.tensors.weight import Weight
 
 BYTES_VERSION = 3  # raised when a change of the program changes the bytes of a tensor
 
+ROUNDING_VERSION = 2  # the same for tensors that are rounded with what calibration found
+
 
 def fingerprint(job: Job, weight: Weight) -> dict[str, Any]:
     """Return everything that a job's bytes depend on, its weight's own bytes among it, as JSON."""
@@ -27,7 +29,7 @@ def fingerprint(job: Job, weight: Weight) -> dict[str, Any]:
         "kept": xxhash.xxh3_128_hexdigest(json.dumps(job.kept).encode()) if job.kept else "",
         "archive": job.archive,
         "bytes_version": BYTES_VERSION,
-        **({"inputs": job.inputs_hash} if job.inputs_hash else {}),
+        **({"inputs": job.inputs_hash, "rounding_version": ROUNDING_VERSION} if job.inputs_hash else {}),
         **({"shared": _shared_record(shared)} if shared else {}),
     }
 

@@ -23,6 +23,7 @@ class Inputs:
     # (rows, cols): of (r* - r) x^T, r the residual stream after the unquantized matrix has added to it; of one that
     # does so, in place of drift.
     lack: NDArray[np.float32] | None = None
+    tokens: int | None = None  # of which these are the means; None: not known
 
     @cached_property
     def curvature(self) -> Curvature:

@@ -40,7 +40,9 @@ def binarize(
         weights, known = weights * channel_scale, known.scaled(channel_scale)
     codebook, block = scheme.codebook, settings.block_columns(weight.shape[1])
     rounding = Rounding(settings.scale_bits, float(np.max(np.abs(weights), initial=0.0)))
-    found = compensate(weights, known, codebook, block, scheme.start, rounding, settings.refine)
+    unrefined = "" if not settings.refine else _too_few_tokens(inputs, weight.shape[1])
+    rounds = 0 if unrefined else settings.refine
+    found = compensate(weights, known, codebook, block, scheme.start, rounding, rounds)
     values = values_of(codebook, found.codes, found.coef, block)
     error = original - (values if channel_scale is None else values / channel_scale)
     notes: dict[str, Any] = {
@@ -50,6 +52,8 @@ def binarize(
         "refinement_rounds": found.rounds,
         "damping": known.damping,
     }
+    if unrefined:
+        notes["refinement"] = unrefined
     return Binarized(
         _as_planes(found, codebook, block, rounding),
         squared_error=float(np.sum(error.astype(np.float64) ** 2)),
@@ -58,6 +62,17 @@ def binarize(
         groups=scheme.groups,
         notes=notes,
     )
+
+
+def _too_few_tokens(inputs: Inputs, cols: int) -> str:
+    """Return why these inputs are not refined on; empty where they can be.
+
+    Refinement follows the Hessian wherever it leads. With fewer tokens than half its columns it follows chance, and the
+    error on other text rises (`test_few_tokens_are_not_refined_on` shows both).
+    """
+    if inputs.tokens is None or 2 * inputs.tokens >= cols:
+        return ""
+    return f"left out: {inputs.tokens} tokens of calibration for {cols} columns; expected at least {-(-cols // 2)}"
 
 
 def _as_planes(found: Rounded, codebook: Codebook, block: int, rounding: Rounding) -> PackedTensor:
