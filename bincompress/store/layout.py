@@ -15,6 +15,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from bincompress.errors import DamagedError, StoreError
+
 BEGINNING = "beginning"  # the status of a store that is being created, or made room for: nothing in it counts
 FORMAT = "bincompress"
 VERSION = 1
@@ -27,6 +29,7 @@ SEAL = "sealed"  # the attribute that the others are under
 CHUNK_LIMIT = 256 << 20  # bytes of one chunk file: a larger array is cut by rows, so that no writer holds it twice
 CHECKSUM_BYTES = 4  # of crc32c, behind the data
 ZSTD_LEVEL = 9
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,254}")  # of a tensor: it becomes a folder's
 _DTYPES = (
     "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64",
 )  # fmt: skip
@@ -244,3 +247,33 @@ def seal_problem(name: str, attributes: Mapping[str, Any]) -> str:
 def _hash(name: str, attributes: Mapping[str, Any], seal: Mapping[str, Any]) -> str:
     content = json.dumps([name, attributes, seal], sort_keys=True, separators=(",", ":"))
     return xxhash.xxh3_128_hexdigest(content.encode())
+
+
+def check_format(url: str, attributes: Mapping[str, Any]) -> None:
+    """Raise StoreError where the root's attributes are not those of a store that this program reads."""
+    if attributes.get("format") != FORMAT:
+        raise StoreError(f"{url}: a Zarr store, but not a bincompress store (format {attributes.get('format')!r})")
+    if attributes.get("version") != VERSION:
+        raise StoreError(
+            f"{url}: store version {attributes.get('version')!r}; this program reads version {VERSION}: "
+            "install the one that wrote it, or compress again"
+        )
+    if attributes.get("status") == BEGINNING:
+        raise StoreError(f"{url}: a run ended while it was creating this store; run the same command again")
+    for key, kind in (("tensors", dict), ("status", str), ("failures", dict)):
+        if not isinstance(attributes.get(key), kind):
+            raise StoreError(f"{url}: its manifest lacks {key}; compress again with --overwrite")
+    for key in ("source", "config"):
+        if not isinstance(attributes.get(key, {}), dict):
+            raise DamagedError(f"{url}: zarr.json: {key}: {attributes[key]!r:.40}; expected an object")
+    for name, kind in attributes["tensors"].items():
+        if kind not in ("packed", "plain") or not _NAME.fullmatch(name) or ".." in name:
+            raise StoreError(f"{url}: its manifest lists {name!r:.80} as {kind!r:.40}, which names no tensor")
+    check_root(url, attributes)
+
+
+def check_root(url: str, attributes: Mapping[str, Any]) -> None:
+    """Raise DamagedError where the root's attributes are not those under their hash."""
+    problem = seal_problem("", attributes)
+    if problem:
+        raise DamagedError(f"{url}: zarr.json: {problem}; compress this store again")

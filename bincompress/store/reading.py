@@ -1,7 +1,6 @@
 """How is a store read? Attributes, arrays and assets, each held against its hash and the format."""
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,11 @@ from bincompress.store.files import files_at, is_local
 from bincompress.store.layout import (
     ALWAYS,
     ARRAYS,
-    BEGINNING,
-    FORMAT,
     NODES,
     SEAL,
-    VERSION,
     ArrayLayout,
     array_hash,
+    check_format,
     parse_array,
     parse_layout,
     parse_node,
@@ -38,7 +35,6 @@ if TYPE_CHECKING:
     import zarr
 
 _UNREADABLE = (ArithmeticError, KeyError, MemoryError, OSError, TypeError, ValueError, RuntimeError, AttributeError)
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,254}")  # of a tensor: it becomes a folder's
 
 _SLASH = "%2F"  # in names of assets that lie in a folder: an array has no folders
 
@@ -343,13 +339,6 @@ def asset_path(name: str) -> str:
     return f"assets/{name.replace('/', _SLASH)}"
 
 
-def check_root(url: str, attributes: Mapping[str, Any]) -> None:
-    """Raise DamagedError where the root's attributes are not those under their hash."""
-    problem = seal_problem("", attributes)
-    if problem:
-        raise DamagedError(f"{url}: zarr.json: {problem}; compress this store again")
-
-
 def root_attributes(url: str) -> dict[str, Any]:
     """Return the attributes of a store's root; raises FileNotFoundError or ValueError where there is no such group."""
     content = files_at(url).read("zarr.json")
@@ -371,26 +360,3 @@ def read_root(url: str) -> dict[str, Any]:
         raise StoreError(f"{url}: not a Zarr v3 store: {str(error) or type(error).__name__}") from None
     check_format(url, attributes)
     return attributes
-
-
-def check_format(url: str, attributes: Mapping[str, Any]) -> None:
-    """Raise StoreError where the root's attributes are not those of a store that this program reads."""
-    if attributes.get("format") != FORMAT:
-        raise StoreError(f"{url}: a Zarr store, but not a bincompress store (format {attributes.get('format')!r})")
-    if attributes.get("version") != VERSION:
-        raise StoreError(
-            f"{url}: store version {attributes.get('version')!r}; this program reads version {VERSION}: "
-            "install the one that wrote it, or compress again"
-        )
-    if attributes.get("status") == BEGINNING:
-        raise StoreError(f"{url}: a run ended while it was creating this store; run the same command again")
-    for key, kind in (("tensors", dict), ("status", str), ("failures", dict)):
-        if not isinstance(attributes.get(key), kind):
-            raise StoreError(f"{url}: its manifest lacks {key}; compress again with --overwrite")
-    for key in ("source", "config"):
-        if not isinstance(attributes.get(key, {}), dict):
-            raise DamagedError(f"{url}: zarr.json: {key}: {attributes[key]!r:.40}; expected an object")
-    for name, kind in attributes["tensors"].items():
-        if kind not in ("packed", "plain") or not _NAME.fullmatch(name) or ".." in name:
-            raise StoreError(f"{url}: its manifest lists {name!r:.80} as {kind!r:.40}, which names no tensor")
-    check_root(url, attributes)

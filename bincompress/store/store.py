@@ -11,8 +11,8 @@ from typing import Any
 from bincompress.errors import DamagedError, StoreError
 from bincompress.store.arrays import let_go
 from bincompress.store.files import is_local
-from bincompress.store.layout import FORMAT, MODEL, NODES, VERSION, array_hash
-from bincompress.store.reading import check_format, read_root
+from bincompress.store.layout import FORMAT, MODEL, NODES, VERSION, array_hash, check_format
+from bincompress.store.reading import read_root
 from bincompress.store.replace import Place, check_place, clear
 from bincompress.store.writing import Store
 
