@@ -45,6 +45,7 @@ def test_compress_and_write(written: tuple[str, Path]) -> None:
     assert "38 already complete" in run("compress_and_write.py", DEMO, store)
 
 
+@pytest.mark.slow
 def test_evaluate_store(written: tuple[str, Path]) -> None:
     out = run("evaluate_store.py", written[1], DEMO, ROOT / "docs" / "format.md")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
@@ -56,6 +57,7 @@ def test_evaluate_store(written: tuple[str, Path]) -> None:
     assert float(rows[2][3]) < float(rows[3][3])  # eight bits of activations predict better than six
 
 
+@pytest.mark.slow
 def test_calibrate_and_choose_bits(tmp_path: Path) -> None:
     out = run("calibrate_and_choose_bits.py", DEMO, ROOT / "docs" / "methods.md", tmp_path, 8)
     found = re.search(r"38 tensors done, ([\d.]+) stored bits", out)

@@ -68,6 +68,7 @@ def test_a_reader_that_ends(demo: Path) -> None:
     assert done.stderr.split()[-1:] in ([b"141"], [b"0"])  # 0 where the reader ended later
 
 
+@pytest.mark.slow
 def test_closed_streams(demo: Path, tmp_path: Path) -> None:
     assert shell(f"$BC verify {demo} 2>&-").returncode == 0
     assert shell(f"$BC verify {demo} >&-").returncode == 0
@@ -241,6 +242,7 @@ def test_no_credentials(tiny_model: Path, tmp_path: Path, command: str) -> None:
     assert "no usable credentials for the object store" in one_line(done)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("url", ["s3://bucket/st", "gs://bucket/st", "nonsense://bucket/st"])
 def test_a_missing_package(tiny_model: Path, tmp_path: Path, url: str) -> None:
     hidden = tmp_path / "hidden"
@@ -275,6 +277,7 @@ def test_a_token_that_expires_stops_the_run_at_once(
     assert "run the same command again to resume" in errors
 
 
+@pytest.mark.slow
 def test_verify_finds_no_damage_where_it_may_not_read(
     run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

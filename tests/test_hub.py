@@ -156,6 +156,7 @@ def test_a_source_that_is_neither_folder_nor_id(tmp_path: Path) -> None:
     assert "neither a folder nor a Hub id" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["team/tiny", "team/tiny@v1", f"team/tiny@{COMMIT}"])
 def test_what_is_cached_is_used_without_the_hub(hub: FakeHub, tmp_path: Path, source: str) -> None:
     def compress(port: int = hub.server_port, **more: str) -> None:

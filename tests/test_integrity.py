@@ -416,6 +416,7 @@ def counted(requests: list[str], what: Callable[[], Any]) -> tuple[int, Counter[
     )
 
 
+@pytest.mark.slow
 def test_requests_for_each_tensor(requests: list[str], tiny_model: Path, tmp_path: Path) -> None:
     url, count = "s3://bucket/store", 21
     total, each = counted(requests, lambda: run(tiny_model, url))

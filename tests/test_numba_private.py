@@ -44,6 +44,7 @@ def test_a_name_that_is_gone_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
 CHANGE = "from numba.core import caching; caching.CompileResultCacheImpl.reduce = lambda self, cres, more=None: None\n"
 
 
+@pytest.mark.slow
 def test_without_it_every_kernel_still_equals_its_twin(tmp_path: Path) -> None:
     (tmp_path / "changed_numba.py").write_text(CHANGE)
     suite = ROOT / "tests" / "test_kernels_short.py"

@@ -46,6 +46,7 @@ def test_nobody_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     check_address("local")
 
 
+@pytest.mark.slow
 def test_a_jobs_folder_of_the_users(tiny_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "work"
     (folder / "jobs").mkdir(parents=True)

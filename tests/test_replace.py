@@ -90,6 +90,7 @@ def test_foreign_files_are_neither_removed_nor_written_among(
     assert place.all() == before
 
 
+@pytest.mark.slow
 def test_overwriting_leaves_what_is_no_part_of_the_store_and_names_it(
     tiny_model: Path, url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -111,6 +112,7 @@ def test_overwriting_leaves_what_is_no_part_of_the_store_and_names_it(
     assert own == {name: content for name, content in fresh.all().items() if not name.startswith("log/")}
 
 
+@pytest.mark.slow
 def test_overwriting_statistics_leaves_the_rest(tiny_model: Path, url: str, caplog: pytest.LogCaptureFixture) -> None:
     place = Tree(url)
     stats(tiny_model, url)
