@@ -10,33 +10,29 @@ Every function raises a subclass of `bincompress.errors.BincompressError` for wh
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from bincompress.calibration.collect import CONTEXT, SAMPLES, choose_samples, run_in_threads
 from bincompress.calibration.collect import calibrate as collect
-from bincompress.calibration.collect import choose_samples, run_in_threads, text_record
-from bincompress.calibration.statistics import Statistics, open_statistics
-from bincompress.compression.allocation import run_trials, spread, spreadable, trial_jobs, trials_of
+from bincompress.calibration.statistics import Statistics
 from bincompress.compression.events import EventLog
-from bincompress.compression.manifest import read_manifest
 from bincompress.compression.placement import Placement
-from bincompress.compression.plan import Plan, make_plan
+from bincompress.compression.planning import Planned, plan, plan_batch
 from bincompress.compression.progress import OnProgress, Tracker, ignore
-from bincompress.compression.recipe import Recipe, load_kept_weights, load_recipe
+from bincompress.compression.recipe import Recipe
 from bincompress.compression.run import Outcome, compress_all
 from bincompress.compression.sequential import in_sequence
 from bincompress.errors import BincompressError
 from bincompress.inference.evaluate import Evaluation
 from bincompress.inference.evaluate import evaluate as score
 from bincompress.inference.load import load, load_baseline, load_decoder, usable_threads
-from bincompress.model.checkpoint_source import checkpoint_config
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.reporting.inspection import inspect as inspect_store
-from bincompress.sources.checkpoint import Checkpoint
 from bincompress.sources.hub import open_source
 from bincompress.sources.text import read_text
 from bincompress.store.export import export as export_store
@@ -50,11 +46,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CalibrationResult", "CompressionResult", "Placement", "VerifyResult", "batch", "calibrate", "compress", "distill",
-    "evaluate", "export", "inspect", "load", "plan", "verify",
+    "evaluate", "export", "inspect", "load", "plan", "plan_batch", "verify",
 ]  # fmt: skip
 
-SAMPLES, CONTEXT = 64, 512  # of a calibration: windows and their tokens
-_FEW_TOKENS = 16  # for each column of the widest input
 
 OnCount = Callable[[int, int], None]  # pieces done, pieces in all
 
@@ -75,6 +69,7 @@ class CompressionResult:
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)  # reports, as `inspect` gives them
     total: dict[str, Any] = field(default_factory=dict)
     kept: tuple[str, ...] = ()  # a line for each group of tensors that stayed unpacked, with the reason
+    notes: tuple[str, ...] = ()  # what the user should know of how the model was read
 
 
 @dataclass(frozen=True)
@@ -97,74 +92,6 @@ class VerifyResult:
     def ok(self) -> bool:
         """Whether everything is as it was written."""
         return not self.problems
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A plan, with what is calibrated on while it is carried out."""
-
-    plan: Plan
-    samples: np.ndarray[Any, np.dtype[np.int64]] | None = None  # tokens (samples, context) of `sequential`
-    sequential_tokens: int = 0  # as many as would be collected on, where the text was not read
-    notes: tuple[str, ...] = ()  # what the user should know
-
-
-def plan(
-    source: str | Path,
-    *,
-    recipe: Recipe | str | Path | None = None,
-    keep: Sequence[str] = (),
-    keep_weights: str | Path | Mapping[str, tuple[tuple[int, int], ...]] | None = None,
-    stats: str | None = None,
-    sequential: str | Path | None = None,
-    samples: int | None = None,
-    context: int | None = None,
-    target_bits: float | None = None,
-    archive: bool = False,
-    export_only: bool = False,
-    headers_only: bool = True,
-    placement: Placement = Placement(),
-    progress: OnProgress = ignore,
-    **settings: Any,
-) -> Planned:
-    """Return what `compress` would do, from headers alone: settings, expected bytes and memory of every tensor.
-
-    The parameters are those of `compress`. headers_only: a Hub model's weights are not fetched, and a folder with only
-    config.json is enough; such a plan cannot be carried out. Raises RecipeError, CheckpointError or StoreError for
-    everything that can be refused before work begins.
-    """
-    chosen = _recipe(recipe, settings, keep)
-    kept = load_kept_weights(Path(keep_weights)) if isinstance(keep_weights, str | Path) else keep_weights or {}
-    statistics = open_statistics(stats) if stats is not None else None
-    _check_sequential(sequential, samples, context, stats, target_bits)
-    checkpoint = open_source(str(source), headers_only=headers_only)
-    if target_bits is not None:
-        tried = make_plan(checkpoint, chosen, kept, archive, statistics)
-        _check_runs(tried, export_only, headers_only)
-        chosen = _spread_bits(tried, target_bits, placement, progress)
-    if sequential is None:
-        return _planned(make_plan(checkpoint, chosen, kept, archive, statistics), export_only, headers_only)
-    number, length = samples or SAMPLES, context or CONTEXT
-    text = read_text(Path(sequential))
-    if headers_only and "tokenizer.json" not in checkpoint.assets():
-        made = make_plan(checkpoint, chosen, kept, archive, sequence={})
-        return replace(_planned(made, export_only, headers_only), sequential_tokens=number * length)
-    tokens = choose_samples(checkpoint, text, number, length)
-    made = make_plan(checkpoint, chosen, kept, archive, sequence=text_record(tokens))
-    found = _planned(made, export_only, headers_only)
-    notes = (*found.notes, *_few_tokens(checkpoint, tokens))
-    return replace(found, samples=tokens, sequential_tokens=tokens.size, notes=notes)
-
-
-def _planned(made: Plan, export_only: bool, headers_only: bool) -> Planned:
-    _check_runs(made, export_only, headers_only)
-    return Planned(made, notes=made.verdict.notes)
-
-
-def _check_runs(made: Plan, export_only: bool, headers_only: bool) -> None:
-    """Raise RecipeError where a store that is to be made would not run here; a plan alone says so in its verdict."""
-    if not headers_only:
-        made.verdict.require(export_only)
 
 
 def compress(
@@ -201,7 +128,7 @@ def compress(
     made = plan(
         source, recipe=recipe, keep=keep, keep_weights=keep_weights, stats=stats, sequential=sequential,
         samples=samples, context=context, target_bits=target_bits, archive=archive, export_only=export_only,
-        headers_only=False,         placement=placement, progress=progress, **settings,
+        headers_only=False, placement=placement, progress=progress, **settings,
     )  # fmt: skip
     return carry_out(made, str(store), overwrite=overwrite, placement=placement, progress=progress)
 
@@ -215,11 +142,37 @@ def carry_out(
     progress: OnProgress = ignore,
 ) -> CompressionResult:
     """Do what `plan` with headers_only=False has planned."""
-    outcome = _run({store: planned.plan}, overwrite, placement, progress, planned.samples)[store]
+    return carry_out_all({store: planned}, overwrite=overwrite, placement=placement, progress=progress)[store]
+
+
+def carry_out_all(
+    planned: Mapping[str, Planned],
+    *,
+    overwrite: bool = False,
+    placement: Placement = Placement(),
+    progress: OnProgress = ignore,
+) -> dict[str, CompressionResult]:
+    """Do several plans, each into its store, in one queue over all their matrices; returns the results by store."""
+    plans = {store: each.plan for store, each in planned.items()}
+    total, tensors = sum(p.source_bytes for p in plans.values()), sum(len(p.tensors) for p in plans.values())
+    sampled = {store: each.samples for store, each in planned.items() if each.samples is not None}
+    with EventLog(placement.events) as log, contextlib.ExitStack() as held:
+        tracker = Tracker("compress", total, tensors, progress, log)
+        runner = placement.make(tracker.on_event, held=held if sampled else None)
+        if sampled:
+            ((store, samples),) = sampled.items()  # of the one plan that is calibrated layer after layer
+            runner = in_sequence(
+                plans[store].checkpoint, samples, store, runner, threads=usable_threads(), tell=tracker.on_stage
+            )
+        outcomes = compress_all(plans, runner=runner, overwrite=overwrite, on_report=tracker.on_report)
+    return {store: _result(store, outcome, planned[store]) for store, outcome in outcomes.items()}
+
+
+def _result(store: str, outcome: Outcome, planned: Planned) -> CompressionResult:
     found = inspect_store(open_store(store))
     return CompressionResult(
         store, outcome.done, outcome.unchanged, outcome.failures, outcome.complete, found["tensors"], found["total"],
-        tuple(planned.plan.kept_lines()),
+        tuple(planned.plan.kept_lines()), planned.notes,
     )  # fmt: skip
 
 
@@ -236,24 +189,8 @@ def batch(
 
     What can be refused of any model is refused before the first is begun.
     """
-    plans = plan_batch(manifest, archive=archive, headers_only=False)
-    for made in plans.values():
-        _check_runs(made, export_only, headers_only=False)
-    outcomes = _run(plans, overwrite, placement, progress)
-    return {
-        store: CompressionResult(store, outcome.done, outcome.unchanged, outcome.failures, outcome.complete)
-        for store, outcome in outcomes.items()
-    }
-
-
-def plan_batch(manifest: str | Path, *, archive: bool = False, headers_only: bool = True) -> dict[str, Plan]:
-    """Return the plans of a manifest's models by store."""
-    return {
-        entry.store: make_plan(
-            open_source(entry.source, headers_only=headers_only), load_recipe(entry.recipe, {}), archive=archive
-        )
-        for entry in read_manifest(Path(manifest))
-    }
+    planned = plan_batch(manifest, archive=archive, export_only=export_only, headers_only=False)
+    return carry_out_all(planned, overwrite=overwrite, placement=placement, progress=progress)
 
 
 def calibrate(
@@ -392,73 +329,3 @@ def export(
     folder holds something.
     """
     return export_store(open_store(str(store)), Path(folder), progress)
-
-
-def _recipe(recipe: Recipe | str | Path | None, settings: Mapping[str, Any], keep: Sequence[str]) -> Recipe:
-    if isinstance(recipe, Recipe):
-        if settings or keep:
-            raise BincompressError("a Recipe object has its own settings; give a recipe file, or change the object")
-        return recipe
-    return load_recipe(Path(recipe) if recipe is not None else None, settings, keep)
-
-
-def _check_sequential(
-    text: str | Path | None, samples: int | None, context: int | None, stats: str | None, target_bits: float | None
-) -> None:
-    """Raise BincompressError where parameters contradict a calibration layer after layer, or its absence."""
-    if text is None:
-        for option, value in (("--samples", samples), ("--context", context)):
-            if value is not None:
-                raise BincompressError(f"{option} is for --sequential TEXT; `bincompress calibrate` has its own")
-    elif stats is not None and target_bits is None:
-        raise BincompressError("--sequential collects statistics of its own: leave --stats out")
-    elif stats is None and target_bits is not None:
-        raise BincompressError(
-            "--target-bits spreads the bits before --sequential has collected anything: give it --stats STATS too, as "
-            "`bincompress calibrate` writes them"
-        )
-
-
-def _few_tokens(checkpoint: Checkpoint, tokens: Any) -> tuple[str, ...]:
-    cols = checkpoint_config(checkpoint).inner
-    if tokens.size >= _FEW_TOKENS * cols:
-        return ()
-    return (
-        f"{tokens.size:,} tokens are few for inputs of {cols:,} columns: layers will fit this text alone. "
-        f"--samples {-(-_FEW_TOKENS * cols // tokens.shape[1])} would do",
-    )
-
-
-def _spread_bits(tried: Plan, target_bits: float, placement: Placement, progress: OnProgress) -> Recipe:
-    """Try every matrix with several settings and return the recipe that spends a number of bits best."""
-    tensors = {tensor.source.name: tensor for tensor in spreadable(tried)}
-    jobs = trial_jobs(tried, tensors.values())
-    tracker = Tracker("try settings", sum(job.source.nbytes for job in jobs), len(jobs), progress)
-    trials = {}
-    with contextlib.closing(placement.make(tracker.on_event, run_trials)(jobs)) as reports:
-        for report in reports:
-            if report.status == "failed":
-                raise BincompressError(report.error)
-            trials[report.name] = trials_of(tensors[report.name], report)
-            tracker.on_report(report)
-    return spread(tried, trials, target_bits)
-
-
-def _run(
-    plans: Mapping[str, Plan],
-    overwrite: bool,
-    placement: Placement,
-    progress: OnProgress,
-    samples: Any = None,
-) -> dict[str, Outcome]:
-    """Carry out plans by store; samples: of the one plan that is calibrated layer after layer."""
-    total, tensors = sum(p.source_bytes for p in plans.values()), sum(len(p.tensors) for p in plans.values())
-    with EventLog(placement.events) as log, contextlib.ExitStack() as held:
-        tracker = Tracker("compress", total, tensors, progress, log)
-        runner = placement.make(tracker.on_event, held=held if samples is not None else None)
-        if samples is not None:
-            ((store, only),) = plans.items()
-            runner = in_sequence(
-                only.checkpoint, samples, store, runner, threads=usable_threads(), tell=tracker.on_stage
-            )
-        return compress_all(plans, runner=runner, overwrite=overwrite, on_report=tracker.on_report)

@@ -1,6 +1,7 @@
 """Are several models done in one queue, and is a plan's cost told from a config alone?"""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,3 +102,33 @@ def test_cores_for_an_hour() -> None:
 @pytest.mark.parametrize(("text", "size"), [("800MB", 800_000_000), ("1.5 gb", 1_500_000_000), ("7", 7)])
 def test_sizes(text: str, size: int) -> None:
     assert Size().convert(text, None, None) == size
+
+
+def test_each_store_tells_what_compress_tells(tiny_model: Path, tmp_path: Path) -> None:
+    """Notes before the work, bits, and what stayed unpacked and why: of several models as of one."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    (other / "config.json").write_text(json.dumps({**tiny_config(), "architectures": ["Abacus"], "model_type": "x"}))
+    stores = {name: str(tmp_path / f"store-{name}") for name in ("runs", "not")}
+    manifest = tmp_path / "models.toml"
+    manifest.write_text(
+        f'[[model]]\nsource = "{tiny_model}"\nstore = "{stores["runs"]}"\n'
+        f'[[model]]\nsource = "{other}"\nstore = "{stores["not"]}"\n'
+    )
+    refused = CliRunner().invoke(group, ["batch", str(manifest)])
+    assert "not run here" in str(refused.exception)
+    assert not (tmp_path / "store-runs").exists()
+    planned = CliRunner().invoke(group, ["batch", str(manifest), "--dry-run", "--rate", "1MB"])
+    assert planned.exit_code == 0
+    assert planned.stdout.count("embedding (1 tensor") == 2
+    assert f"note: {stores['not']}: will compress and export, but not run here" in planned.stderr
+    shown = CliRunner().invoke(group, ["batch", str(manifest), "--export-only"])
+    assert shown.exit_code == 0
+    assert f"note: {stores['not']}: will compress and export, but not run here" in shown.stderr
+    assert f"note: {stores['runs']}" not in shown.stderr
+    for store in stores.values():
+        assert f"{store}: 21 tensors done\nbinary planes  14 tensors" in shown.stdout
+    again = json.loads(CliRunner().invoke(group, ["batch", str(manifest), "--export-only", "--json"]).stdout)
+    alone = json.loads(CliRunner().invoke(group, ["compress", str(tiny_model), stores["runs"], "--json"]).stdout)
+    assert again[stores["runs"]] == alone
+    assert len(again[stores["not"]]["notes"]) == 1

@@ -30,6 +30,7 @@ from bincompress.store.lock import exclusive
 T = TypeVar("T")
 Part = TypeVar("Part")
 Progress = Callable[[int, int], None]  # pieces done, pieces in all
+SAMPLES, CONTEXT = 64, 512  # of a calibration: windows and their tokens
 _PART_TOKENS = 4096  # whose products are summed in float32, by BLAS; the sums of parts are added in float64
 
 

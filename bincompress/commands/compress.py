@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from bincompress.commands.method_options import method_options, method_settings
-from bincompress.commands.running import Rate, placement_options, run_bar
+from bincompress.commands.running import finish, run_bar, run_options, say_notes
 from bincompress.commands.shared import kernels_announced, print_json
 
 if TYPE_CHECKING:
-    from bincompress.api import CompressionResult, Planned
     from bincompress.compression.placement import Placement
+    from bincompress.compression.planning import Planned
 
-_SAMPLES, _CONTEXT = 64, 512  # of --sequential; bincompress.api has the same, and takes longer to import
+_SAMPLES, _CONTEXT = 64, 512  # of --sequential; calibration.collect has the same, and takes longer to import
 
 
 @click.command()
@@ -51,18 +51,7 @@ _SAMPLES, _CONTEXT = 64, 512  # of --sequential; bincompress.api has the same, a
     type=float,
     help="Average stored bits per weight: choose planes and blocks per matrix where errors cost most.",
 )
-@placement_options
-@click.option("--dry-run", is_flag=True, help="Show what would be done: tensors, bytes, memory, core-hours.")
-@click.option("--rate", type=Rate(), help="--dry-run: source bytes a second of one core.  [default: measured here]")
-@click.option(
-    "--overwrite",
-    is_flag=True,
-    help="Replace a store made with other settings: it is removed before the new one is written.",
-)
-@click.option("--export-only", is_flag=True, help="Make the store although it will not run here, to export it.")
-@click.option("--archive", is_flag=True, help="Compress the arrays with zstd: smaller, slower to load.")
-@click.option("--verbose", "-v", is_flag=True, help="A line per tensor.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@run_options
 def command(
     source: str, store: str, placement: Placement, dry_run: bool, rate: int | None, overwrite: bool, verbose: bool,
     as_json: bool, **options: Any,
@@ -88,37 +77,15 @@ def command(
     chosen = {**method_settings(options), **options}
     with run_bar(verbose, as_json) as progress:
         planned = api.plan(source, headers_only=dry_run, placement=placement, progress=progress, **chosen)
-        for note in planned.notes:
-            click.echo(f"note: {note}", err=True)
-        if not planned.plan.verdict.runs:
-            click.echo(f"note: {planned.plan.verdict.line()}", err=True)
+        say_notes(planned)
         if not dry_run:
             done = api.carry_out(planned, store, overwrite=overwrite, placement=placement, progress=progress)
     if dry_run:
         _show_plan(planned, rate, verbose, as_json)
-    else:
-        finish(done, as_json)
-
-
-def finish(result: CompressionResult, as_json: bool) -> None:
-    """Show what a run made, and exit with 1 where tensors failed."""
-    from bincompress.reporting.inspection import totals
-
+        return
     if as_json:
-        counts = {"done": result.done, "unchanged": result.unchanged, "failures": result.failures}
-        print_json(
-            {"store": result.store, **counts, "tensors": result.tensors, "total": result.total, "kept": result.kept}
-        )
-    else:
-        again = f", {result.unchanged} already complete" if result.unchanged else ""
-        click.echo(f"{result.store}: {result.done} tensors done{again}")
-        click.echo("\n".join([*totals(result.total), *result.kept]))
-        unrefined = {name: found["refinement"] for name, found in result.tensors.items() if "refinement" in found}
-        if unrefined:
-            name = min(unrefined)
-            click.echo(f"not refined: {len(unrefined)} tensors; {name}: refinement {unrefined[name]}")
-    if not result.complete:
-        sys.exit(1)
+        print_json(asdict(done))
+    finish([done], quiet=as_json)
 
 
 def _show_plan(planned: Planned, rate: int | None, verbose: bool, as_json: bool) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ import click
 from bincompress.commands.shared import byte_bar, kernels_announced
 
 if TYPE_CHECKING:
+    from bincompress.api import CompressionResult
+    from bincompress.compression.planning import Planned
     from bincompress.compression.progress import OnProgress, Progress
     from bincompress.compression.records import JobReport
 
@@ -68,11 +70,24 @@ _OPTIONS = [
         help="Append a JSON line to this file for each event of a job.",
     ),
 ]
+_RUN_OPTIONS = [
+    click.option("--dry-run", is_flag=True, help="Show what would be done: bytes, memory, core-hours."),
+    click.option("--rate", type=Rate(), help="--dry-run: source bytes a second of one core.  [default: measured here]"),
+    click.option(
+        "--overwrite",
+        is_flag=True,
+        help="Replace a store made with other settings: it is removed before the new one is written.",
+    ),
+    click.option("--export-only", is_flag=True, help="Make a store although it will not run here, to export it."),
+    click.option("--archive", is_flag=True, help="Compress the arrays with zstd: smaller, slower to load."),
+    click.option("--verbose", "-v", is_flag=True, help="A line per tensor."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+]
 _NAMES = ("workers", "runner", "address", "max_in_flight", "memory_per_job", "events")
 
 
-def placement_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say who does the jobs; the command takes them as one `placement`."""
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a command that makes stores; those that say who does the jobs come as one `placement`."""
 
     @functools.wraps(command)
     def gathered(**options: Any) -> Any:
@@ -81,7 +96,7 @@ def placement_options(command: Callable[..., Any]) -> Callable[..., Any]:
         chosen = {name: options.pop(name) for name in _NAMES}
         return command(placement=Placement(**chosen), **options)
 
-    for option in reversed(_OPTIONS):
+    for option in reversed([*_OPTIONS, *_RUN_OPTIONS]):
         gathered = option(gathered)
     return gathered
 
@@ -117,6 +132,33 @@ def run_bar(verbose: bool, quiet: bool) -> Iterator[OnProgress]:
         finally:
             for bar in bars.values():
                 bar.close()
+
+
+def say_notes(planned: Planned, store: str = "") -> None:
+    """Say what the user should know before the work; store: of which, where there are several."""
+    for note in planned.notes:
+        click.echo(f"note: {store}: {note}" if store else f"note: {note}", err=True)
+
+
+def finish(results: Iterable[CompressionResult], quiet: bool) -> None:
+    """Show what a run made, unless `quiet`, and exit with 1 where tensors failed."""
+    from bincompress.reporting.inspection import totals
+
+    complete = True
+    for result in results:
+        complete &= result.complete
+        if quiet:
+            continue
+        again = f", {result.unchanged} already complete" if result.unchanged else ""
+        failed = f", {len(result.failures)} FAILED" if result.failures else ""
+        click.echo(f"{result.store}: {result.done} tensors done{again}{failed}")
+        click.echo("\n".join([*totals(result.total), *result.kept]))
+        unrefined = {name: found["refinement"] for name, found in result.tensors.items() if "refinement" in found}
+        if unrefined:
+            name = min(unrefined)
+            click.echo(f"not refined: {len(unrefined)} tensors, such as {name} ({unrefined[name]})")
+    if not complete:
+        sys.exit(1)
 
 
 def _counts(progress: Progress) -> str:

@@ -82,9 +82,8 @@ def binarize(weight: Weight, settings: DbellquantSettings, inputs: Inputs | None
 
 
 def _transformed(weight: Weight, settings: DbellquantSettings, inputs: Inputs, scale: NDArray[np.float32]) -> Binarized:
-    planes, cols = settings.planes, weight.shape[1]
-    nominal = 1.0 + 16.0 * planes * -(-cols // settings.block_columns(cols)) / cols
-    scheme = calibrated.Scheme(sum_of_planes(planes), of_planes(planes), planes, nominal)
+    planes = settings.planes
+    scheme = calibrated.Scheme(sum_of_planes(planes), of_planes(planes), planes, 1, planes)
     return calibrated.binarize(weight, settings, inputs, scheme, scale)
 
 

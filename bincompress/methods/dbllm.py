@@ -56,8 +56,7 @@ def binarize(weight: Weight, settings: DbllmSettings, inputs: Inputs | None = No
     rows, cols = weight.shape
     block = settings.block_columns(cols)
     if inputs is not None:
-        nominal = 2.0 + 32.0 * -(-cols // block) / cols
-        scheme = calibrated.Scheme(Codebook(2, TERMS, MIX), _start, 4, nominal)
+        scheme = calibrated.Scheme(Codebook(2, TERMS, MIX), _start, 4, 2, 2)
         found = calibrated.binarize(weight, settings, inputs, scheme)
         return replace(found, notes={**found.notes, **sparsity(found.tensor.planes, cols)})
     steps = np.empty((rows, -(-cols // block)), np.float32)

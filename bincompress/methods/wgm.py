@@ -20,12 +20,11 @@ from bincompress.methods.rounding.initial_scales import of_groups, of_planes
 from bincompress.tensors.packed import PackedTensor
 from bincompress.tensors.weight import Weight
 from cpu_kernels.quantize.counting import find_zeros
-from cpu_kernels.quantize.group_units import group_units
+from cpu_kernels.quantize.group_units import NETWORKS, group_units
 from cpu_kernels.quantize.packing import pack_codes, pack_signs, pack_two, words_for
 from cpu_kernels.quantize.two_groups import split_blocks
 
 _CHUNK = 1 << 21  # weights whose float32 patterns and codes exist at once
-_NETWORKS = (64, 128, 256)  # blocks that the side-by-side sort serves
 _SCRATCH = {"exact": 0.6, "greedy": 80.0, "windowed": 8.0}  # bytes a weight, measured
 _COMPENSATED_GROUPS = (1, 2, 4, 8, 16)
 
@@ -86,21 +85,20 @@ def binarize(weight: Weight, settings: WgmSettings, inputs: Inputs | None = None
     if settings.block == "matrix":
         return whole_matrix.binarize(weight, settings)
     block = settings.block_columns(weight.shape[1])
-    if settings.groups == 2 and settings.solver == "exact" and block in _NETWORKS:
+    if settings.groups == 2 and settings.solver == "exact" and block in NETWORKS:
         return _two_groups(weight, settings, block)
     return _grouped_blocks(weight, settings, block)
 
 
 def _compensated(weight: Weight, settings: WgmSettings, inputs: Inputs) -> Binarized:
-    groups, cols = settings.groups, weight.shape[1]
-    nominal = 1.0 + 16.0 * groups * -(-cols // settings.block_columns(cols)) / cols
+    groups = settings.groups
     if groups <= 2:
         codebook, start = sum_of_planes(groups), of_planes(groups)
     else:
         depth = index_planes(groups)
         codebook = Codebook(1 + depth, tuple(1 | subset << 1 for subset in range(1 << depth)))
         start = of_groups(codebook, groups)
-    return calibrated.binarize(weight, settings, inputs, calibrated.Scheme(codebook, start, groups, nominal))
+    return calibrated.binarize(weight, settings, inputs, calibrated.Scheme(codebook, start, groups, 1, groups))
 
 
 def index_planes(groups: int) -> int:

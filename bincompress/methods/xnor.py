@@ -62,8 +62,7 @@ def binarize(weight: Weight, settings: XnorSettings, inputs: Inputs | None = Non
     rows, cols = weight.shape
     block, planes = settings.block_columns(cols), settings.planes
     if inputs is not None:
-        nominal = planes * (1.0 + 16.0 * -(-cols // block) / cols)
-        scheme = calibrated.Scheme(sum_of_planes(planes), of_planes(planes), 1, nominal)
+        scheme = calibrated.Scheme(sum_of_planes(planes), of_planes(planes), 1, planes, planes)
         return calibrated.binarize(weight, settings, inputs, scheme)
     starts = np.arange(0, cols, block)
     total = np.empty((rows, starts.size))

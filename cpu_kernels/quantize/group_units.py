@@ -7,7 +7,7 @@ import numpy as np
 
 from cpu_kernels.jit.compiler import inline, kernel, out, view
 from cpu_kernels.quantize.best_start import CANDIDATES, best_start, best_start_plain
-from cpu_kernels.quantize.grouping import first_row, merge_greedily
+from cpu_kernels.quantize.grouping import first_row, follow_choices, merge_greedily
 from cpu_kernels.quantize.intrinsics import LANES, order_rows
 from cpu_kernels.quantize.two_groups import gather_magnitudes, sorting_network
 
@@ -120,10 +120,7 @@ def _solve(count, first, second, atoms, lam, most, rows, choices, searches, held
         if row[atoms] < least:
             least = row[atoms]
             groups = k
-    bounds[groups] = atoms
-    for k in range(groups, 1, -1):
-        bounds[k - 1] = choices[k, bounds[k]]
-    bounds[0] = 0
+    follow_choices(choices, groups, atoms, bounds)
     return groups
 
 

@@ -67,6 +67,15 @@ def first_row(count, first, second, lam, low, high, row):
 
 
 @inline
+def follow_choices(choices, groups, atoms, bounds):
+    """Fill bounds[0 .. groups] with the limits of the groups that the choices lead to, from the last to the first."""
+    bounds[groups] = atoms
+    for k in range(groups, 1, -1):
+        bounds[k - 1] = choices[k, bounds[k]]
+    bounds[0] = 0
+
+
+@inline
 def solve_exactly(count, first, second, atoms, lam, most, rows, choices, stack, bounds):
     """Return the number of groups (at most `most`) of least total cost; bounds[0 .. groups] are their limits."""
     most = min(most, atoms)
@@ -78,10 +87,7 @@ def solve_exactly(count, first, second, atoms, lam, most, rows, choices, stack, 
         if rows[1 - k % 2, atoms] < least:
             least = rows[1 - k % 2, atoms]
             groups = k
-    bounds[groups] = atoms
-    for k in range(groups, 1, -1):
-        bounds[k - 1] = choices[k, bounds[k]]
-    bounds[0] = 0
+    follow_choices(choices, groups, atoms, bounds)
     return groups
 
 

@@ -23,7 +23,9 @@ class Scheme(NamedTuple):
     codebook: Codebook
     start: Start
     groups: int  # for the report
-    nominal_bits: float
+    # What the method's paper counts: bits of a weight's signs, and scales of a row-block.
+    sign_bits: int
+    scales: int
 
 
 def binarize(
@@ -38,9 +40,10 @@ def binarize(
     weights = asymmetric_target(original, known, inputs)
     if channel_scale is not None:
         weights, known = weights * channel_scale, known.scaled(channel_scale)
-    codebook, block = scheme.codebook, settings.block_columns(weight.shape[1])
+    cols = weight.shape[1]
+    codebook, block = scheme.codebook, settings.block_columns(cols)
     rounding = Rounding(settings.scale_bits, float(np.max(np.abs(weights), initial=0.0)))
-    unrefined = "" if not settings.refine else _too_few_tokens(inputs, weight.shape[1])
+    unrefined = "" if not settings.refine else _too_few_tokens(inputs, cols)
     rounds = 0 if unrefined else settings.refine
     found = compensate(weights, known, codebook, block, scheme.start, rounding, rounds)
     values = values_of(codebook, found.codes, found.coef, block)
@@ -58,7 +61,7 @@ def binarize(
         _as_planes(found, codebook, block, rounding),
         squared_error=float(np.sum(error.astype(np.float64) ** 2)),
         squared_norm=float(np.sum(original.astype(np.float64) ** 2)),
-        nominal_bits=scheme.nominal_bits,
+        nominal_bits=scheme.sign_bits + settings.scale_bits * scheme.scales * -(-cols // block) / cols,
         groups=scheme.groups,
         notes=notes,
     )

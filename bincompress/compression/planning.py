@@ -1,0 +1,156 @@
+"""What will be done with a checkpoint? Settings, bits and what is calibrated on become a plan, or are refused."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bincompress.calibration.collect import CONTEXT, SAMPLES, choose_samples, text_record
+from bincompress.calibration.statistics import open_statistics
+from bincompress.compression.allocation import run_trials, spread, spreadable, trial_jobs, trials_of
+from bincompress.compression.manifest import read_manifest
+from bincompress.compression.placement import Placement
+from bincompress.compression.plan import Plan, make_plan
+from bincompress.compression.progress import OnProgress, Tracker, ignore
+from bincompress.compression.recipe import Recipe, load_kept_weights, load_recipe
+from bincompress.errors import BincompressError
+from bincompress.model.checkpoint_source import checkpoint_config
+from bincompress.sources.checkpoint import Checkpoint
+from bincompress.sources.hub import open_source
+from bincompress.sources.text import read_text
+
+_FEW_TOKENS = 16  # for each column of the widest input
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, with what is calibrated on while it is carried out."""
+
+    plan: Plan
+    samples: np.ndarray[Any, np.dtype[np.int64]] | None = None  # tokens (samples, context) of `sequential`
+    sequential_tokens: int = 0  # as many as would be collected on, where the text was not read
+    notes: tuple[str, ...] = ()  # what the user should know
+
+
+def plan(
+    source: str | Path,
+    *,
+    recipe: Recipe | str | Path | None = None,
+    keep: Sequence[str] = (),
+    keep_weights: str | Path | Mapping[str, tuple[tuple[int, int], ...]] | None = None,
+    stats: str | None = None,
+    sequential: str | Path | None = None,
+    samples: int | None = None,
+    context: int | None = None,
+    target_bits: float | None = None,
+    archive: bool = False,
+    export_only: bool = False,
+    headers_only: bool = True,
+    placement: Placement = Placement(),
+    progress: OnProgress = ignore,
+    **settings: Any,
+) -> Planned:
+    """Return what `compress` would do, from headers alone: settings, expected bytes and memory of every tensor.
+
+    The parameters are those of `compress`. headers_only: a Hub model's weights are not fetched, and a folder with only
+    config.json is enough; such a plan cannot be carried out. Raises RecipeError, CheckpointError or StoreError for
+    everything that can be refused before work begins.
+    """
+    chosen = _recipe(recipe, settings, keep)
+    kept = load_kept_weights(Path(keep_weights)) if isinstance(keep_weights, str | Path) else keep_weights or {}
+    statistics = open_statistics(stats) if stats is not None else None
+    _check_sequential(sequential, samples, context, stats, target_bits)
+    checkpoint = open_source(str(source), headers_only=headers_only)
+    if target_bits is not None:
+        tried = make_plan(checkpoint, chosen, kept, archive, statistics)
+        _check_runs(tried, export_only, headers_only)
+        chosen = _spread_bits(tried, target_bits, placement, progress)
+    if sequential is None:
+        return _planned(make_plan(checkpoint, chosen, kept, archive, statistics), export_only, headers_only)
+    number, length = samples or SAMPLES, context or CONTEXT
+    text = read_text(Path(sequential))
+    if headers_only and "tokenizer.json" not in checkpoint.assets():
+        made = make_plan(checkpoint, chosen, kept, archive, sequence={})
+        return replace(_planned(made, export_only, headers_only), sequential_tokens=number * length)
+    tokens = choose_samples(checkpoint, text, number, length)
+    made = make_plan(checkpoint, chosen, kept, archive, sequence=text_record(tokens))
+    found = _planned(made, export_only, headers_only)
+    notes = (*found.notes, *_few_tokens(checkpoint, tokens))
+    return replace(found, samples=tokens, sequential_tokens=tokens.size, notes=notes)
+
+
+def plan_batch(
+    manifest: str | Path, *, archive: bool = False, export_only: bool = False, headers_only: bool = True
+) -> dict[str, Planned]:
+    """Return what `batch` would do, by store; the parameters are those of `plan`."""
+    return {
+        entry.store: plan(
+            entry.source, recipe=entry.recipe, archive=archive, export_only=export_only, headers_only=headers_only
+        )
+        for entry in read_manifest(Path(manifest))
+    }
+
+
+def _planned(made: Plan, export_only: bool, headers_only: bool) -> Planned:
+    _check_runs(made, export_only, headers_only)
+    against = () if made.verdict.runs else (made.verdict.line(),)
+    return Planned(made, notes=(*made.verdict.notes, *against))
+
+
+def _check_runs(made: Plan, export_only: bool, headers_only: bool) -> None:
+    """Raise RecipeError where a store that is to be made would not run here; a plan alone says so in its verdict."""
+    if not headers_only:
+        made.verdict.require(export_only)
+
+
+def _recipe(recipe: Recipe | str | Path | None, settings: Mapping[str, Any], keep: Sequence[str]) -> Recipe:
+    if isinstance(recipe, Recipe):
+        if settings or keep:
+            raise BincompressError("a Recipe object has its own settings; give a recipe file, or change the object")
+        return recipe
+    return load_recipe(Path(recipe) if recipe is not None else None, settings, keep)
+
+
+def _check_sequential(
+    text: str | Path | None, samples: int | None, context: int | None, stats: str | None, target_bits: float | None
+) -> None:
+    """Raise BincompressError where parameters contradict a calibration layer after layer, or its absence."""
+    if text is None:
+        for option, value in (("--samples", samples), ("--context", context)):
+            if value is not None:
+                raise BincompressError(f"{option} is for --sequential TEXT; `bincompress calibrate` has its own")
+    elif stats is not None and target_bits is None:
+        raise BincompressError("--sequential collects statistics of its own: leave --stats out")
+    elif stats is None and target_bits is not None:
+        raise BincompressError(
+            "--target-bits spreads the bits before --sequential has collected anything: give it --stats STATS too, as "
+            "`bincompress calibrate` writes them"
+        )
+
+
+def _few_tokens(checkpoint: Checkpoint, tokens: Any) -> tuple[str, ...]:
+    cols = checkpoint_config(checkpoint).inner
+    if tokens.size >= _FEW_TOKENS * cols:
+        return ()
+    return (
+        f"{tokens.size:,} tokens are few for inputs of {cols:,} columns: layers will fit this text alone. "
+        f"--samples {-(-_FEW_TOKENS * cols // tokens.shape[1])} would do",
+    )
+
+
+def _spread_bits(tried: Plan, target_bits: float, placement: Placement, progress: OnProgress) -> Recipe:
+    """Try every matrix with several settings and return the recipe that spends a number of bits best."""
+    tensors = {tensor.source.name: tensor for tensor in spreadable(tried)}
+    jobs = trial_jobs(tried, tensors.values())
+    tracker = Tracker("try settings", sum(job.source.nbytes for job in jobs), len(jobs), progress)
+    trials = {}
+    with contextlib.closing(placement.make(tracker.on_event, run_trials)(jobs)) as reports:
+        for report in reports:
+            if report.status == "failed":
+                raise BincompressError(report.error)
+            trials[report.name] = trials_of(tensors[report.name], report)
+            tracker.on_report(report)
+    return spread(tried, trials, target_bits)
