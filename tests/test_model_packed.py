@@ -371,7 +371,11 @@ def test_one_row_of_several_blocks_is_laid_out() -> None:
     np.testing.assert_allclose(multiply(matrix, quantize(x, 8)), x @ dequantize(packed).T, rtol=1e-6)
 
 
-def test_a_dropped_model_leaves_neither_memory_nor_threads(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_dropped_model_leaves_neither_memory_nor_threads(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An arena of its own: in the process's last one, arrays of earlier tests may still be in use.
+    monkeypatch.setattr("cpu_kernels.matmul.aligned_memory._arena", None)
     store = stored(tiny_model, tmp_path / "store", Recipe())
     before = set(threading.enumerate())
     loaded = load_decoder(store, 3, ActivationSettings(8))
