@@ -9,7 +9,7 @@ Every function raises a subclass of `bincompress.errors.BincompressError` for wh
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +30,7 @@ from bincompress.errors import BincompressError
 from bincompress.inference.evaluate import Evaluation
 from bincompress.inference.evaluate import evaluate as score
 from bincompress.inference.load import load, load_baseline, load_decoder, usable_threads
+from bincompress.methods.declaration import Block
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.reporting.inspection import inspect as inspect_store
@@ -40,13 +41,15 @@ from bincompress.store.store import open_store
 from bincompress.store.verify import verify as verify_store
 
 if TYPE_CHECKING:
+    from bincompress.distillation.layer_run import OnLayers
     from bincompress.distillation.run import Distilled
-    from bincompress.distillation.settings import DistillSettings
+    from bincompress.distillation.settings import DistillSettings, LayerSettings
     from bincompress.distillation.train import OnStep
+    from bincompress.distillation.train_run import Trained
 
 __all__ = [
     "CalibrationResult", "CompressionResult", "Placement", "VerifyResult", "batch", "calibrate", "compress", "distill",
-    "evaluate", "export", "inspect", "load", "plan", "plan_batch", "verify",
+    "evaluate", "export", "inspect", "load", "plan", "plan_batch", "train", "verify",
 ]  # fmt: skip
 
 
@@ -252,23 +255,83 @@ def distill(
     the teacher's logits. Needs PyTorch: pip install 'bincompress[distill]'.
     Raises DistillError, StoreError, CheckpointError or UnsupportedModelError.
     """
-    try:
-        from bincompress.distillation.run import Places
-        from bincompress.distillation.run import distill as train
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise BincompressError(
-            "distillation needs PyTorch, which is not installed: pip install 'bincompress[distill]'"
-        ) from None
+    with _torch_needed("distillation"):
+        from bincompress.distillation.places import Places
+        from bincompress.distillation.run import distill as run
     from bincompress.distillation.settings import DistillSettings
 
     content = read_text(Path(text)) if text is not None else None
     places = Places(device, threads, checkpoint_every, work, cached_logits)
-    return train(
+    return run(
         store, open_source(str(teacher)), content, out, settings or DistillSettings(), places,
         overwrite=overwrite, on_step=on_step, on_written=on_written,
     )  # fmt: skip
+
+
+def train(
+    source: str | Path,
+    store: str,
+    text: str | Path,
+    *,
+    start: str | None = None,
+    planes: Literal[1, 2] = 2,
+    block: Block = 128,
+    scale_bits: Literal[8, 16] | None = None,
+    embeddings: Literal["keep", "4bit", "8bit"] = "keep",
+    layers: "LayerSettings | None" = None,
+    model: "DistillSettings | None" = None,
+    device: str = "auto",
+    threads: int | None = None,
+    checkpoint_every: int = 100,
+    work: Path | None = None,
+    overwrite: bool = False,
+    on_layers: "OnLayers" = lambda done, total, line: None,
+    on_step: "OnStep" = lambda progress: None,
+    on_written: OnCount = _uncounted,
+) -> "Trained":
+    """Train the planes and scales of a model's layers on a text, and write the result to a new store.
+
+    start: the store to begin with; without one a store of `planes` planes with scales for each `block` columns and
+    these embeddings is made from the source, without calibration. scale_bits: of the trained scales; None keeps the
+    start's. layers: settings of the training layer after layer; model: of the whole model's training, which follows it
+    where both are given. The same call resumes an interrupted one. device, threads, checkpoint_every, work: as for
+    `distill`. Needs PyTorch: pip install 'bincompress[distill]'.
+    Raises DistillError, StoreError, CheckpointError, RecipeError or UnsupportedModelError.
+    """
+    with _torch_needed("training"):
+        from bincompress.distillation.places import Places
+        from bincompress.distillation.train_run import train as run
+    if layers is None and model is None:
+        raise BincompressError("nothing to train: expected layers or model, or both")
+    checkpoint = open_source(str(source))
+
+    def make_start(folder: Path) -> str:
+        if start is not None:
+            return start
+        method: dict[str, Any] = {"method": "xnor"} if planes == 1 else {"method": "wgm", "groups": 2}
+        made = str(folder / "start")
+        # The checkpoint's own folder: a revision that moved meanwhile would be another model.
+        compress(checkpoint.folder, made, block=block, embeddings=embeddings, **method)
+        return made
+
+    places = Places(device, threads, checkpoint_every, work)
+    return run(
+        make_start, checkpoint, read_text(Path(text)), store, layers, model, scale_bits, places,
+        overwrite=overwrite, on_layers=on_layers, on_step=on_step, on_written=on_written,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _torch_needed(what: str) -> Iterator[None]:
+    """Say how to install PyTorch where it is not."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise BincompressError(
+            f"{what} needs PyTorch, which is not installed: pip install 'bincompress[distill]'"
+        ) from None
 
 
 def evaluate(

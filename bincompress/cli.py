@@ -21,6 +21,7 @@ _COMMANDS = {
     "compress": "Pack a checkpoint's weight matrices into a store.",
     "calibrate": "Collect input statistics for error-compensated quantization.",
     "batch": "Compress several models from a manifest.",
+    "train": "Train the planes of a model's layers: the best quality at low bits.",
     "distill": "Train a store's coefficients against the unquantized model.",
     "inspect": "Show what is in a store: bits, errors, times.",
     "verify": "Check every byte of a store against its hashes and the format.",
@@ -32,7 +33,7 @@ _COMMANDS = {
     "report": "Write one self-contained HTML page about a store.",
 }
 
-_GO_ON = ("compress", "calibrate", "distill", "batch")  # run again, these do what is left
+_GO_ON = ("compress", "calibrate", "train", "distill", "batch")  # run again, these do what is left
 
 
 class _Commands(click.Group):

@@ -18,7 +18,8 @@ from bincompress.compression.run import compress, make_jobs
 from bincompress.distillation.decoder import Cache, TorchDecoder
 from bincompress.distillation.loss import deviation_aware
 from bincompress.distillation.model import Predictions, Student, teacher_weights
-from bincompress.distillation.run import Places, distill
+from bincompress.distillation.places import Places
+from bincompress.distillation.run import distill
 from bincompress.distillation.settings import DistillError, DistillSettings
 from bincompress.distillation.student import StoredMatrix, TrainedMatrix
 from bincompress.distillation.teacher import write_text
@@ -244,7 +245,7 @@ def test_the_engine_gives_what_training_saw(store: str, model: Path, text: str, 
     config, opened = parse(teacher.config), open_store(out)
     tokens = np.random.default_rng(0).integers(0, 94, 96)
     engine = load_decoder(out, 1, ActivationSettings(16)).decoder
-    weights = {k: v.detach() for k, v in Student(opened, config, CPU, torch.float32, False).weights().items()}
+    weights = {k: v.detach() for k, v in Student.of_store(opened, config, CPU, torch.float32, False).weights().items()}
     decoder = TorchDecoder(config, CPU, 96)
     with torch.no_grad():
         found = decoder.head(weights, decoder.states(weights, torch.from_numpy(tokens)[None]))[0].numpy()
@@ -324,7 +325,7 @@ def test_the_teacher_writes_its_own_text(model: Path, store: str, tmp_path: Path
     config = parse(checkpoint.config)
     weights = teacher_weights(checkpoint, config, CPU, torch.float32)
     predictions = Predictions(TorchDecoder(config, CPU, 16), SMALL, CPU)
-    first, again, other = (write_text(predictions, weights, 1000, 16, 0, seed) for seed in (1, 1, 2))
+    first, again, other = (write_text(predictions, weights, 1000, 16, 0, None, seed) for seed in (1, 1, 2))
     assert first.shape == (1008,)
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -376,7 +377,7 @@ def test_memory_that_runs_out_names_the_settings(
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(Predictions, "learn", full)
-    with pytest.raises(DistillError, match="4 windows of 16 tokens at once: raise --accumulate"):
+    with pytest.raises(DistillError, match="4 windows of 16 tokens were trained at once: raise --accumulate"):
         distill(store, open_checkpoint(model), text, str(tmp_path / "out"), SMALL)
     assert not (tmp_path / "out").exists()
 
@@ -446,8 +447,7 @@ def test_every_epoch_sees_every_window_once_in_another_order() -> None:
 
 
 def test_rate_goes_up_then_down() -> None:
-    settings = DistillSettings(steps=100, warmup=0.1)
-    rates = [rate(step, settings) for step in range(100)]
+    rates = [rate(step, 0.1, 100) for step in range(100)]
     assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
     assert np.all(np.diff(rates[10:]) <= 0)
     assert rates[-1] < 0.001

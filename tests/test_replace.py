@@ -213,11 +213,18 @@ def test_a_foreign_place_cannot_be_cleared(tmp_path: Path) -> None:
 
 
 def test_the_work_folder_of_distill_keeps_what_is_not_its_own(tmp_path: Path) -> None:
-    from bincompress.distillation.run import _remove_work
+    from bincompress.distillation.places import remove_work
 
-    for name in ("checkpoint.pt", "checkpoint.partial", "written-0-64-16.npy", "written-by-me.txt", "thesis.txt"):
+    for name in (
+        "checkpoint.pt",
+        "checkpoint.partial",
+        "written-0-64-16.npy",
+        "layer-0003.safetensors",
+        "written-by-me.txt",
+        "thesis.txt",
+    ):
         (tmp_path / name).write_text("x")
-    _remove_work(tmp_path)
+    remove_work(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.txt", "written-by-me.txt"]
 
 

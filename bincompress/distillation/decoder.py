@@ -24,9 +24,12 @@ class Cache:
 class TorchDecoder:
     """A Llama-like decoder without weights of its own: teacher and student share it."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, positions: int) -> None:
-        """Prepare the rotary tables of so many positions on a device."""
+    def __init__(
+        self, config: ModelConfig, device: torch.device, positions: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Prepare the rotary tables of so many positions on a device; dtype: of what is multiplied."""
         self.config = config
+        self.dtype = dtype
         cosines, sines = table(config.rope, config.head_dim, positions)
         self._cosines = torch.from_numpy(cosines).to(device)
         self._sines = torch.from_numpy(sines).to(device)
@@ -36,23 +39,36 @@ class TorchDecoder:
 
         With a cache, they follow the positions in it and are added to it.
         """
-        names, config = self.config.declaration.names, self.config
-        stream = weights[names.embedding][ids].float()
-        for layer in range(config.layers):
-            own = _Layer(weights, names.layer.format(layer=layer))
-            normed = _norm(stream, own.get(names.input_norm), config.norm_epsilon)
-            stream = stream + self._attend(own, normed, layer, cache)
-            normed = _norm(stream, own.get(names.post_norm), config.norm_epsilon)
-            gate, up = (own.linear(part, normed) for part in names.gate_up)
-            stream = stream + own.linear(names.down, functional.silu(gate) * up)
+        stream = self.embed(weights, ids)
+        for layer in range(self.config.layers):
+            stream = self.layer(weights, stream, layer, cache)
         if cache is not None:
             cache.length += ids.shape[1]
-        return _norm(stream, weights[names.norm], config.norm_epsilon)
+        return self.normed(weights, stream)
+
+    def embed(self, weights: Weights, ids: Tensor) -> Tensor:
+        """Return the residual stream before the first layer, float32 (batch, n, hidden)."""
+        return weights[self.config.declaration.names.embedding][ids].float()
+
+    def layer(self, weights: Weights, stream: Tensor, layer: int, cache: Cache | None = None) -> Tensor:
+        """Return the residual stream after a layer, float32 (batch, n, hidden)."""
+        names, config = self.config.declaration.names, self.config
+        own = _Layer(weights, names.layer.format(layer=layer), self.dtype)
+        normed = _norm(stream, own.get(names.input_norm), config.norm_epsilon).to(self.dtype)
+        stream = stream + self._attend(own, normed, layer, cache)
+        normed = _norm(stream, own.get(names.post_norm), config.norm_epsilon).to(self.dtype)
+        gate, up = (own.linear(part, normed) for part in names.gate_up)
+        return stream + own.linear(names.down, functional.silu(gate) * up)
+
+    def normed(self, weights: Weights, stream: Tensor) -> Tensor:
+        """Return what the output head reads of the stream after the last layer."""
+        return _norm(stream, weights[self.config.declaration.names.norm], self.config.norm_epsilon)
 
     def head(self, weights: Weights, states: Tensor) -> Tensor:
         """Return the logits (..., vocab) of states (..., hidden), float32."""
         names = self.config.declaration.names
-        return functional.linear(states, weights[names.embedding if self.config.tied else names.head]).float()
+        matrix = weights[names.embedding if self.config.tied else names.head]
+        return functional.linear(states.to(self.dtype), matrix.to(self.dtype)).float()
 
     def _attend(self, own: "_Layer", normed: Tensor, layer: int, cache: Cache | None) -> Tensor:
         config, names = self.config, self.config.declaration.names
@@ -71,15 +87,15 @@ class TorchDecoder:
                 before = cache.layers[layer]
                 key, value = torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
             cache.layers[layer] = (key, value)
-        group = config.heads // config.kv_heads
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         window = config.windows[layer]
         total = first + count
-        if count == total and (window is None or window >= total):
-            mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        else:
+        seen, whole = None, window is None or window >= total
+        if not whole or 1 < count < total:
             seen = _visible(first, count, window or total, query.device)
-            mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+        mixed = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, is_causal=seen is None and count > 1,
+            enable_gqa=config.heads != config.kv_heads,
+        )  # fmt: skip
         return own.linear(names.out, mixed.transpose(1, 2).reshape(batch, count, -1))
 
     def _turned(self, heads: Tensor, first: int) -> Tensor:
@@ -92,16 +108,17 @@ class TorchDecoder:
 class _Layer:
     """The weights of one layer by their names in it."""
 
-    def __init__(self, weights: Weights, prefix: str) -> None:
+    def __init__(self, weights: Weights, prefix: str, dtype: torch.dtype) -> None:
         self._weights = weights
         self._prefix = prefix
+        self._dtype = dtype
 
     def get(self, name: str) -> Tensor:
         return self._weights[self._prefix + name]
 
     def linear(self, part: str, x: Tensor) -> Tensor:
         weight, bias = self.get(part + ".weight"), self._weights.get(f"{self._prefix}{part}.bias")
-        return functional.linear(x, weight, bias)
+        return functional.linear(x, weight.to(self._dtype), None if bias is None else bias.to(self._dtype))
 
 
 def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -3,7 +3,6 @@
 import contextlib
 import uuid
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from bincompress.store.layout import MODEL, NEW, SEAL, VERSION
 from bincompress.store.replace import check_place, put_in_place, remove
 from bincompress.store.store import Store, begin_store, is_local
 from bincompress.tensors.dequantize import dequantize
+from bincompress.tensors.packed import PackedTensor
 from bincompress.tensors.weight import Weight
 
 _OWN = ("format", "version", "status", "failures", SEAL)  # attributes of a root that are of that store alone
@@ -28,20 +28,26 @@ _ERROR_ROWS = 512  # whose weights are float64 at once
 
 
 def write_store(
-    source: Store, url: str, student: Student, teacher: Checkpoint, record: Mapping[str, Any], log: Mapping[str, Any]
+    source: Store,
+    url: str,
+    packed: Mapping[str, PackedTensor],
+    vectors: Mapping[str, NDArray[np.float32]],
+    teacher: Checkpoint,
+    records: Mapping[str, Any],
+    log: Mapping[str, Any],
 ) -> None:
-    """Write a copy of a store with the student's coefficients and norms; it is complete, or not there.
+    """Write a copy of a store with what was trained of its tensors; it is complete, or not there.
 
-    record: the distillation, for the root's attributes; log: what differs between equal runs. A local store is written
-    within its folder first, then what it replaces is removed, and it takes that place; one behind a URL is marked
-    complete last.
+    packed, vectors: what was trained; records: how, for the root's attributes; log: what differs between equal runs. A
+    local store is written within its folder first, then what it replaces is removed, and it takes that place; one
+    behind a URL is marked complete last.
     """
-    plan = {**{k: v for k, v in source.attributes.items() if k not in _OWN}, "distillation": dict(record)}
+    plan = {**{k: v for k, v in source.attributes.items() if k not in _OWN}, **records}
     place = f"{url}/{NEW}" if is_local(url) else url
     try:
         store = begin_store(place, plan, source.read_assets(), uuid.uuid4().hex, overwrite=True)
         for name in source.tensors():
-            _write_tensor(source, store, name, student, teacher, bool(plan.get("archive")))
+            _write_tensor(source, store, name, packed.get(name), vectors.get(name), teacher, bool(plan.get("archive")))
         store.write_log("distillation", log)
         if not store.finish({}):
             raise StoreError(f"{place}: not every tensor was written; is another program changing it?")
@@ -58,25 +64,28 @@ def write_store(
                 Path(place).rmdir()
 
 
-def _write_tensor(source: Store, store: Store, name: str, student: Student, teacher: Checkpoint, archive: bool) -> None:
+def _write_tensor(
+    source: Store, store: Store, name: str, packed: PackedTensor | None, vector: NDArray[np.float32] | None,
+    teacher: Checkpoint, archive: bool,
+) -> None:  # fmt: skip
     attributes = source.complete_attributes(name)
     del attributes["status"]
     seconds = source.read_log(name)
-    norms = student.norms()
-    if name in student.matrices:
-        attributes = _write_packed(store, name, attributes, student, teacher, source, archive)
+    if packed is None and source.tensors()[name] == "packed":
+        store.write_packed(name, source.read_packed(name, check_hashes=True), archive)
+    elif packed is not None:
+        attributes = _write_packed(store, name, attributes, packed, teacher, source, archive)
     else:
         weight, shape = source.read_plain(name)
-        if name in norms:
+        if vector is not None:
             # In float32, whatever it was: a trained norm's change is often below bfloat16's last digit.
-            values = norms[name].detach().float().cpu().numpy()
-            weight = Weight(np.ascontiguousarray(values).view(np.uint32)[None], "F32")
+            weight = Weight(np.ascontiguousarray(vector).view(np.uint32)[None], "F32")
             attributes |= {"dtype": "float32"}
         store.check_plain(name, weight, shape, refuse=True)
         hashes, stored = store.write_plain(name, weight, shape, archive)
         bits = 8.0 * stored / max(1, weight.bits.size)
         report = {**attributes["report"], "stored_bytes": stored, "stored_bits": six_digits(bits)}
-        if name in norms:
+        if vector is not None:
             report["nominal_bits"] = 32.0
         attributes |= {"hashes": hashes, "report": report}
     store.commit(name, attributes)
@@ -84,21 +93,23 @@ def _write_tensor(source: Store, store: Store, name: str, student: Student, teac
 
 
 def _write_packed(
-    store: Store, name: str, attributes: dict[str, Any], student: Student, teacher: Checkpoint, source: Store,
+    store: Store, name: str, attributes: dict[str, Any], packed: PackedTensor, teacher: Checkpoint, source: Store,
     archive: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    matrix = student.matrices[name]
-    stored = matrix.stored
-    coef, exponent = stored.rounded(matrix.values())
-    tensor = replace(stored.tensor, planes=matrix.planes, numbers=coef, exponent=exponent)
-    hashes, nbytes = store.write_packed(name, tensor, archive)
-    attributes = {**attributes, "coef_exponent": exponent, "hashes": hashes}
+    hashes, nbytes = store.write_packed(name, packed, archive)
+    attributes = {**attributes, "coef_exponent": packed.exponent, "hashes": hashes}
     # Its error can be told only when it can be read back.
     store.commit(name, {**attributes, "report": {}})
     error, norm = _squared_error(store, name, teacher, _folded_scale(source, name, teacher))
-    report = {**attributes["report"], "stored_bytes": nbytes, "squared_error": six_digits(error)}
+    before, weights = attributes["report"], packed.shape[0] * packed.shape[1]
+    smaller = packed.numbers.dtype == np.uint8 and attributes["settings"].get("scale_bits") != 8
+    report = {**before, "stored_bytes": nbytes, "squared_error": six_digits(error)}
     report |= {"squared_norm": six_digits(norm), "relative_error": six_digits(error / norm if norm else 0.0)}
-    report |= method_named(attributes["method"]).describe_planes(matrix.planes, stored.tensor.shape[1])
+    report |= {"stored_bits": six_digits(8.0 * nbytes / weights)}
+    if smaller:
+        report["nominal_bits"] = six_digits(before["nominal_bits"] - 8.0 * packed.numbers.size / weights)
+        attributes["settings"] = {**attributes["settings"], "scale_bits": 8}
+    report |= method_named(attributes["method"]).describe_planes(packed.planes, packed.shape[1])
     return {**attributes, "report": report}
 
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from bincompress.errors import BincompressError
 
@@ -11,8 +11,28 @@ class DistillError(BincompressError):
     """A distillation cannot begin or go on."""
 
 
+class Checked:
+    """Settings that refuse values by the names of their options, and can be compared with another run's."""
+
+    def _check(self, name: str, expected: str, holds: bool) -> None:
+        if not holds:
+            raise DistillError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {expected}")
+
+    def record(self) -> dict[str, Any]:
+        """Return the settings as JSON, for the store."""
+        return asdict(cast(Any, self))
+
+    def difference(self, other: dict[str, Any]) -> str:
+        """Return the first setting that another run's record has otherwise, with both values; empty if none."""
+        for field in fields(cast(Any, self)):
+            found, wanted = other.get(field.name), getattr(self, field.name)
+            if found != wanted:
+                return f"--{field.name.replace('_', '-')} was {found!r} and is {wanted!r} now"
+        return ""
+
+
 @dataclass(frozen=True)
-class DistillSettings:
+class DistillSettings(Checked):
     """How the coefficients of a store are trained; all of it decides the result."""
 
     steps: int = 500
@@ -24,6 +44,8 @@ class DistillSettings:
     gamma: float = 0.5  # the teacher's share in how ambiguous a token is
     lam: float = 0.0  # weight of ambiguous tokens; 0 is plain distillation
     norms: bool = False
+    planes: bool = False  # train planes too, and every vector of the layers
+    lr_planes: float = 0.003  # share of a matrix's standard deviation that a step may move a latent
     rechoose_planes: bool = False
     dtype: Literal["float32", "bf16"] = "float32"
     validation_share: float = 0.02
@@ -36,8 +58,11 @@ class DistillSettings:
         for name in ("steps", "batch", "accumulate", "evaluate_every", "patience"):
             self._check(name, "at least 1", getattr(self, name) >= 1)
         self._check("context", "at least 2", self.context >= 2)
+        if self.planes and self.rechoose_planes:
+            raise DistillError("--rechoose-planes is for planes that are not trained")
         self._check("accumulate", f"a divisor of the batch of {self.batch}", self.batch % self.accumulate == 0)
-        self._check("lr", "a number above 0", 0 < self.lr < math.inf)
+        for name in ("lr", "lr_planes"):
+            self._check(name, "a number above 0", 0 < getattr(self, name) < math.inf)
         self._check("lam", "a number of at least 0", 0 <= self.lam < math.inf)
         for name in ("seed", "written_tokens"):
             self._check(name, "at least 0", getattr(self, name) >= 0)
@@ -45,18 +70,24 @@ class DistillSettings:
             self._check(name, "0 to 1", 0 <= getattr(self, name) <= 1)
         self._check("validation_share", "above 0 and at most 0.5", 0 < self.validation_share <= 0.5)
 
-    def _check(self, name: str, expected: str, holds: bool) -> None:
-        if not holds:
-            raise DistillError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {expected}")
 
-    def record(self) -> dict[str, Any]:
-        """Return the settings as JSON, for the store."""
-        return asdict(self)
+@dataclass(frozen=True)
+class LayerSettings(Checked):
+    """How the layers of a model are trained one after the other; all of it decides the result."""
 
-    def difference(self, other: dict[str, Any]) -> str:
-        """Return the first setting that another run's record has otherwise, with both values; empty if none."""
-        for field in fields(self):
-            found, wanted = other.get(field.name), getattr(self, field.name)
-            if found != wanted:
-                return f"--{field.name.replace('_', '-')} was {found!r} and is {wanted!r} now"
-        return ""
+    windows: int = 512  # of the text, on which every layer is trained
+    context: int = 256  # tokens of a window
+    passes: int = 4  # over the windows
+    batch: int = 4  # windows of a step
+    lr: float = 0.01  # share of a row's typical coefficient that a step may change
+    lr_planes: float = 0.01  # share of a matrix's standard deviation that a step may move a latent
+    dtype: Literal["float32", "bf16"] = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("windows", "passes", "batch"):
+            self._check(name, "at least 1", getattr(self, name) >= 1)
+        self._check("context", "at least 2", self.context >= 2)
+        self._check("seed", "at least 0", self.seed >= 0)
+        for name in ("lr", "lr_planes"):
+            self._check(name, "a number above 0", 0 < getattr(self, name) < math.inf)

@@ -1,11 +1,13 @@
 """How do stored planes and coefficients become weights that can be trained?
 
-Planes are fixed. What is trained is each stored coefficient's distance from where it began, in units of its row's
-typical coefficient, so that matrices and rows of different magnitude learn alike.
+Here planes are fixed (`bincompress.distillation.planes` trains them too). What is trained is each stored coefficient's
+distance from where it began, in units of its row's typical coefficient, so that matrices and rows of different
+magnitude learn alike.
 """
 
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bincompress.methods.rounding.codebook import Rounding
 from bincompress.methods.rounding.coefficients import to_float16
 from bincompress.store.store import Store
 from bincompress.tensors.float8 import from_float8, to_float8
@@ -49,6 +52,20 @@ class StoredMatrix:
             return to_float16(values.astype(np.float64))
         return np.ldexp(values, -exponent).astype(dtype), exponent
 
+    def with_scale_bits(self, bits: int) -> "StoredMatrix":
+        """Return the same planes with coefficients stored in 16 or 8 bits, rounded anew where that changes them."""
+        tensor = self.tensor
+        if tensor.numbers.dtype != (np.uint8 if bits == 16 else np.float16):
+            return self
+        values = self.coefficients().astype(np.float64)
+        if bits == 8:
+            rounding = Rounding(8, float(np.abs(values).max(initial=0.0)))
+            return self._with(to_float8(np.ldexp(values, -rounding.exponent)), rounding.exponent)
+        return self._with(*to_float16(values))
+
+    def _with(self, numbers: NDArray[Any], exponent: int) -> "StoredMatrix":
+        return replace(self, tensor=replace(self.tensor, numbers=numbers, exponent=exponent))
+
 
 class TrainedMatrix:
     """A matrix whose coefficients are trained: `weight` builds it, `backward` takes its gradient to them."""
@@ -60,18 +77,25 @@ class TrainedMatrix:
         self._blocks = -(-cols // self._block)
         self.set_planes(tensor.planes, device)
         self._columns = [self._blocked(_signs(plane[None], cols).to(device)) for plane in tensor.column_planes]
-        base = torch.from_numpy(stored.coefficients().copy()).to(device)
-        unit = base.square().mean((0, 2), keepdim=True).sqrt()
-        self._base = base
-        self._unit = torch.where(unit > 0, unit, unit.mean().clamp_min(1e-12))
+        self._base = base = torch.from_numpy(stored.coefficients().copy()).to(device)
+        self._unit = typical_of_rows(base)
         self._mix = None if tensor.mix is None else torch.tensor(tensor.mix, device=device)
         self._in_scale = None if tensor.in_scale is None else torch.from_numpy(tensor.in_scale.copy()).to(device)
         self._listed = torch.from_numpy(tensor.listed_index.astype(np.int64)).to(device)
         self._listed_value = torch.from_numpy(tensor.listed_value.copy()).to(device)
-        self._levels = None
+        self._power = None
         if tensor.numbers.dtype == np.uint8:
-            self._levels = torch.from_numpy(from_float8(np.arange(256, dtype=np.uint8), tensor.exponent)).to(device)
+            self._power = torch.tensor(2.0**tensor.exponent, device=device)
         self.moved = torch.zeros_like(base, requires_grad=True)  # the trained parameter
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return what is trained by what it is."""
+        return {"coefficients": self.moved}
+
+    def packed(self) -> PackedTensor:
+        """Return the matrix as it is now, in the form that is stored."""
+        numbers, exponent = self.stored.rounded(self.values())
+        return replace(self.stored.tensor, planes=self.planes, numbers=numbers, exponent=exponent)
 
     def set_planes(self, planes: NDArray[np.uint64], device: torch.device) -> None:
         """Take other planes (planes, rows, words)."""
@@ -82,11 +106,7 @@ class TrainedMatrix:
     def coefficients(self) -> Tensor:
         """Return the stored coefficients as they are now, (stored, rows or 1, blocks or 1), with gradient."""
         values = self._base + self._unit * self.moved
-        if self._levels is None:
-            return values
-        # 8-bit coefficients are coarse: train with the values that will be stored, as if rounding were not there.
-        middle = (self._levels[1:] + self._levels[:-1]) / 2
-        return values + (self._levels[torch.bucketize(values.detach(), middle)] - values.detach())
+        return values if self._power is None else nearest_float8(values, self._power)
 
     def values(self) -> NDArray[np.float32]:
         """Return the stored coefficients as they are now."""
@@ -136,6 +156,29 @@ class TrainedMatrix:
         if missing:
             matrix = torch.nn.functional.pad(matrix, (0, missing))
         return matrix.view(matrix.shape[0], self._blocks, self._block)
+
+
+def typical_of_rows(base: Tensor) -> Tensor:
+    """Return the unit in which each row's coefficients (stored, rows or 1, blocks or 1) move, (1, rows or 1, 1)."""
+    unit = base.square().mean((0, 2), keepdim=True).sqrt()
+    return torch.where(unit > 0, unit, unit.mean().clamp_min(1e-12))
+
+
+def nearest_float8(values: Tensor, power: Tensor) -> Tensor:
+    """Return the values as 8-bit floats times `power` will have them; the gradient is as if rounding were not there.
+
+    8-bit coefficients are coarse, so what is trained is what will be stored.
+    """
+    levels, middle = _float8_levels(values.device)
+    rounded = levels[torch.bucketize(values.detach() / power, middle)] * power
+    return values + (rounded - values.detach())
+
+
+@functools.cache
+def _float8_levels(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the 256 values that an 8-bit coefficient can have, and the middles between them."""
+    levels = torch.from_numpy(from_float8(np.arange(256, dtype=np.uint8), 0)).to(device)
+    return levels, (levels[1:] + levels[:-1]) / 2
 
 
 def _signs(plane: NDArray[np.uint64], cols: int) -> Tensor:

@@ -16,6 +16,7 @@ from bincompress.distillation.teacher import Teacher
 from bincompress.distillation.windows import Windows
 
 _JUDGED_AT_ONCE = 4  # held-out windows
+_VECTORS = 0.3  # share of the learning rate, where planes are trained
 
 
 @dataclass
@@ -54,8 +55,8 @@ class Training:
         self._windows = windows
         self._settings = settings
         self._choose_planes = choose_planes
-        self._parameters = student.parameters()
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self._parameters = [one for kind in student.parameters().values() for one in kind]
+        self._optimizer = optimizer(student, settings.lr, settings.lr_planes, predictions.device)
         self._best = self._copied()
 
     def run(self, checkpoint: "Checkpoints | None" = None, on_step: OnStep = lambda progress: None) -> None:
@@ -103,8 +104,7 @@ class Training:
 
     def _step(self, step: int) -> float:
         settings = self._settings
-        for group in self._optimizer.param_groups:
-            group["lr"] = settings.lr * rate(step, settings)
+        set_rate(self._optimizer, rate(step, settings.warmup, settings.steps))
         numbers = self._windows.of_step(step, settings.batch)
         size = settings.batch // settings.accumulate
         weights = self._student.weights()
@@ -168,12 +168,29 @@ def perplexity(loss: Callable[[torch.Tensor], float], predictions: Predictions, 
     return math.exp(mean) if mean < 700 else math.inf
 
 
-def rate(step: int, settings: DistillSettings) -> float:
+def optimizer(student: Student, lr: float, lr_planes: float, device: torch.device) -> torch.optim.Optimizer:
+    """Return AdamW over what a student trains; lr: of coefficients and vectors, lr_planes: of latents."""
+    found = student.parameters()
+    latents = found["planes"]
+    # Beside planes that move, vectors take smaller steps and the second moments forget sooner.
+    shares = [(found["coefficients"], lr), (found["vectors"], lr * _VECTORS if latents else lr), (latents, lr_planes)]
+    groups = [{"params": own, "lr": most, "most": most} for own, most in shares if own]
+    betas = (0.9, 0.95 if latents else 0.99)
+    return torch.optim.AdamW(groups, betas=betas, weight_decay=0.0, fused=device.type == "cuda" or bool(latents))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Set the learning rates to a share of their greatest."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["most"] * share
+
+
+def rate(step: int, warmup: float, steps: int) -> float:
     """Return the share of the learning rate at a step: up in a straight line, then down along a cosine."""
-    warmup = max(1, round(settings.warmup * settings.steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
 class Checkpoints:

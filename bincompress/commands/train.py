@@ -1,0 +1,156 @@
+"""bincompress train"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bincompress.commands.shared import kernels_announced, print_json
+
+_BLOCKS = ["64", "128", "256", "row"]
+_LAYERS = {"windows": "windows", "layer_context": "context", "passes": "passes", "layer_batch": "batch",
+           "layer_lr": "lr", "layer_lr_planes": "lr_planes", "seed": "seed"}  # fmt: skip
+_MODEL = ("steps", "batch", "accumulate", "context", "lr", "lr_planes", "written_tokens", "evaluate_every", "patience",
+          "seed")  # fmt: skip
+_PLACES = ("device", "threads", "checkpoint_every", "work")
+
+
+@click.command()
+@click.argument("source")
+@click.argument("store")
+@click.option("--text", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Text to train on, UTF-8.")
+@click.option("--start", metavar="STORE0", help="Begin with this store's planes.  [default: made from SOURCE]")
+@click.option("--planes", type=click.IntRange(1, 2), default=2, show_default=True, help="Planes, without --start.")
+@click.option(
+    "--block", type=click.Choice(_BLOCKS), default="128", show_default=True,
+    help="Columns of a row that share scales, without --start.",
+)  # fmt: skip
+@click.option(
+    "--embeddings", type=click.Choice(["keep", "4bit", "8bit"]), default="keep", show_default=True,
+    help="Embeddings and output head, without --start; they are not trained.",
+)  # fmt: skip
+@click.option("--scale-bits", type=click.Choice(["8", "16"]), help="Bits of each scale.  [default: the start's, 16]")
+@click.option(
+    "--by", type=click.Choice(["layer", "model", "layer+model"]), default="layer", show_default=True,
+    help="Train layers one after the other, the whole model, or both in this order.",
+)  # fmt: skip
+@click.option("--windows", type=int, default=512, show_default=True, help="layer: windows of the text.")
+@click.option("--layer-context", type=int, default=256, show_default=True, help="layer: tokens per window.")
+@click.option("--passes", type=int, default=4, show_default=True, help="layer: passes over the windows.")
+@click.option("--layer-batch", type=int, default=4, show_default=True, help="layer: windows per step.")
+@click.option(
+    "--layer-lr", type=float, default=0.01, show_default=True,
+    help="layer: learning rate of scales, relative to a row's typical scale.",
+)  # fmt: skip
+@click.option(
+    "--layer-lr-planes", type=float, default=0.01, show_default=True,
+    help="layer: learning rate of latents, relative to a matrix's standard deviation.",
+)  # fmt: skip
+@click.option("--steps", type=int, default=1000, show_default=True, help="model: optimizer steps.")
+@click.option("--batch", type=int, default=16, show_default=True, help="model: windows per step.")
+@click.option("--accumulate", type=int, default=1, show_default=True, help="model: split each batch into parts.")
+@click.option("--context", type=int, default=512, show_default=True, help="model: tokens per window.")
+@click.option("--lr", type=float, default=0.003, show_default=True, help="model: learning rate of scales.")
+@click.option("--lr-planes", type=float, default=0.003, show_default=True, help="model: learning rate of latents.")
+@click.option(
+    "--written-tokens", type=int, default=0, show_default=True,
+    help="model: tokens of training text that the unquantized model generates.",
+)  # fmt: skip
+@click.option("--evaluate-every", type=int, default=100, show_default=True, help="model: steps between validations.")
+@click.option("--patience", type=int, default=5, show_default=True, help="model: validations without improvement.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bf16"]), default="auto", show_default=True,
+    help="Type of the matrix products; auto: bf16 where the processor multiplies it.",
+)  # fmt: skip
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to train."
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: PyTorch's]")
+@click.option("--checkpoint-every", type=int, default=100, show_default=True, help="model: steps between checkpoints.")
+@click.option(
+    "--work", type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of completed layers and checkpoints.  [default: beside STORE]",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the windows and their order.")
+@click.option("--overwrite", is_flag=True, help="Begin anew, and replace STORE.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(
+    source: str, store: str, text: Path, start: str | None, planes: int, block: str, embeddings: str,
+    scale_bits: str | None, by: str, dtype: str, overwrite: bool, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Train the planes and scales of SOURCE's layers, and write them to STORE.
+
+    Every weight keeps a number while it is trained; what is multiplied, and in the end stored, are its signs. By layer,
+    each decoder layer learns to give what the unquantized layer gives, and only one layer is in memory; by model, all
+    learn the unquantized model's predictions. STORE has the format, size and speed of a store without training. The
+    same command resumes an interrupted run. Needs PyTorch: pip install 'bincompress[distill]'.
+
+    \b
+    Examples:
+      bincompress train ./Qwen2.5-0.5B ./store --text train.txt
+      bincompress train ./Qwen2.5-0.5B ./store --text train.txt --planes 1 --by layer+model --device cuda
+      bincompress train ./Qwen2.5-0.5B ./better --text train.txt --start ./store --by model --steps 500
+    """
+    from tqdm import tqdm
+
+    from bincompress import api
+    from bincompress.distillation.settings import DistillSettings, LayerSettings
+    from bincompress.errors import BincompressError
+
+    if start is not None and (planes, block, embeddings) != (2, "128", "keep"):
+        raise BincompressError("--planes, --block and --embeddings are those of the store given with --start")
+    places = {key: options.pop(key) for key in _PLACES}
+    products = _products(dtype, places["device"])
+    layers = LayerSettings(dtype=products, **{own: options[name] for name, own in _LAYERS.items()})
+    model = DistillSettings(dtype=products, planes=True, **{name: options[name] for name in _MODEL})
+    with tqdm(desc="train", unit="step", disable=True if as_json else None, dynamic_ncols=True) as bar:
+
+        def say(line: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.set_postfix_str(line, refresh=False)
+            bar.update(done - bar.n)
+
+        def on_step(progress: Any) -> None:
+            at, held_out = progress.judged[-1]
+            loss = progress.losses[-1]
+            say(f"loss {loss:.4f}, held-out perplexity {held_out:.3f} at {at}", progress.step, model.steps)
+
+        with kernels_announced(say=lambda line: bar.write(line)):
+            found = api.train(
+                source, store, text, start=start, planes=1 if planes == 1 else 2,
+                block=block if block == "row" else int(block),  # type: ignore[arg-type]
+                scale_bits=None if scale_bits is None else int(scale_bits),  # type: ignore[arg-type]
+                embeddings=embeddings,  # type: ignore[arg-type]
+                layers=layers if "layer" in by else None, model=model if "model" in by else None,
+                overwrite=overwrite, on_layers=lambda done, total, line: say(line, done, total), on_step=on_step,
+                on_written=lambda done, total: say(f"the teacher writes {total:,} tokens", done, total), **places,
+            )  # fmt: skip
+    if as_json:
+        print_json(found.record())
+        return
+    for report in found.layers:
+        click.echo(
+            f"layer {report.layer}: held-out loss {report.held_out_start:.3f} -> {report.held_out:.3f}, "
+            f"{report.flips:.1%} of the weights changed level, {report.seconds:.0f} s"
+        )
+    if found.model:
+        model_line = (
+            "held-out perplexity {start:.4f} -> {best:.4f} (unquantized {teacher:.4f}), best at step {best_step}"
+        )
+        click.echo(model_line.format(**found.model) + f" of {found.model['steps']}")
+        if found.model["stopped"]:
+            click.echo(f"stopped: {found.model['stopped']}")
+    click.echo(f"{store}: trained in {found.seconds:.0f} s")
+
+
+def _products(dtype: str, device: str) -> Any:
+    """Return the type of matrix products: bf16 by itself only where the hardware multiplies it."""
+    if dtype != "auto":
+        return dtype
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return "float32"  # the API says what is missing
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    fast = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if fast else "float32"

@@ -1,0 +1,123 @@
+"""Where does a training run: device, threads, the folder that it resumes from, and the place of its result?"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+from bincompress.distillation.settings import DistillError
+from bincompress.errors import StoreError
+from bincompress.model.checkpoint_source import CheckpointSource, checkpoint_config
+from bincompress.sources.checkpoint import Checkpoint
+from bincompress.sources.hub import source_record
+from bincompress.store.files import LOCK
+from bincompress.store.layout import MODEL, NEW
+from bincompress.store.replace import Place, check_place
+from bincompress.store.store import Store, is_local
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run works beside its result; none of it changes the result."""
+
+    device: str = "auto"
+    threads: int | None = None
+    checkpoint_every: int = 100
+    work: Path | None = None  # checkpoints; beside the result if not given
+    cached_logits: Path | None = None
+
+    def work_of(self, out: str) -> Path:
+        """Return the folder of what a run into a store keeps; raises DistillError where there is none."""
+        if self.work is not None:
+            return self.work
+        if not is_local(out):
+            raise DistillError(f"{out}: checkpoints need a local folder; give one as --work")
+        place = Path(out).resolve()
+        return place.parent / f".{place.name}.distill"
+
+    def chosen(self) -> torch.device:
+        """Return the device to train on, and set how many threads a CPU works with."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        return chosen_device(self.device)
+
+
+DEFAULT_PLACES = Places()
+
+
+def check_start(store: Store, teacher: Checkpoint, option: str) -> None:
+    """Refuse, before any weight is read, a store to begin with that is not whole or not of this model."""
+    attributes = store.attributes
+    if attributes["status"] != "complete":
+        raise StoreError(f"{store.url}: not complete; run the same `bincompress compress` again before training it")
+    if attributes["source"]["fingerprint"] != source_record(teacher)["fingerprint"]:
+        raise DistillError(
+            f"{store.url}: was made from {attributes['source']['id']}, but its headers or config differ from those of "
+            f"{teacher.name}; give the checkpoint that it was made from as {option}"
+        )
+    CheckpointSource(teacher, checkpoint_config(teacher))
+
+
+def check_out(out: str, start: str | None, option: str, overwrite: bool) -> None:
+    """Refuse a place for the result that holds something else."""
+    if start is not None and is_local(out) and Path(out).resolve() == Path(start).resolve():
+        raise DistillError(f"{out}: is the store to begin with; choose another {option}")
+    place = check_place(out, MODEL, overwrite)
+    if not overwrite and _is_taken(out, place):
+        raise DistillError(f"{out}: exists; choose another {option}, or --overwrite")
+
+
+def _is_taken(out: str, place: Place) -> bool:
+    """Return whether something lies where the result is to be: anything but what an interrupted run leaves."""
+    if place.state == "store":
+        return place.attributes.get("status") == "complete" or not {"distillation", "training"} & set(place.attributes)
+    if place.state == "empty" and is_local(out) and Path(out).exists():
+        return not any((Path(out) / name).exists() for name in (NEW, LOCK))
+    return False
+
+
+def remove_work(work: Path) -> None:
+    """Remove what a run keeps to go on from, and nothing else that may lie in its folder."""
+    with contextlib.suppress(OSError):
+        for path in (*work.glob("checkpoint.*"), *work.glob("written-*-*-*.*"), *work.glob("layer-*.*")):
+            if path.suffix in (".pt", ".npy", ".safetensors", ".partial"):
+                path.unlink()
+        work.rmdir()
+
+
+def chosen_device(name: str) -> torch.device:
+    """Return the device of this name; "auto" is CUDA where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DistillError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def content_of(store: Store) -> str:
+    """Return a hash of everything in a store that its hashes cover."""
+    digest = xxhash.xxh3_64()
+    for name in sorted(store.tensors()):
+        digest.update(f"{name} {sorted(store.complete_attributes(name)['hashes'].items())}".encode())
+    return digest.hexdigest()
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a run was made on, for its log."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+@contextlib.contextmanager
+def memory_named(advice: str) -> Iterator[None]:
+    """Name the settings to change where memory runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU, PyTorch raises a plain RuntimeError from its allocator.
+        known = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
+        if not known:
+            raise
+        raise DistillError(
+            f"out of memory: {advice}; if a single window does not fit, --dtype bf16 halves the activations"
+        ) from None
