@@ -70,6 +70,7 @@ class CompressionResult:
     total: dict[str, Any] = field(default_factory=dict)
     kept: tuple[str, ...] = ()  # a line for each group of tensors that stayed unpacked, with the reason
     notes: tuple[str, ...] = ()  # what the user should know of how the model was read
+    decoded: tuple[str, ...] = ()  # a line where tensors have more terms than the engine multiplies
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def _result(store: str, outcome: Outcome, planned: Planned) -> CompressionResult
     found = inspect_store(open_store(store))
     return CompressionResult(
         store, outcome.done, outcome.unchanged, outcome.failures, outcome.complete, found["tensors"], found["total"],
-        tuple(planned.plan.kept_lines()), planned.notes,
+        tuple(planned.plan.kept_lines()), planned.notes, tuple(planned.plan.decoded_lines()),
     )  # fmt: skip
 
 

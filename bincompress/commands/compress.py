@@ -122,7 +122,7 @@ def _show_plan(planned: Planned, rate: int | None, verbose: bool, as_json: bool)
         f"reads {plan.source_bytes:,} bytes, writes {plan.expected_bytes:,} bytes "
         f"({plan.source_bytes / max(1, plan.expected_bytes):.1f} x smaller)"
     )
-    click.echo("\n".join([*plan.kept_lines(), plan.verdict.line()]))
+    click.echo("\n".join([*plan.kept_lines(), plan.verdict.line(), *plan.decoded_lines()]))
     click.echo(f"memory: at most about {plan.peak_memory / 1e6:,.0f} MB a worker")
     click.echo(cost.line())
     if collecting is not None:
@@ -146,6 +146,7 @@ def _plan_record(planned: Planned, estimate: dict[str, Any], collecting: int | N
         "faults": list(plan.verdict.faults),
         "notes": list(planned.notes),
         "kept": plan.kept_lines(),
+        "decoded": plan.decoded_lines(),
         "tensors": {
             t.source.name: {
                 "kind": t.kind,

@@ -38,6 +38,13 @@ def expand(
     return weights
 
 
+def look_up_levels(planes: NDArray[np.uint64], levels: NDArray[np.float32], cols: int) -> NDArray[np.float32]:
+    """Return the level of each weight's bits, float32 (rows, cols): bit p of a place in levels is that of plane p."""
+    bits = (unpack_planes(planes, cols) > 0).astype(np.int64)
+    weights: NDArray[np.float32] = levels[np.tensordot(1 << np.arange(planes.shape[0]), bits, 1)]
+    return weights
+
+
 def dual_planes(
     weights: NDArray[np.float32], block: int, large: NDArray[np.float32], small: NDArray[np.float32]
 ) -> NDArray[np.uint8]:
