@@ -73,6 +73,7 @@ class CompressionResult:
     total: dict[str, Any] = field(default_factory=dict)
     kept: tuple[str, ...] = ()  # a line for each group of tensors that stayed unpacked, with the reason
     notes: tuple[str, ...] = ()  # what the user should know of how the model was read
+    remarks: tuple[str, ...] = ()  # single weights that were found to be kept and why; tensors that are slow to run
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,12 @@ def compress(
     source: a checkpoint folder or a Hub id (owner/name, owner/name@revision). store: a path or an fsspec URL.
     settings: `method`, the settings of the methods (see `bincompress.methods`), and `embeddings` ("keep", "4bit",
     "8bit"); they go over the defaults of the recipe, a TOML file. keep: patterns of tensors that stay as they are.
-    keep_weights: single weights kept exactly, or the file that lists them. stats: statistics of the inputs, as
-    `calibrate` collects them; sequential: in their place a text on which each layer is calibrated as those before it
-    have become, in `samples` windows of `context` tokens. target_bits: stored bits a weight that are spread over the
-    matrices by what errors cost. archive: arrays are compressed with zstd. export_only: a store that would not run here
-    is made all the same, to be exported. overwrite: a store made with other settings is replaced.
+    keep_weights: single weights kept exactly, the file that lists them, or "auto": those that the model depends on,
+    found by running it. stats: statistics of the inputs, as `calibrate` collects them; sequential: in their place a
+    text on which each layer is calibrated as those before it have become, in `samples` windows of `context` tokens.
+    target_bits: stored bits a weight that are spread over the matrices by what errors cost. archive: arrays are
+    compressed with zstd. export_only: a store that would not run here is made all the same, to be exported. overwrite:
+    a store made with other settings is replaced.
     Raises RecipeError, CheckpointError or StoreError before work begins; tensors that fail are in `failures`.
     """
     made = plan(
@@ -175,7 +177,7 @@ def _result(store: str, outcome: Outcome, planned: Planned) -> CompressionResult
     found = inspect_store(open_store(store))
     return CompressionResult(
         store, outcome.done, outcome.unchanged, outcome.failures, outcome.complete, found["tensors"], found["total"],
-        tuple(planned.plan.kept_lines()), planned.notes,
+        tuple(planned.plan.kept_lines()), planned.notes, tuple(planned.remarks()),
     )  # fmt: skip
 
 

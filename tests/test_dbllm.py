@@ -1,5 +1,6 @@
 """DB-LLM's two {0, 1} planes: the paper's formulas written out, the format without loss, and what the report says."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from bincompress.methods import Binarized, dbllm, make_settings
 from bincompress.methods.rounding.coefficients import from_float16
 from bincompress.store.store import open_store
 from bincompress.tensors.weight import Weight
-from cpu_kernels.quantize.dual_planes import TRIALS, rounding_steps
+from cpu_kernels.quantize.dual_planes import TRIALS, dual_planes, rounding_steps
+from cpu_kernels.reference import planes as reference
 from tests.conftest import Run, as_weight
 
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -50,6 +52,68 @@ def test_planes_are_those_of_the_formulas(weight: Weight, block: int | str) -> N
     assert found.squared_error == pytest.approx(float(error), rel=1e-5, abs=1e-9)
     assert np.all(a1 >= 0)
     assert np.all(a2 <= 0)
+
+
+def coded(w: np.ndarray, a1: float, a2: float) -> list[int]:
+    """b1 + 2 * b2 of a row of weights."""
+    codes = np.empty((1, w.size), np.uint8)
+    scales = [np.full((1, 1), scale, np.float32) for scale in (a1, a2)]
+    dual_planes(np.ascontiguousarray(w[None], np.float32), w.size, *scales, codes)
+    return [int(code) for code in codes[0]]
+
+
+@pytest.mark.parametrize(
+    ("a1", "a2", "ascending"),
+    [
+        (2.0, -1.0, (2, 0, 3, 1)),  # the paper's start: -1, 0, 1, 2
+        (1.0, -2.0, (2, 3, 0, 1)),  # the sum is negative: -2, -1, 0, 1
+        (-1.0, 2.0, (1, 0, 3, 2)),  # training has swapped the signs
+        (-2.0, 1.0, (1, 3, 0, 2)),
+        (1.0, 3.0, (0, 1, 2, 3)),  # both of one sign
+        (-1.0, -3.0, (3, 2, 1, 0)),
+    ],
+)
+def test_levels_of_any_signs_are_met_and_ties_take_fewer_ones(a1: float, a2: float, ascending: tuple[int, ...]) -> None:
+    levels = np.array([a1 * (code & 1) + a2 * (code >> 1) for code in ascending])
+    assert coded(levels, a1, a2) == list(ascending)
+    between = (levels[1:] + levels[:-1]) / 2
+    assert coded(between - 1 / 64, a1, a2) == list(ascending[:-1])
+    assert coded(between + 1 / 64, a1, a2) == list(ascending[1:])
+    # Of two as near: fewer ones, and of a1 and a2 the lesser magnitude.
+    rank = {0: (0, 0.0), 1: (1, abs(a1)), 2: (1, abs(a2)), 3: (2, 0.0)}
+    assert coded(between, a1, a2) == [min(p, key=rank.__getitem__) for p in itertools.pairwise(ascending)]
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 63, 64, 65, 130]), st.sampled_from([64, 256]))
+def test_every_weight_gets_the_nearest_level_for_scales_of_any_sign(seed: int, cols: int, block: int) -> None:
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((3, cols)).astype(np.float32)
+    # Of 11 bits and one order, as the store has them, so that sums and differences are exact in float32.
+    scales = (rng.choice([-1, 1], (2, 3, -(-cols // block))) * rng.integers(1, 2048, (2, 3, -(-cols // block)))) / 512
+    a1, a2 = scales.astype(np.float32)
+    codes = np.empty(w.shape, np.uint8)
+    error = dual_planes(w, block, a1, a2, codes)
+    assert np.array_equal(codes, reference.dual_planes(w, block, a1, a2))
+    units = np.arange(cols) // block
+    of_code = np.stack([a1[:, units] * (code & 1) + a2[:, units] * (code >> 1) for code in range(4)]).astype(np.float64)
+    distance = np.abs(w - of_code)
+    chosen = np.take_along_axis(distance, codes[None].astype(np.intp), 0)[0]
+    assert np.array_equal(chosen, distance.min(0))
+    assert error == pytest.approx(float(np.sum(chosen**2)), rel=1e-6)
+    ones = np.bitwise_count(np.arange(4))[:, None, None]
+    assert not np.any((distance == chosen) & (ones < np.bitwise_count(codes)))
+
+
+def test_planes_are_chosen_anew_where_training_made_the_sum_negative() -> None:
+    w = np.linspace(-2, 2, 130, dtype=np.float32)[None].repeat(2, 0)
+    scales = np.array([[[0.75] * 3, [1.5] * 3], [[-1.5] * 3, [-0.75] * 3]], np.float32)  # the sum: -0.75, 0.75
+    bits = np.unpackbits(
+        dbllm.choose_planes(as_weight(w, "F32"), scales, 64).view(np.uint8), axis=2, count=130, bitorder="little"
+    )
+    found = scales[0, :, :1] * bits[0] + scales[1, :, :1] * bits[1]
+    for row, levels in enumerate(([-1.5, -0.75, 0, 0.75], [-0.75, 0, 0.75, 1.5])):
+        nearest = np.abs(w[row] - np.array(levels)[:, None]).min(0)
+        assert np.array_equal(np.abs(w[row] - found[row]), nearest)
 
 
 def test_the_start_is_rounding_to_two_bits() -> None:

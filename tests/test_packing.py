@@ -1,5 +1,7 @@
 """Do planes have the bytes that the README promises, and do kernels do what their NumPy twins say?"""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,10 +9,12 @@ from hypothesis import strategies as st
 
 from bincompress.methods import Binarized, Settings, make_settings, method_named
 from bincompress.methods.rounding.coefficients import from_float16, to_float16, unwalsh, walsh
+from bincompress.tensors.dequantize import dequantize
+from bincompress.tensors.packed import PackedTensor
 from cpu_kernels.quantize.counting import MAGNITUDES, count_magnitudes, find_zeros, greatest_magnitude
 from cpu_kernels.quantize.packing import pack_by_table, pack_codes, pack_signs, pack_two, words_for
 from cpu_kernels.quantize.uniform_levels import block_ranges, nearest_levels
-from cpu_kernels.quantize.unpacking import expand, widen
+from cpu_kernels.quantize.unpacking import expand, look_up_levels, widen
 from cpu_kernels.reference import planes as reference
 from tests.conftest import EVERY_METHOD, as_weight
 
@@ -104,6 +108,32 @@ def test_expanding_equals_the_formula(shape: tuple[int, int], seed: int, block: 
     weights = np.empty(shape, np.float32)
     expand(planes, coef, np.array(terms, np.uint64), block, weights)
     np.testing.assert_array_equal(weights, reference.expand(planes, coef, terms, block, cols))
+
+
+@given(shapes, st.integers(0, 2**32 - 1), st.integers(1, 16))
+def test_levels_are_looked_up_as_their_twin_does(shape: tuple[int, int], seed: int, depth: int) -> None:
+    random = np.random.default_rng(seed)
+    planes = np.stack([reference.pack_bits(random.random(shape) < 0.5) for _ in range(depth)])
+    levels = random.standard_normal(1 << depth).astype(np.float32)
+    weights = np.empty(shape, np.float32)
+    look_up_levels(planes, levels, weights)
+    np.testing.assert_array_equal(weights, reference.look_up_levels(planes, levels, shape[1]))
+
+
+@given(shapes, st.integers(0, 2**32 - 1))
+def test_many_terms_of_a_whole_matrix_are_looked_up_as_the_formula_adds_them(shape: tuple[int, int], seed: int) -> None:
+    random = np.random.default_rng(seed)
+    planes = np.stack([reference.pack_bits(random.random(shape) < 0.5) for _ in range(9)])
+    terms = tuple(int(term) for term in random.permutation(512)[:300])
+    numbers = random.standard_normal((300, 1, 1)).astype(np.float32)
+    packed = PackedTensor(planes, numbers, terms, shape[1], shape)
+    assert packed.levels is not None
+    expected = reference.expand(planes, numbers, terms, shape[1], shape[1])
+    np.testing.assert_allclose(dequantize(packed), expected, atol=1e-4)
+    np.testing.assert_array_equal(dequantize(packed, slice(1, 3)), dequantize(packed)[1:3])
+    assert replace(packed, terms=terms[:256], numbers=numbers[:256]).levels is None  # as before there were so many
+    by_row = replace(packed, numbers=np.broadcast_to(numbers, (300, shape[0], 1)))
+    assert shape[0] == 1 or by_row.levels is None
 
 
 @given(shapes, st.integers(0, 2**32 - 1), st.sampled_from([2, 4, 8]))

@@ -30,8 +30,8 @@ _SAMPLES, _CONTEXT = 64, 512  # of --sequential; calibration.collect has the sam
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Leave matching tensors as they are (repeatable).")
 @click.option(
     "--keep-weights",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Single weights kept exactly, lines of 'tensor row column'.",
+    metavar="FILE|auto",
+    help="Single weights kept exactly: lines of 'tensor row column', or auto: found by their effect on the model.",
 )
 @click.option("--stats", help="Input statistics written by `bincompress calibrate`: a path or fsspec URL.")
 @click.option(
@@ -122,7 +122,7 @@ def _show_plan(planned: Planned, rate: int | None, verbose: bool, as_json: bool)
         f"reads {plan.source_bytes:,} bytes, writes {plan.expected_bytes:,} bytes "
         f"({plan.source_bytes / max(1, plan.expected_bytes):.1f} x smaller)"
     )
-    click.echo("\n".join([*plan.kept_lines(), plan.verdict.line()]))
+    click.echo("\n".join([*plan.kept_lines(), plan.verdict.line(), *planned.remarks()]))
     click.echo(f"memory: at most about {plan.peak_memory / 1e6:,.0f} MB a worker")
     click.echo(cost.line())
     if collecting is not None:
@@ -146,6 +146,7 @@ def _plan_record(planned: Planned, estimate: dict[str, Any], collecting: int | N
         "faults": list(plan.verdict.faults),
         "notes": list(planned.notes),
         "kept": plan.kept_lines(),
+        "remarks": planned.remarks(),
         "tensors": {
             t.source.name: {
                 "kind": t.kind,

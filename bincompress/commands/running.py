@@ -152,7 +152,7 @@ def finish(results: Iterable[CompressionResult], quiet: bool) -> None:
         again = f", {result.unchanged} already complete" if result.unchanged else ""
         failed = f", {len(result.failures)} FAILED" if result.failures else ""
         click.echo(f"{result.store}: {result.done} tensors done{again}{failed}")
-        click.echo("\n".join([*totals(result.total), *result.kept]))
+        click.echo("\n".join([*totals(result.total), *result.kept, *result.remarks]))
         unrefined = {name: found["refinement"] for name, found in result.tensors.items() if "refinement" in found}
         if unrefined:
             name = min(unrefined)

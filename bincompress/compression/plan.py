@@ -14,6 +14,7 @@ from bincompress.errors import RecipeError
 from bincompress.methods import KEEP, Settings, embeddings, method_named
 from bincompress.model.checkpoint_source import checkpoint_config
 from bincompress.model.config import ModelConfig
+from bincompress.model.lowering import MOST_PLANES
 from bincompress.model.roles import Kept, Kind, Role, kept_lines
 from bincompress.model.runnable import Verdict, roles_of, verdict
 from bincompress.sources.checkpoint import ITEM_BYTES, OTHER_DTYPES, Checkpoint
@@ -61,6 +62,17 @@ class Plan:
     def kept_lines(self) -> list[str]:
         """Return a line for each group of tensors that stays unpacked, with the reason and its share of the weights."""
         return kept_lines(Kept(t.source.name, math.prod(t.source.shape), t.reason) for t in self.tensors)
+
+    def decoded_lines(self) -> list[str]:
+        """Return a line where tensors have too many terms for the engine's kernels, which makes a store slow to run."""
+        sizes = [method_named(t.settings.method).size(t.settings).coefficients for t in self.tensors if t.packed]
+        many = [size for size in sizes if size > MOST_PLANES]
+        if not many:
+            return []
+        return [
+            f"slow to run: {len(many)} tensors have more than {MOST_PLANES} terms (up to {max(many):,}), which no "
+            "kernel multiplies; the engine decodes their weights for every product"
+        ]
 
     @property
     def expected_bytes(self) -> int:

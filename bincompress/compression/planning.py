@@ -11,11 +11,12 @@ import numpy as np
 from bincompress.calibration.collect import CONTEXT, SAMPLES, choose_samples, text_record
 from bincompress.calibration.statistics import open_statistics
 from bincompress.compression.allocation import run_trials, spread, spreadable, trial_jobs, trials_of
+from bincompress.compression.kept_weights import kept_weights
 from bincompress.compression.manifest import read_manifest
 from bincompress.compression.placement import Placement
 from bincompress.compression.plan import Plan, make_plan
 from bincompress.compression.progress import OnProgress, Tracker, ignore
-from bincompress.compression.recipe import Recipe, load_kept_weights, load_recipe
+from bincompress.compression.recipe import Recipe, load_recipe
 from bincompress.errors import BincompressError
 from bincompress.model.checkpoint_source import checkpoint_config
 from bincompress.sources.checkpoint import Checkpoint
@@ -33,6 +34,11 @@ class Planned:
     samples: np.ndarray[Any, np.dtype[np.int64]] | None = None  # tokens (samples, context) of `sequential`
     sequential_tokens: int = 0  # as many as would be collected on, where the text was not read
     notes: tuple[str, ...] = ()  # what the user should know
+    kept_weights: tuple[str, ...] = ()  # a line for each single weight that was found to be kept, with the reason
+
+    def remarks(self) -> list[str]:
+        """Return what a summary says of the plan: weights that were found, tensors that are slow to run."""
+        return [*self.kept_weights, *self.plan.decoded_lines()]
 
 
 def plan(
@@ -60,26 +66,34 @@ def plan(
     everything that can be refused before work begins.
     """
     chosen = _recipe(recipe, settings, keep)
-    kept = load_kept_weights(Path(keep_weights)) if isinstance(keep_weights, str | Path) else keep_weights or {}
     statistics = open_statistics(stats) if stats is not None else None
     _check_sequential(sequential, samples, context, stats, target_bits)
     checkpoint = open_source(str(source), headers_only=headers_only)
+    sequence: dict[str, Any] | None = None if sequential is None else {}
+    kept, remarks = kept_weights(
+        keep_weights,
+        lambda: make_plan(checkpoint, chosen, {}, archive, statistics, sequence),
+        headers_only,
+        progress,
+    )
     if target_bits is not None:
         tried = make_plan(checkpoint, chosen, kept, archive, statistics)
         _check_runs(tried, export_only, headers_only)
         chosen = _spread_bits(tried, target_bits, placement, progress)
     if sequential is None:
-        return _planned(make_plan(checkpoint, chosen, kept, archive, statistics), export_only, headers_only)
+        found = _planned(make_plan(checkpoint, chosen, kept, archive, statistics), export_only, headers_only)
+        return replace(found, kept_weights=remarks)
     number, length = samples or SAMPLES, context or CONTEXT
     text = read_text(Path(sequential))
-    if headers_only and "tokenizer.json" not in checkpoint.assets():
-        made = make_plan(checkpoint, chosen, kept, archive, sequence={})
-        return replace(_planned(made, export_only, headers_only), sequential_tokens=number * length)
-    tokens = choose_samples(checkpoint, text, number, length)
-    made = make_plan(checkpoint, chosen, kept, archive, sequence=text_record(tokens))
+    tokens = None
+    if not headers_only or "tokenizer.json" in checkpoint.assets():
+        tokens = choose_samples(checkpoint, text, number, length)
+    made = make_plan(checkpoint, chosen, kept, archive, sequence={} if tokens is None else text_record(tokens))
     found = _planned(made, export_only, headers_only)
+    if tokens is None:
+        return replace(found, sequential_tokens=number * length, kept_weights=remarks)
     notes = (*found.notes, *_few_tokens(checkpoint, tokens))
-    return replace(found, samples=tokens, sequential_tokens=tokens.size, notes=notes)
+    return replace(found, samples=tokens, sequential_tokens=tokens.size, notes=notes, kept_weights=remarks)
 
 
 def plan_batch(

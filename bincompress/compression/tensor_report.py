@@ -1,15 +1,18 @@
 """What does the store say of a tensor, beside what is needed to read it?"""
 
+import json
 from typing import Any
 
 import numpy as np
 
 from bincompress.compression.records import Job, Shared
 from bincompress.methods import KEEP, Binarized
+from bincompress.tensors.packed import PackedTensor
 from bincompress.tensors.weight import Weight
 
 _SAMPLE = 1 << 14  # weights in a tensor's histogram
 _BINS = 100
+_FEW_TERMS = 256  # a kilobyte of attributes, beside planes and coefficients that are counted
 
 
 def tensor_report(
@@ -21,6 +24,7 @@ def tensor_report(
     """
     if isinstance(written, Weight):
         return _kept_report(written, nbytes, not_finite, job.shared)
+    nbytes += _terms_bytes(written.tensor)
     relative = written.squared_error / written.squared_norm if written.squared_norm else 0.0
     return {
         "method": job.settings.method,
@@ -35,6 +39,11 @@ def tensor_report(
         **written.notes,
         "histogram": sample_histogram(weight),
     }
+
+
+def _terms_bytes(tensor: PackedTensor) -> int:
+    """Return the bytes of the list of terms, which is in the attributes, where it is long enough to matter."""
+    return len(json.dumps(tensor.terms)) if len(tensor.terms) > _FEW_TERMS else 0
 
 
 def _kept_report(weight: Weight, nbytes: int, not_finite: str, shared: Shared | None) -> dict[str, Any]:

@@ -78,9 +78,11 @@ def binarize(weight: Weight, settings: DbllmSettings, inputs: Inputs | None = No
 
 
 def choose_planes(weight: Weight, scales: NDArray[np.float32], block: int) -> NDArray[np.uint64]:
-    """Return the planes (2, rows, words) that the paper's formulas choose for scales a1 and a2, (2, rows, blocks).
+    """Return the planes (2, rows, words) of the level nearest to each weight for scales a1 and a2, (2, rows, blocks).
 
-    b1 = H(w - (a1 + a2) / 2) and b2 = H(-(w - a1 * b1 - a2 / 2)), H the unit step with H(0) = 0.
+    The levels are 0, a1, a2 and a1 + a2. The paper's formulas, b1 = H(w - (a1 + a2) / 2) and
+    b2 = H(-(w - a1 * b1 - a2 / 2)) with H the unit step, give the nearest where a1 + a2 >= 0; once training has made
+    the sum negative they do not, and b2 is then decided first (see `dual_planes`).
     """
     return _chosen(weight, scales, block)[0]
 

@@ -27,6 +27,8 @@ from cpu_kernels.quantize.two_groups import split_blocks
 _CHUNK = 1 << 21  # weights whose float32 patterns and codes exist at once
 _SCRATCH = {"exact": 0.6, "greedy": 80.0, "windowed": 8.0}  # bytes a weight, measured
 _COMPENSATED_GROUPS = (1, 2, 4, 8, 16)
+_MOST_IN_BLOCKS = 256
+_MOST_IN_MATRIX = 1 << 15  # as the planes of a term can spell; no 16-bit float has more magnitudes
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,10 @@ class WgmSettings(CompensatedSettings):
     """How the magnitudes of a tensor are grouped."""
 
     method: ClassVar[str] = "wgm"
-    groups: int = option(2, "at most this many groups of magnitudes per block", least=1, most=256)
+    groups: int = option(
+        2, f"at most this many groups of magnitudes per block, up to {_MOST_IN_BLOCKS}, or {_MOST_IN_MATRIX} a matrix",
+        least=1, most=_MOST_IN_MATRIX,
+    )  # fmt: skip
     solver: Literal["exact", "greedy", "windowed"] = option(
         "exact", "the exact optimum, or the paper's algorithm 2 or 3"
     )
@@ -64,6 +69,8 @@ class WgmSettings(CompensatedSettings):
                 return "error compensation finds groups itself; remove --solver and --lambda"
         elif self.lam == float("inf"):
             return f"lambda {self.lam}: expected a number"
+        elif self.groups > _MOST_IN_BLOCKS and self.block != "matrix":
+            return f"groups {self.groups}: more than {_MOST_IN_BLOCKS} are for a whole matrix; add --block matrix"
         rows, cols = shape
         size = rows * cols if self.block == "matrix" else self.block_columns(cols)
         most = max(1, size // self.groups)

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bincompress.tensors.packed import PackedTensor
-from cpu_kernels.quantize.unpacking import expand
+from cpu_kernels.quantize.unpacking import expand, look_up_levels
 
 
 def dequantize(packed: PackedTensor, rows: slice = slice(None)) -> NDArray[np.float32]:
@@ -12,9 +12,13 @@ def dequantize(packed: PackedTensor, rows: slice = slice(None)) -> NDArray[np.fl
     first, last, _ = rows.indices(packed.shape[0])
     cols = packed.shape[1]
     weights = np.empty((last - first, cols), np.float32)
-    coef = packed.coef if packed.coef.shape[1] == 1 else packed.coef[:, first:last]
-    terms = np.array(packed.terms, np.uint64)
-    expand(packed.all_planes(slice(first, last)), np.ascontiguousarray(coef), terms, packed.block, weights)
+    planes = packed.all_planes(slice(first, last))
+    if packed.levels is not None:
+        look_up_levels(planes, packed.levels, weights)
+    else:
+        coef = packed.coef if packed.coef.shape[1] == 1 else packed.coef[:, first:last]
+        terms = np.array(packed.terms, np.uint64)
+        expand(planes, np.ascontiguousarray(coef), terms, packed.block, weights)
     if packed.in_scale is not None:
         weights *= packed.in_scale
     begin, end = np.searchsorted(packed.listed_index, [first * cols, last * cols])

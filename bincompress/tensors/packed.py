@@ -16,6 +16,7 @@ _SCALED_BY_KERNEL = 1 << 16  # coefficients: NumPy takes 4 ns each, but a small 
 _EXPONENTS = 500  # more than float32 has, and well within float64's
 _MOST = (1 << 31) - 1  # rows, columns
 _MOST_PLANES = 16
+_LOOKED_UP = 256  # terms; more are quicker looked up than added
 _LARGEST_FACTOR = 1e30  # within float32's
 _NUMBERS = (np.float16, np.float32, np.uint8)
 _NO_PLANES = np.empty((0, 0), np.uint64)
@@ -66,6 +67,23 @@ class PackedTensor:
             return coef
         weights = np.array(self.mix, np.float32)
         return np.stack([sum(w * c for w, c in zip(row, coef, strict=True)) for row in weights]).astype(np.float32)
+
+    @cached_property
+    def levels(self) -> NDArray[np.float32] | None:
+        """What each pattern of a weight's bits stands for, float32 (2 ** planes), bit p being that of plane p.
+
+        None where coefficients belong to rows or blocks, or terms are so few that adding them is as quick.
+        """
+        count = len(self.planes) + len(self.column_planes)
+        if len(self.terms) <= _LOOKED_UP or count > _MOST_PLANES or self.coef.shape[1:] != (1, 1):
+            return None
+        # The sum over all products of planes is a Walsh transform; in float64, as many more are added than elsewhere.
+        coef = np.zeros(1 << count)
+        coef[list(self.terms)] = self.coef[:, 0, 0]
+        for plane in range(count):
+            pairs = coef.reshape(-1, 2, 1 << plane)
+            pairs[:] = np.stack([pairs[:, 0] - pairs[:, 1], pairs[:, 0] + pairs[:, 1]], axis=1)
+        return coef.astype(np.float32)
 
     def all_planes(self, rows: slice | NDArray[np.intp] = slice(None)) -> NDArray[np.uint64]:
         """Return the planes of some rows, column planes behind them as if every row had its own."""

@@ -48,23 +48,36 @@ def rounding_steps(weights, block, steps):
 def dual_planes(weights, block, large, small, codes):
     """Write b1 + 2 * b2 of every weight for scales a1 (large) and a2 (small), and return the squared error.
 
-    weights: float32 (rows, cols); large, small: float32 (rows, blocks); codes: uint8 (rows, cols), overwritten.
-    b1 = H(w - (a1 + a2) / 2), b2 = H(-(w - a1 * b1 - a2 / 2)), with H(0) = 0.
+    weights: float32 (rows, cols); large, small: float32 (rows, blocks), of any sign; codes: uint8 (rows, cols),
+    overwritten. b1 * a1 + b2 * a2 is the nearest of 0, a1, a2 and a1 + a2. Of two that are equally near it is the one
+    with fewer ones; of a1 and a2 the one of smaller magnitude.
+
+    Let a be the scale of greater magnitude (a1 where both have the same) and b the other. Seen in the direction of a,
+    the levels 0 and b lie before a and a + b, so a is in beyond half of a + b; then b is in where the rest lies beyond
+    b / 2 in the direction of b. Where a1 >= 0 >= a2 and a1 + a2 >= 0 these are the paper's formulas.
     """
     error = 0.0
-    half = np.float32(0.5)
+    one, half = np.float32(1.0), np.float32(0.5)
     for row in range(weights.shape[0]):
-        for b in range(large.shape[1]):
-            first, second = large[row, b], small[row, b]
-            start = b * block
+        for unit in range(large.shape[1]):
+            first, second = large[row, unit], small[row, unit]
+            first_way = -one if first < np.float32(0.0) else one
+            second_way = one if second > np.float32(0.0) else -one
+            first_code, second_code = np.uint8(1), np.uint8(2)
+            if abs(second) > abs(first):
+                first, second = second, first
+                first_way, second_way = second_way, first_way
+                first_code, second_code = second_code, first_code
+            first_limit, second_limit = first_way * ((first + second) * half), second_way * (second * half)
+            start = unit * block
             for col in range(start, min(start + block, weights.shape[1])):
                 rest = weights[row, col]
                 code = np.uint8(0)
-                if rest > (first + second) * half:
-                    code = np.uint8(1)
+                if first_way * rest > first_limit:
+                    code = first_code
                     rest -= first
-                if rest < second * half:
-                    code |= np.uint8(2)
+                if second_way * rest > second_limit:
+                    code |= second_code
                     rest -= second
                 codes[row, col] = code
                 error += np.float64(rest) * np.float64(rest)

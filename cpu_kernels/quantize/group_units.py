@@ -11,7 +11,7 @@ from cpu_kernels.quantize.grouping import first_row, follow_choices, merge_greed
 from cpu_kernels.quantize.intrinsics import LANES, order_rows
 from cpu_kernels.quantize.two_groups import gather_magnitudes, sorting_network
 
-F8, U1, U4 = numba.float64, numba.uint8, numba.uint32
+F8, U1, U2, U4 = numba.float64, numba.uint8, numba.uint16, numba.uint32
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 NETWORKS = (64, 128, 256)  # blocks that are sorted side by side
@@ -286,12 +286,12 @@ def group_units(
     _group_units(bits, cols, block, network, most, window, exact, lam, normalized, codes, sums)
 
 
-@kernel(numba.void(view(U4, 1), view(U4, 1), out(numba.int64, 1), out(U1, 1)))
+@kernel(numba.void(view(U4, 1), view(U4, 1), out(numba.int64, 1), out(U2, 1)))
 def assign_groups(keys, upper, quota, codes):
     """Write the group of every magnitude key of a whole matrix, as `group_units` does for row-blocks.
 
     keys: uint32 (n); upper: uint32 (groups), the greatest key of each group; quota: int64 (groups), how many of the
-    keys equal to upper[g] are in group g (used up); codes: uint8 (n).
+    keys equal to upper[g] are in group g (used up); codes: uint16 (n).
     """
     for i in range(keys.size):
         codes[i] = _group_of(keys[i], upper, quota, upper.size)

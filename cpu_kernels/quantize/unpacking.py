@@ -52,6 +52,27 @@ def expand(planes, coef, terms, block, weights):
                     flat[start + i] = buffer[i]
 
 
+@kernel(numba.void(view(U8, 3), view(F4, 1), out(F4, 2)))
+def look_up_levels(planes, levels, weights):
+    """Look up the weights of planes whose coefficients the whole matrix shares: one level for each pattern of bits.
+
+    planes: uint64 (at most 16 planes, rows, words); levels: float32 (2 ** planes), where bit p of a place is the bit of
+    plane p; weights: float32 (rows, cols), overwritten. As `expand`, in a time that does not grow with the terms.
+    """
+    cols = weights.shape[1]
+    codes = np.empty(64, np.uint64)
+    for row in range(planes.shape[1]):
+        for word in range(planes.shape[2]):
+            for j in range(64):
+                codes[j] = np.uint64(0)
+            for plane in range(planes.shape[0]):
+                bits = planes[plane, row, word]
+                for j in range(64):
+                    codes[j] |= ((bits >> np.uint64(j)) & np.uint64(1)) << np.uint64(plane)
+            for j in range(min(64, cols - 64 * word)):
+                weights[row, 64 * word + j] = levels[codes[j]]
+
+
 @kernel(numba.void(view(numba.int16, 1), numba.float64, out(F4, 1)))
 def widen(bits, factor, values):
     """Write values[i] = float16 number i times factor, rounded once; bits: their patterns (n), values: (n)."""

@@ -7,7 +7,7 @@ order are in the lower group.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ from cpu_kernels.quantize.packing import pack_by_table, pack_codes, pack_signs, 
 
 _CHUNK = 1 << 21  # weights whose codes exist at once
 _TABLE_LIMIT = 1 << 28  # bytes of the exact solver's table of choices; past it, limits are found by halving
+_FEW_GROUPS = 256  # whose codes are a byte
+_WIDE_TABLE_LIMIT = 1 << 25  # in place of _TABLE_LIMIT for more groups: 16-bit weights need no memory beside it
+_MOST_DEPTH = 15  # index planes: with the signs as many planes as a term selects from
 _NARROWED = 1 << 16  # float32 weights from which on not all of them are sorted
 _LISTED_BYTES = 12  # of a weight kept in a list: its index and its value
 
@@ -79,7 +82,7 @@ def binarize(weight: Weight, settings: Grouping) -> Binarized:
     if seen.zeros:
         zero_code = number
         level_bytes = 0 if number < 1 << depth else planes_bytes(rows, cols)
-        if level_bytes > _LISTED_BYTES * seen.zeros:
+        if level_bytes > _LISTED_BYTES * seen.zeros or (level_bytes and depth == _MOST_DEPTH):
             zero_code = 0
             listed = np.empty(seen.zeros, np.uint64)
             find_zeros(weight.flat, listed)
@@ -212,7 +215,9 @@ def exact_limits(
     count, first, second: float64 (atoms + 1) prefix sums. Memory: 4 * most bytes an atom, or 40 where that is much.
     """
     atoms = count.size - 1
-    if 4 * (most + 1) * (atoms + 1) <= _TABLE_LIMIT:
+    if most > _FEW_GROUPS and lam == 0 and atoms <= most:  # nothing is less than a group for each
+        return np.arange(atoms + 1)
+    if 4 * (most + 1) * (atoms + 1) <= (_TABLE_LIMIT if most <= _FEW_GROUPS else _WIDE_TABLE_LIMIT):
         bounds = np.empty(most + 1, np.int64)
         return bounds[: exact_groups(count, first, second, lam, most, bounds) + 1]
     costs, crossing = np.empty(most + 1), np.empty(1, np.int32)
@@ -252,10 +257,11 @@ def _pack_codes(weight: Weight, seen: Magnitudes, groups: Groups, zero_code: int
     last = np.searchsorted(ends, groups.positions[1:], side="left")  # the distinct magnitude that each group ends in
     parted = _parted(seen, groups)
     if weight.dtype != "F32" and not parted:
-        table = np.zeros(MAGNITUDES, np.uint8)
+        table = np.zeros(MAGNITUDES, np.uint16)
         table[seen.keys] = np.searchsorted(last, np.arange(seen.keys.size), side="left")
         table[0] = zero_code
-        pack_by_table(weight.flat, cols, table, planes)
+        for first in range(0, len(planes), 8):
+            pack_by_table(weight.flat, cols, (table >> first).astype(np.uint8), planes[first : first + 8])
         return
     upper = seen.keys[last]
     begins = np.maximum(groups.positions[:-1], ends[last] - seen.counts[last])
@@ -265,13 +271,15 @@ def _pack_codes(weight: Weight, seen: Magnitudes, groups: Groups, zero_code: int
     for row in range(0, rows, step):
         part = slice(row, row + step)
         flat = weight.bits[part].reshape(-1)
-        codes = np.empty(flat.size, np.uint8)
-        if weight.dtype == "F32" and not parted:
+        if weight.dtype == "F32" and not parted and len(planes) <= 8:
+            codes: NDArray[Any] = np.empty(flat.size, np.uint8)
             codes_by_limits(flat, upper[:-1].astype(np.uint32), zero_code, codes)
         else:
             keys = flat.astype(np.uint32) & np.uint32((1 << (8 * flat.itemsize - 1)) - 1)
+            codes = np.empty(flat.size, np.uint16)
             assign_groups(keys, upper, quota, codes)
             codes[keys == 0] = zero_code
-        packed = np.empty((planes.shape[0], flat.size // cols, planes.shape[2]), np.uint64)
-        pack_codes(codes, cols, packed)
-        planes[:, part] = packed
+        for first in range(0, len(planes), 8):
+            packed = np.empty((min(8, len(planes) - first), flat.size // cols, planes.shape[2]), np.uint64)
+            pack_codes((codes >> first).astype(np.uint8), cols, packed)
+            planes[first : first + 8, part] = packed
