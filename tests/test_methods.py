@@ -177,6 +177,8 @@ def test_every_declaration_is_whole() -> None:
         ("wgm", {"compensate": 1}, "compensate: expected bool, found 1"),
         ("xnor", {"block": True}, "block: expected one of 64, 128, 256, row, matrix, found True"),
         ("dbellquant", {"epsilon": float("nan")}, "epsilon: expected 0 to 1, found nan"),
+        ("dbellquant", {"activation_bits": 7}, "activation-bits: expected one of 6, 8, 16, found 7"),
+        ("dbellquant", {"smoothing": float("inf")}, "smoothing: expected 0 to 1000, found inf"),
     ],
 )
 def test_settings_are_typed(method: str, values: dict[str, object], message: str) -> None:

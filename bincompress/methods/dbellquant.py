@@ -2,13 +2,14 @@
 
 W x = (W diag(s)) (x / s). Where a norm feeds the layer, its weight is divided by s and nothing more is stored; all
 matrices that read that norm share one s. The search begins at the paper's formula and goes on by its loss, in exact
-alternating steps instead of the paper's gradient descent; of all that it passes, what counts is the error after
-compensation, and from the best the scale is fitted to the planes in closed form.
+alternating steps instead of the paper's gradient descent. What counts of all that it passes is how far the outputs are
+off: by the weights' rounding after compensation, and by that of the activations x / s to a few bits. The best is moved
+by shares towards even activations, and then fitted to the planes in closed form.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,9 @@ from bincompress.errors import TensorError
 from bincompress.methods.declaration import Binarized, CompensatedSettings, Method, Size, option
 from bincompress.methods.inputs import Inputs
 from bincompress.methods.rounding import calibrated
+from bincompress.methods.rounding.activation_error import Magnitudes, peak
 from bincompress.methods.rounding.asymmetric import asymmetric_target
+from bincompress.methods.rounding.calibrated import five_digits
 from bincompress.methods.rounding.codebook import Rounding, sum_of_planes, values_of
 from bincompress.methods.rounding.compensation import compensate
 from bincompress.methods.rounding.curvature import Curvature
@@ -30,6 +33,7 @@ _STEPS = 12  # of the search from each start; every sixth is tried
 _FITS = 3  # of the scale to the planes, after the search
 _MOST_CHANGE = 2.0  # of a channel's scale in one step
 _EXPONENTS = (0.25,)  # tried beside settings.epsilon
+_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)  # of the way to even inputs
 _SAMPLE_ROWS = 512  # of all members together, that the search looks at
 BELLS_REACH = 4.0  # of the histograms for the report, in mean magnitudes
 _PAYS = 4.0  # what a stored bit a weight lowers the error by: a factor of four
@@ -42,6 +46,12 @@ class DbellquantSettings(CompensatedSettings):
     method: ClassVar[str] = "dbellquant"
     planes: int = option(2, "planes, each with its own scale; more than one with error compensation", least=1, most=2)
     epsilon: float = option(0.85, "weight of the inputs' magnitude in the initial channel scale", least=0, most=1)
+    activation_bits: Literal[6, 8, 16] = option(
+        8, "bits of activations that the model will run with, for the channel scales; 16: their rounding does not count"
+    )
+    smoothing: float = option(
+        1.0, "weight of the activations' rounding error beside that of the weights", least=0, most=1000
+    )
 
     @property
     def calibrated(self) -> bool:
@@ -50,7 +60,7 @@ class DbellquantSettings(CompensatedSettings):
 
     def record(self) -> dict[str, Any]:
         """Return what matters to the bytes, as JSON."""
-        return self.calibrated_record("planes", "epsilon")
+        return self.calibrated_record("planes", "epsilon", "activation_bits", "smoothing")
 
 
 def binarize(weight: Weight, settings: DbellquantSettings, inputs: Inputs | None = None) -> Binarized:
@@ -74,7 +84,7 @@ def binarize(weight: Weight, settings: DbellquantSettings, inputs: Inputs | None
     if lowered * worth >= 1:  # refinement makes the difference smaller yet
         return unpaid
     found = _transformed(weight, settings, inputs, scale)
-    if found.notes["output_error"] * worth >= plain.notes["output_error"]:
+    if _criterion(found, settings) * worth >= _criterion(plain, settings):
         return unpaid
     tensor = replace(found.tensor, in_scale=(1.0 / scale).astype(np.float32))
     notes = {"transformation": "in_scale", "bells": bells(weight, scale)}
@@ -82,9 +92,18 @@ def binarize(weight: Weight, settings: DbellquantSettings, inputs: Inputs | None
 
 
 def _transformed(weight: Weight, settings: DbellquantSettings, inputs: Inputs, scale: NDArray[np.float32]) -> Binarized:
-    planes = settings.planes
+    planes, bits = settings.planes, settings.activation_bits
     scheme = calibrated.Scheme(sum_of_planes(planes), of_planes(planes), planes, 1, planes)
-    return calibrated.binarize(weight, settings, inputs, scheme, scale)
+    found = calibrated.binarize(weight, settings, inputs, scheme, scale)
+    scaled = weight.float32() * scale
+    moved = Magnitudes.of(inputs).moved(scaled, scale.astype(np.float64), bits, found.notes["output_size"])
+    peaks = [five_digits(peak(inputs.absmax, one)) for one in (np.ones_like(scale), scale)]
+    notes = {"activation_error": five_digits(moved), "activation_peak": peaks}  # before and after
+    return replace(found, notes={**found.notes, **notes})
+
+
+def _criterion(found: Binarized, settings: DbellquantSettings) -> float:
+    return float(found.notes["output_error"] + settings.smoothing * found.notes["activation_error"])
 
 
 def channel_scale(members: Sequence[Weight], inputs: Inputs, settings: DbellquantSettings) -> NDArray[np.float32]:
@@ -92,7 +111,8 @@ def channel_scale(members: Sequence[Weight], inputs: Inputs, settings: Dbellquan
 
     members: the matrices that read the input. Source: the paper's learnable transformation (LTDB); the search starts at
     its formula for settings.epsilon. Of all that the search passes, no transformation at all included, the one is taken
-    with which error compensation costs least, on rows spread evenly over the members.
+    with which the outputs are least off on rows spread evenly over the members: by the rounding of the weights, with
+    error compensation, and by that of the activations to settings.activation_bits.
     """
     return _search(members, inputs, settings)[0]
 
@@ -106,20 +126,31 @@ def _search(
     near = inputs if inputs.lack is None else replace(inputs, lack=inputs.lack[::step])  # one member, no norm's
     sample = asymmetric_target(np.concatenate([_sampled(member, len(members)) for member in members]), known, near)
     weights = sample.astype(np.float64)
+    magnitudes = Magnitudes.of(inputs)
     starts = [formula(weights, inputs.absmax, epsilon) for epsilon in (settings.epsilon, *_EXPONENTS)]
     passed = [scale for start in starts for scale in list(descend(weights, start))[:: _STEPS // 2]]
-    best, values, plain = _rounded(sample, known, np.ones(weights.shape[1]), settings)
-    least = plain
+    best = plain = _tried(sample, known, np.ones(weights.shape[1]), settings, magnitudes)
     for scale in passed:
-        _, found, error = _rounded(sample, known, scale, settings)
-        if error < least:
-            best, values, least = scale, found, error
+        best = min(best, _tried(sample, known, scale, settings, magnitudes), key=lambda tried: tried.error)
+    for scale in smoothed(best.scale, magnitudes.square) if settings.activation_bits < 16 else ():
+        best = min(best, _tried(sample, known, scale, settings, magnitudes), key=lambda tried: tried.error)
     for _ in range(_FITS):
-        scale, found, error = _rounded(sample, known, _fitted(weights, values, best, known), settings)
-        if error >= least:
+        found = _tried(sample, known, _fitted(weights, best.values, best.scale, known), settings, magnitudes)
+        if found.error >= best.error:
             break
-        best, values, least = scale, found, error
-    return _as_bfloat16(best / np.exp(np.mean(np.log(best)))), least / plain if plain > 0 else 1.0
+        best = found
+    scale = best.scale / np.exp(np.mean(np.log(best.scale)))
+    return _as_bfloat16(scale), best.error / plain.error if plain.error > 0 else 1.0
+
+
+def smoothed(scale: Floats, square: Floats) -> Iterator[Floats]:
+    """Yield a scale moved by shares of the way to the one with which all channels have inputs of one size.
+
+    square: the mean squares of the inputs (cols,).
+    """
+    even = _logs(square) / 2
+    for share in _SHARES:
+        yield np.exp((1 - share) * np.log(scale) + share * even)
 
 
 def _sampled(weight: Weight, members: int) -> NDArray[np.float32]:
@@ -137,16 +168,25 @@ def _as_bfloat16(values: Floats) -> NDArray[np.float32]:
     return rounded
 
 
-def _rounded(
-    weights: NDArray[np.float32], known: Curvature, scale: Floats, settings: DbellquantSettings
-) -> tuple[Floats, Floats, float]:
-    """Return a scale, the weights that its planes stand for (before scaling back), and what their errors cost."""
+class _Tried(NamedTuple):
+    """A scale, the weights that its planes stand for (before scaling back), and the criterion of the search."""
+
+    scale: Floats
+    values: Floats
+    error: float
+
+
+def _tried(
+    weights: NDArray[np.float32], known: Curvature, scale: Floats, settings: DbellquantSettings, magnitudes: Magnitudes
+) -> _Tried:
     narrow = scale.astype(np.float32)
     scaled = weights * narrow
     codebook, block = sum_of_planes(settings.planes), _BLOCK if settings.block == "row" else int(settings.block)
     rounding = Rounding(settings.scale_bits, float(np.abs(scaled).max(initial=0.0)))
     found = compensate(scaled, known.scaled(narrow), codebook, block, of_planes(settings.planes), rounding, 0)
-    return scale, values_of(codebook, found.codes, found.coef, block).astype(np.float64), found.cost
+    values = values_of(codebook, found.codes, found.coef, block).astype(np.float64)
+    moved = magnitudes.moved(values, scale, settings.activation_bits, found.size)
+    return _Tried(scale, values, found.cost + settings.smoothing * moved)
 
 
 def _fitted(weights: Floats, values: Floats, scale: Floats, known: Curvature) -> Floats:

@@ -49,9 +49,9 @@ def binarize(
     values = values_of(codebook, found.codes, found.coef, block)
     error = original - (values if channel_scale is None else values / channel_scale)
     notes: dict[str, Any] = {
-        "output_error": _rounded(found.cost),
-        "output_error_before_refinement": _rounded(found.compensated),
-        "output_size": _rounded(found.size),
+        "output_error": five_digits(found.cost),
+        "output_error_before_refinement": five_digits(found.compensated),
+        "output_size": five_digits(found.size),
         "refinement_rounds": found.rounds,
         "damping": known.damping,
     }
@@ -90,6 +90,6 @@ def _as_planes(found: Rounded, codebook: Codebook, block: int, rounding: Roundin
     )
 
 
-def _rounded(value: float) -> float:
+def five_digits(value: float) -> float:
     """Return five significant digits: sums of float32 matrix products hold no more, and may end just below zero."""
     return float(f"{max(value, 0.0):.5g}")
