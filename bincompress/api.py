@@ -301,7 +301,7 @@ def train(
     Raises DistillError, StoreError, CheckpointError, RecipeError or UnsupportedModelError.
     """
     with _torch_needed("training"):
-        from bincompress.distillation.places import Places
+        from bincompress.distillation.places import START, Places
         from bincompress.distillation.train_run import train as run
     if layers is None and model is None:
         raise BincompressError("nothing to train: expected layers or model, or both")
@@ -311,7 +311,7 @@ def train(
         if start is not None:
             return start
         method: dict[str, Any] = {"method": "xnor"} if planes == 1 else {"method": "wgm", "groups": 2}
-        made = str(folder / "start")
+        made = str(folder / START)
         # The checkpoint's own folder: a revision that moved meanwhile would be another model.
         compress(checkpoint.folder, made, block=block, embeddings=embeddings, **method)
         return made

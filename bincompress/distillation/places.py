@@ -15,7 +15,7 @@ from bincompress.sources.checkpoint import Checkpoint
 from bincompress.sources.hub import source_record
 from bincompress.store.files import LOCK
 from bincompress.store.layout import MODEL, NEW
-from bincompress.store.replace import Place, check_place
+from bincompress.store.replace import Place, check_place, remove
 from bincompress.store.store import Store, is_local
 
 
@@ -46,6 +46,7 @@ class Places:
 
 
 DEFAULT_PLACES = Places()
+START = "start"  # the store in a work folder that a training begins with, where it makes one
 
 
 def check_start(store: Store, teacher: Checkpoint, option: str) -> None:
@@ -80,11 +81,16 @@ def _is_taken(out: str, place: Place) -> bool:
 
 
 def remove_work(work: Path) -> None:
-    """Remove what a run keeps to go on from, and nothing else that may lie in its folder."""
+    """Remove what a run keeps to be resumed from, and nothing else that may lie in its folder."""
     with contextlib.suppress(OSError):
         for path in (*work.glob("checkpoint.*"), *work.glob("written-*-*-*.*"), *work.glob("layer-*.*")):
             if path.suffix in (".pt", ".npy", ".safetensors", ".partial"):
                 path.unlink()
+        start = work / START
+        if check_place(str(start), MODEL, overwrite=True).state == "store":
+            remove(str(start), MODEL)
+            (start / LOCK).unlink(missing_ok=True)
+            start.rmdir()
         work.rmdir()
 
 

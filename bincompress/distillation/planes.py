@@ -21,7 +21,7 @@ from bincompress.distillation.settings import DistillError
 from bincompress.distillation.student import StoredMatrix, nearest_float8, typical_of_rows
 from bincompress.methods.rounding.codebook import Codebook
 from bincompress.tensors.packed import PackedTensor
-from cpu_kernels.quantize.latents import latent_gradients, nearest_levels
+from cpu_kernels.quantize.latents import latent_gradients, levels_of_latents
 from cpu_kernels.quantize.packing import pack_codes, words_for
 
 _MOST_PLANES = 4  # 16 levels; every level takes a pass over the weights
@@ -285,7 +285,7 @@ def _nearest(latent: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
         return fused(_nearest_on_gpu, latent)(latent, levels[0], levels[1:] - levels[:-1], thresholds)
     found = torch.empty_like(latent)
     arrays = (latent.detach().numpy(), _by_unit(levels), _by_unit(thresholds), found.numpy())
-    _in_threads(lambda part: nearest_levels(*(array[part] for array in arrays)), len(latent))
+    _in_threads(lambda part: levels_of_latents(*(array[part] for array in arrays)), len(latent))
     return found
 
 

@@ -1,5 +1,6 @@
 """What is in a store, tensor by tensor and as a whole, in numbers that a machine or a table can show?"""
 
+from collections.abc import Mapping
 from typing import Any
 
 from bincompress.methods import KEEP, METHODS
@@ -52,7 +53,30 @@ def _total(store: Store, reports: list[dict[str, Any]]) -> dict[str, Any]:
         "binary": _part(linear),
         "additions_saved": _additions_saved(packed),
         "seconds": sum(report["seconds"] or 0.0 for report in done),
+        "trained": trained_lines(attributes),
     }
+
+
+def trained_lines(attributes: Mapping[str, Any]) -> list[str]:
+    """Return how a store was trained, from its root's attributes; empty where it was not."""
+    training, whole = attributes.get("training"), attributes.get("distillation")
+    lines = []
+    if training is not None and training["reports"]:
+        reports, settings = training["reports"], training["layers"]["settings"]
+        start, end = (sum(r[key] for r in reports) / len(reports) for key in ("held_out_start", "held_out"))
+        lines.append(
+            f"{len(reports)} layers one after the other on {settings['windows']} windows of {settings['context']} "
+            f"tokens in {settings['passes']} passes, mean held-out loss {start:.3f} -> {end:.3f}"
+        )
+    if whole is not None:
+        settings, held_out = whole["settings"], whole["held_out"]
+        what = "the whole model" if training is not None else "coefficients"
+        best = min(perplexity for _, perplexity in held_out)
+        lines.append(
+            f"{what} in {whole['steps']} steps of {settings['batch']} x {settings['context']} tokens, held-out "
+            f"perplexity {held_out[0][1]:.4g} -> {best:.4g} (unquantized {whole['teacher_perplexity']:.4g})"
+        )
+    return [f"{'trained' if number == 0 else 'then'}: {line}" for number, line in enumerate(lines)]
 
 
 def _bits(reports: list[dict[str, Any]]) -> float:
@@ -135,5 +159,6 @@ def totals(total: dict[str, Any]) -> list[str]:
     if total["status"] != "complete":
         missing = total["tensors"] - total["complete"]
         lines.append(f"NOT COMPLETE: {missing} tensors missing; run the same `bincompress compress` again to finish")
+    lines += total["trained"]
     lines += [f"failed: {name}: {cause}" for name, cause in total["failures"].items()]
     return lines

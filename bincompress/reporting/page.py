@@ -54,6 +54,9 @@ def report_page(store: Store, tensor: str | None = None) -> str:
     distillation = store.attributes.get("distillation")
     if distillation is not None:
         plots["distillation"] = _distillation(distillation)
+    training = store.attributes.get("training")
+    if training is not None and training["reports"]:
+        plots["layers"] = _trained_layers(training["reports"])
     return template.render(
         store=store.url, version=__version__, totals=totals(found["total"]), tensors=found["tensors"], plots=plots,
         tensor=tensor, shown=packed[tensor], distillation=distillation,
@@ -121,6 +124,24 @@ def _times(packed: dict[str, dict[str, Any]]) -> str:
     axes.set_xlabel("weights in the tensor")
     axes.set_ylabel("seconds")
     axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
+def _trained_layers(reports: list[dict[str, Any]]) -> str:
+    """Plot each layer's held-out loss before and after it was trained, and the share of weights that changed level."""
+    figure = _figure()
+    axes = figure.subplots()
+    layers = [report["layer"] for report in reports]
+    axes.plot(layers, [report["held_out_start"] for report in reports], marker="o", ms=3, color="C7", label="before")
+    axes.plot(layers, [report["held_out"] for report in reports], marker="o", ms=3, color="C3", label="after")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("held-out loss")
+    axes.set_yscale("log")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    twin = axes.twinx()
+    twin.bar(layers, [100 * report["flips"] for report in reports], alpha=0.25, color="C0")
+    twin.set_ylabel("% of the weights changed level (bars)", color="C0")
     return _svg(figure)
 
 

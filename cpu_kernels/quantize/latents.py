@@ -13,7 +13,7 @@ F4 = numba.float32
 
 
 @kernel(numba.void(view(F4, 2), view(F4, 2), view(F4, 2), out(F4, 2)))
-def nearest_levels(latents, levels, thresholds, weights):
+def levels_of_latents(latents, levels, thresholds, weights):
     """Write the level nearest to each latent; on a threshold the lower one.
 
     latents, weights: float32 (units, block); levels: float32 (units, levels), ascending; thresholds: float32 (units,

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 
-def nearest_levels(latents: Floats, levels: Floats, thresholds: Floats) -> Floats:
+def levels_of_latents(latents: Floats, levels: Floats, thresholds: Floats) -> Floats:
     """Return the level of each latent (units, block): as many levels up as there are thresholds below it."""
     place = (latents[:, :, None] > thresholds[:, None, :]).sum(-1)
     return np.take_along_axis(levels, place, axis=1)

@@ -1,0 +1,262 @@
+"""Does training lower what it should, resume without a trace, store what it trained, and refuse by name?"""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+
+from bincompress import api
+from bincompress.distillation.decoder import TorchDecoder
+from bincompress.distillation.layers import Objective
+from bincompress.distillation.model import Student
+from bincompress.distillation.settings import DistillError, DistillSettings, LayerSettings
+from bincompress.distillation.train_run import Trained
+from bincompress.errors import BincompressError
+from bincompress.inference.load import load_decoder
+from bincompress.model.config import parse
+from bincompress.model.packed_linear import ActivationSettings
+from bincompress.sources.checkpoint import open_checkpoint
+from bincompress.store.store import open_store
+from tests.conftest import Run, tiny_config, tiny_tensors, write_model
+from tests.test_replace import Tree
+
+pytestmark = pytest.mark.slow  # PyTorch
+
+CPU = torch.device("cpu")
+LAYERS = LayerSettings(windows=24, context=16, passes=4, batch=4)
+MODEL = DistillSettings(
+    steps=8, batch=4, context=16, lr=0.01, lr_planes=0.02, planes=True, evaluate_every=4, validation_share=0.2
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose weights are large enough to predict something, with a tokenizer of single letters."""
+    scaled = {name: (v * (8 if v.ndim == 2 else 1)).astype(v.dtype) for name, v in tiny_tensors().items()}
+    folder = write_model(tmp_path_factory.mktemp("train") / "model", scaled, tiny_config())
+    letters = {chr(33 + i): i for i in range(94)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, [], unk_token="!"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("".join(map(chr, np.random.default_rng(3).integers(33, 127, 900))))
+    return file
+
+
+def trained(source: Path, text: Path, out: Path, **more: Any) -> Trained:
+    return api.train(source, str(out), text, **{"layers": LAYERS, "device": "cpu", **more})
+
+
+def tensors_of(store: Path) -> dict[str, str]:
+    """Return what a store has but its times: hashes by tensor and array."""
+    opened = open_store(str(store))
+    return {name: json.dumps(opened.complete_attributes(name), sort_keys=True) for name in opened.tensors()}
+
+
+# Layer after layer
+
+
+def test_layers_learn_and_the_same_run_gives_the_same_bytes(model: Path, text: Path, tmp_path: Path) -> None:
+    first = trained(model, text, tmp_path / "a")
+    assert [report.layer for report in first.layers] == [0, 1]
+    for report, factor in zip(first.layers, (0.85, 0.95), strict=True):
+        assert report.held_out < factor * report.held_out_start
+        assert 0.001 < report.flips < 0.2
+    second = trained(model, text, tmp_path / "b")
+    assert tensors_of(tmp_path / "a") == tensors_of(tmp_path / "b")
+    assert [replace(r, seconds=0) for r in first.layers] == [replace(r, seconds=0) for r in second.layers]
+    other = trained(model, text, tmp_path / "c", layers=replace(LAYERS, seed=1))
+    assert tensors_of(tmp_path / "c") != tensors_of(tmp_path / "a")
+    assert other.layers[1].held_out == pytest.approx(first.layers[1].held_out, rel=0.2)
+    assert api.verify(tmp_path / "a").ok
+    assert not list(tmp_path.glob(".*"))  # what a run keeps to be resumed is removed
+
+
+@pytest.mark.parametrize("by", ["layer", "model", "layer+model"])
+def test_a_resumed_run_equals_one_without_interruption(by: str, model: Path, text: Path, tmp_path: Path) -> None:
+    chosen = {"layers": LAYERS if "layer" in by else None, "model": MODEL if "model" in by else None}
+    trained(model, text, tmp_path / "whole", **chosen, checkpoint_every=2)
+
+    class Killed(Exception):
+        pass
+
+    def after_the_first_layer(done: int, total: int, line: str) -> None:
+        if "held out" in line:
+            raise Killed
+
+    def after_step_5(progress: Any) -> None:
+        if progress.step == 5:
+            raise Killed
+
+    def run(**callbacks: Any) -> None:
+        trained(model, text, tmp_path / "resumed", **chosen, checkpoint_every=2, **callbacks)
+
+    if "layer" in by:
+        with pytest.raises(Killed):
+            run(on_layers=after_the_first_layer)
+        assert len(list(tmp_path.glob(".resumed.distill/layer-*.safetensors"))) == 1
+    if "model" in by:
+        with pytest.raises(Killed):
+            run(on_step=after_step_5)
+    assert not (tmp_path / "resumed").exists()
+    run()
+    assert tensors_of(tmp_path / "resumed") == tensors_of(tmp_path / "whole")
+    attributes = [open_store(str(tmp_path / name)).attributes for name in ("whole", "resumed")]
+    for key in ("training", "distillation"):
+        assert attributes[0].get(key) == attributes[1].get(key)
+
+
+def test_a_layers_file_of_another_run_or_a_damaged_one_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def stop(done: int, total: int, line: str) -> None:
+        if "held out" in line:
+            raise Killed
+
+    with pytest.raises(Killed):
+        trained(model, text, tmp_path / "out", on_layers=stop)
+    with pytest.raises(DistillError, match="a run with other settings, text or store was interrupted here"):
+        trained(model, text, tmp_path / "out", layers=replace(LAYERS, lr=0.02))
+    (file,) = tmp_path.glob(".out.distill/layer-*.safetensors")
+    content = bytearray(file.read_bytes())
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DistillError, match="not a readable file of a trained layer"):
+        trained(model, text, tmp_path / "out")
+    trained(model, text, tmp_path / "out", overwrite=True)
+
+
+def test_a_token_with_massive_activations_counts_as_one() -> None:
+    """The first tokens of real models are thousands of times larger; unweighted, a layer would learn them alone."""
+    inputs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    targets = inputs + 0.5 * torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+    targets[:, 0] *= 1000
+    objective = Objective(inputs, targets)
+    found = targets * 1.1  # each token off by a tenth of its size
+    assert float(objective(found, targets)) == pytest.approx(10 * float(objective(found, targets)) / 10)
+    one = targets.clone()
+    one[:, 0] *= 1.1
+    assert float(objective(one, targets)) == pytest.approx(float(objective(found, targets)) / 5, rel=1e-3)
+
+
+# The store
+
+
+def test_the_store_has_the_size_of_its_start_and_the_engine_gives_what_training_saw(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    api.compress(model, tmp_path / "start", groups=2, block=64)
+    out = tmp_path / "out"
+    trained(model, text, out, start=str(tmp_path / "start"), model=MODEL)
+    before, after = (api.inspect(tmp_path / name)["tensors"] for name in ("start", "out"))
+    for name, report in after.items():
+        if report["method"] == "wgm":
+            assert report["stored_bits"] == before[name]["stored_bits"]
+            assert report["nominal_bits"] == before[name]["nominal_bits"]
+    assert api.verify(out).ok
+    engine = load_decoder(str(out), 1, ActivationSettings(16)).decoder
+    ids = np.random.default_rng(0).integers(0, 94, 48)
+    config, opened = parse(open_checkpoint(model).config), open_store(str(out))
+    weights = {k: v.detach() for k, v in Student.of_store(opened, config, CPU, torch.float32, False).weights().items()}
+    decoder = TorchDecoder(config, CPU, 48)
+    with torch.no_grad():
+        expected = decoder.head(weights, decoder.states(weights, torch.from_numpy(ids)[None]))[0].numpy()
+    found = np.asarray(engine.logits(ids, engine.new_cache(48)))
+    assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+def test_one_plane_eight_bit_scales_and_packed_embeddings(model: Path, text: Path, tmp_path: Path) -> None:
+    found = trained(model, text, tmp_path / "out", planes=1, block=64, scale_bits=8, embeddings="8bit", model=MODEL)
+    assert found.model["best"] < found.model["start"]
+    report = api.inspect(tmp_path / "out")["tensors"]["model.layers.0.mlp.down_proj.weight"]
+    assert report["stored_bits"] == pytest.approx((3 * 64 + 3 * 8) / 160, rel=0.01)  # 3 words and 3 scales a row
+    assert report["nominal_bits"] == pytest.approx(1 + 8 * 3 / 160)
+    attributes = open_store(str(tmp_path / "out")).complete_attributes("model.layers.0.mlp.down_proj.weight")
+    assert attributes["settings"]["scale_bits"] == 8
+    assert api.verify(tmp_path / "out").ok
+    load_decoder(str(tmp_path / "out"), 1, ActivationSettings())
+
+
+@pytest.mark.parametrize("method", [{"method": "dbllm", "block": 64}, {"method": "wgm", "groups": 3, "block": 64}])
+def test_other_sums_of_planes_learn_too(method: dict[str, Any], model: Path, text: Path, tmp_path: Path) -> None:
+    api.compress(model, tmp_path / "start", **method)
+    found = trained(model, text, tmp_path / "out", start=str(tmp_path / "start"))
+    assert all(report.held_out < 0.95 * report.held_out_start for report in found.layers)
+    assert api.verify(tmp_path / "out").ok
+
+
+def test_the_store_says_how_it_was_trained(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    trained(model, text, tmp_path / "out", model=MODEL)
+    record = open_store(str(tmp_path / "out")).attributes["training"]
+    assert record["layers"]["settings"]["windows"] == 24
+    assert [report["layer"] for report in record["reports"]] == [0, 1]
+    _, shown, _ = run("inspect", tmp_path / "out")
+    assert "trained: 2 layers one after the other on 24 windows of 16 tokens in 4 passes, mean held-out loss" in shown
+    assert "then: the whole model in 8 steps of 4 x 16 tokens, held-out perplexity" in shown
+    page = tmp_path / "page.html"
+    run("report", tmp_path / "out", "--out", page)
+    assert "Held-out loss by layer" in page.read_text()
+
+
+# Refused before the work
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (lambda t: {"layers": None}, "nothing to train: expected layers or model"),
+        (lambda t: {"layers": replace(LAYERS, windows=60)}, "expected at least 68, 8 of them to judge"),
+        (lambda t: {"layers": replace(LAYERS, context=10**6)}, "the model's limit"),
+        (lambda t: {"start": str(t / "nothing")}, "nothing: no such store"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    options: Callable[[Path], dict[str, Any]], message: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BincompressError, match=message):
+        trained(model, text, tmp_path / "out", **options(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_is_taken_and_a_store_of_another_model_are_refused(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    api.compress(model, tmp_path / "taken")
+    before = Tree(str(tmp_path / "taken")).all()
+    with pytest.raises(DistillError, match="taken: exists; choose another STORE, or --overwrite"):
+        trained(model, text, tmp_path / "taken")
+    assert Tree(str(tmp_path / "taken")).all() == before
+    other = write_model(tmp_path / "other", tiny_tensors(), {**tiny_config(), "rms_norm_eps": 1e-4})
+    api.compress(other, tmp_path / "theirs")
+    with pytest.raises(DistillError, match="give the checkpoint that it was made from as SOURCE"):
+        trained(model, text, tmp_path / "out", start=str(tmp_path / "theirs"))
+
+
+# The command
+
+
+def test_the_command(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    small = ["--windows", "24", "--layer-context", "16", "--passes", "1", "--device", "cpu", "--threads", "1"]
+    code, out, _ = run("train", model, tmp_path / "out", "--text", text, *small)
+    assert code == 0
+    assert "layer 1: held-out loss" in out
+    _, out, _ = run("train", model, tmp_path / "two", "--text", text, *small, "--json")
+    assert [layer["layer"] for layer in json.loads(out)["layers"]] == [0, 1]
+    code, _, err = run("train", model, tmp_path / "three", "--text", text, "--start", tmp_path / "out", "--planes", "1")
+    assert code == 2
+    assert "--planes, --block and --embeddings are those of the store given with --start" in err
