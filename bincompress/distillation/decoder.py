@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bincompress.model.config import ModelConfig
+from bincompress.model.errors import UnsupportedModelError
 from bincompress.model.rope import table
 
 Weights = Mapping[str, Tensor]
@@ -25,7 +26,10 @@ class TorchDecoder:
     """A Llama-like decoder without weights of its own: teacher and student share it."""
 
     def __init__(self, config: ModelConfig, device: torch.device, positions: int) -> None:
-        """Prepare the rotary tables of so many positions on a device."""
+        """Prepare the rotary tables of so many positions on a device; raises UnsupportedModelError by name."""
+        lacks = config.beyond_llama()
+        if lacks:
+            raise UnsupportedModelError(f"distill does not know {config.architecture} yet: {', '.join(lacks)}")
         self.config = config
         cosines, sines = table(config.rope, config.head_dim, positions)
         self._cosines = torch.from_numpy(cosines).to(device)
