@@ -13,7 +13,7 @@ from bincompress.model.cache import KvCache, cache_bytes
 from bincompress.model.config import parse
 from bincompress.model.errors import PromptError
 from cpu_kernels.decoder.attention import ATTEND, BLOCK, NO_WINDOW, padded, scratch_size, work_items
-from cpu_kernels.decoder.norms import PLACE, add_norm, gate
+from cpu_kernels.decoder.norms import GATES, PLACE, add_norm, add_normed, norm_queries_keys
 from cpu_kernels.reference import attention as reference
 
 FLOAT32, FLOAT16 = np.dtype(np.float32), np.dtype(np.uint16)
@@ -100,19 +100,51 @@ def test_add_norm(hidden: int) -> None:
     assert not normed[0].any()
 
 
-def test_gate() -> None:
+@pytest.mark.parametrize("hidden", [1, 31, 64, 77])
+@pytest.mark.parametrize(("delta_normed", "normed_after"), [(True, True), (True, False), (False, True), (False, False)])
+def test_add_normed(hidden: int, delta_normed: bool, normed_after: bool) -> None:
+    rng = np.random.default_rng(7)
+    stream, delta = rng.standard_normal((2, 6, hidden)).astype(np.float32)
+    bias, delta_norm, weight = rng.standard_normal((3, hidden)).astype(np.float32)
+    delta_norm, weight = delta_norm[: hidden * delta_normed], weight[: hidden * normed_after]
+    expected = reference.add_normed(stream, delta + bias, delta_norm, 0.22, weight, 1e-5)
+    before, normed = stream.copy(), np.zeros_like(stream)
+    add_normed(stream, delta, bias, delta_norm, 0.22, weight, 1e-5, 1, 5, normed)
+    assert np.abs(stream[1:5] - expected[0][1:5]).max() < 1e-5
+    assert np.abs(normed[1:5] - expected[1][1:5]).max() < 1e-5
+    assert np.array_equal(stream[[0, 5]], before[[0, 5]])
+    assert not normed[[0, 5]].any()
+
+
+@pytest.mark.parametrize(("queries", "keys", "values"), [(1, 1, 1), (30, 10, 10), (64, 32, 32)])
+def test_norm_queries_keys(queries: int, keys: int, values: int) -> None:
+    rng = np.random.default_rng(8)
+    qkv = rng.standard_normal((5, queries + keys + values)).astype(np.float32)
+    bias = rng.standard_normal((qkv.shape[1],)).astype(np.float32)
+    q_norm, k_norm = (rng.standard_normal((size,)).astype(np.float32) for size in (queries, keys))
+    before, split = qkv.copy(), np.split(qkv + bias, [queries, queries + keys], axis=1)
+    expected = [reference.rms_norm(split[0], q_norm, 1e-6), reference.rms_norm(split[1], k_norm, 1e-6), split[2]]
+    norm_queries_keys(qkv, bias, q_norm, k_norm, 1e-6, 0, 4)
+    assert np.abs(qkv[:4] - np.concatenate(expected, axis=1)[:4]).max() < 1e-5
+    assert np.array_equal(qkv[4], before[4])
+
+
+@pytest.mark.parametrize("activation", GATES)
+def test_gate(activation: str) -> None:
+    twin = {"silu": reference.gate, "gelu_tanh": reference.gelu_gate}[activation]
     rng = np.random.default_rng(3)
     gate_up = (rng.standard_normal((3, 74)) * 20).astype(np.float32)
     gate_up[0, :6] = [-1000, 1000, -88, 88, 0, -86.9]
     bias = rng.standard_normal(74).astype(np.float32)
     result = np.zeros((3, 37), np.float32)
-    gate(gate_up, bias, 0, 3, result)
-    assert np.allclose(result, reference.gate(gate_up, bias), rtol=1e-5, atol=1e-6)
+    GATES[activation](gate_up, bias, 0, 3, result)
+    assert np.allclose(result, twin(gate_up, bias), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [FLOAT32, FLOAT16])
 @pytest.mark.parametrize("normalise", [True, False])
-def test_place(kind: np.dtype[Any], normalise: bool) -> None:
+@pytest.mark.parametrize("rotated", [24, 18, 0])
+def test_place(kind: np.dtype[Any], normalise: bool, rotated: int) -> None:
     rng = np.random.default_rng(4)
     tokens, heads, kv_heads, dim, first = 40, 4, 2, 24, 29
     qkv = rng.standard_normal((tokens, (heads + 2 * kv_heads) * dim)).astype(np.float32)
@@ -120,13 +152,14 @@ def test_place(kind: np.dtype[Any], normalise: bool) -> None:
     norms = rng.standard_normal((2, dim)).astype(np.float32)
     if not normalise:
         norms = np.zeros((2, 0), np.float32)
-    angles = rng.standard_normal((first + tokens, dim // 2)).astype(np.float32)
+    scale = dim**-0.5 if rotated == dim else 0.3
+    angles = rng.standard_normal((first + tokens, rotated // 2)).astype(np.float32)
     split = (qkv + bias).reshape(tokens, -1, dim)
     queries, keys, values = split[:, :heads], split[:, heads : heads + kv_heads], split[:, heads + kv_heads :]
     if normalise:
         queries, keys = reference.rms_norm(queries, norms[0], 1e-6), reference.rms_norm(keys, norms[1], 1e-6)
     cosines, sines = np.cos(angles), np.sin(angles)
-    queries = reference.rotate(queries, cosines[first:], sines[first:]) * np.float32(dim**-0.5)
+    queries = reference.rotate(queries, cosines[first:], sines[first:]) * np.float32(scale)
     keys = reference.rotate(keys, cosines[first:], sines[first:])
 
     before = np.zeros((first, kv_heads, dim), np.float32)
@@ -134,7 +167,7 @@ def test_place(kind: np.dtype[Any], normalise: bool) -> None:
     stored_keys = np.concatenate([stored_keys] * 3, axis=1)
     stored_values = np.concatenate([stored_values] * 3, axis=1)
     PLACE[kind](
-        qkv, bias, *norms, 1e-6, cosines, sines, first, heads, 0, tokens, stored_keys, stored_values
+        qkv, bias, *norms, 1e-6, scale, cosines, sines, first, heads, 0, tokens, stored_keys, stored_values
     )  # fmt: skip
     assert np.allclose(qkv.reshape(tokens, -1, dim)[:, :heads], queries, atol=1e-5)
     expected = cached(np.concatenate([before, keys]), kind, True), cached(np.concatenate([before, values]), kind, False)
@@ -159,7 +192,7 @@ def test_float16_patterns_are_numpys() -> None:
     keys, values_out = np.zeros((1, -(-n // 32), 32, 32), np.uint16), np.zeros((1, -(-n // 32) * 32, 32), np.uint16)
     none, bias = np.zeros(0, np.float32), np.zeros(128, np.float32)
     cosines, sines = np.ones((n, 16), np.float32), np.zeros((n, 16), np.float32)
-    PLACE[FLOAT16](qkv, bias, none, none, 1e-6, cosines, sines, 0, 2, 0, n, keys, values_out)
+    PLACE[FLOAT16](qkv, bias, none, none, 1e-6, 1.0, cosines, sines, 0, 2, 0, n, keys, values_out)
     expected = values.reshape(-1, 32).astype(np.float16)
     assert np.array_equal(values_out.view(np.float16)[0, :n], expected)
 
@@ -168,7 +201,7 @@ def test_float16_cache_holds_its_largest_number_instead_of_infinity() -> None:
     qkv = np.full((1, 6), [0, 0, 1e6, -1e6, 65520, -70000], np.float32)
     keys, values = np.zeros((1, 1, 2, 32), np.uint16), np.zeros((1, 32, 32), np.uint16)
     none, angles = np.zeros(0, np.float32), np.ones((1, 1), np.float32)
-    PLACE[FLOAT16](qkv, np.zeros(6, np.float32), none, none, 1e-6, angles, angles * 0, 0, 1, 0, 1, keys, values)
+    PLACE[FLOAT16](qkv, np.zeros(6, np.float32), none, none, 1e-6, 1.0, angles, angles * 0, 0, 1, 0, 1, keys, values)
     assert keys.view(np.float16)[0, 0, :, 0].tolist() == [65504, -65504]
     assert values.view(np.float16)[0, 0, :2].tolist() == [65504, -65504]
 
@@ -195,18 +228,17 @@ def test_cache_bytes_are_known_before_it_is_made(kind: Any, capacity: int) -> No
 def test_the_rotation_table_is_as_long_as_what_is_used() -> None:
     long = replace(CONFIG, context=10_000_000)
     cache = KvCache(long, 10_000_000, "float16")
-    assert cache.cosines.nbytes + cache.sines.nbytes == 0
+    assert sum(table.nbytes for table in cache.rotation(0)) == 0
     lengths = []
     for length in (1, 2, 512, 513, 5000, 5001):
         cache.reach(length)
-        lengths.append(len(cache.cosines))
+        lengths.append(len(cache.rotation(0)[0]))
     assert lengths == [512, 512, 512, 1024, 5000, 10000]
     cosines, sines = rope.table(CONFIG.rope, CONFIG.head_dim, 10000)
-    np.testing.assert_array_equal(cache.cosines, cosines)
-    np.testing.assert_array_equal(cache.sines, sines)
+    np.testing.assert_array_equal(cache.rotation(2), (cosines, sines))
     short = KvCache(CONFIG, 3)
     short.reach(3)
-    assert len(short.sines) == 3
+    assert len(short.rotation(0)[1]) == 3
 
 
 def test_a_cache_larger_than_the_memory_is_refused_with_its_size() -> None:

@@ -38,7 +38,7 @@ def test_absent_fields_take_the_architectures_defaults() -> None:
     )
     assert mistral.windows == (4096, 4096)
     qwen3 = parse(QWEN2 | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"})
-    assert (qwen3.head_dim, qwen3.qk_norm, qwen3.qkv_bias) == (128, True, False)
+    assert (qwen3.head_dim, qwen3.qk_norm, qwen3.qkv_bias) == (128, "head", False)
     assert parse(QWEN2).qkv_bias
 
 
@@ -165,6 +165,101 @@ def test_what_changes_the_arithmetic_is_refused_by_name(change: dict[str, Any], 
     assert message in str(caught.value)
 
 
+GEMMA3 = LLAMA | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "num_key_value_heads": 2}
+SMOLLM3 = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "num_key_value_heads": 2}
+OLMO2 = LLAMA | {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
+GRANITE = LLAMA | {"architectures": ["GraniteForCausalLM"], "model_type": "granite"}
+PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
+
+
+def test_absent_fields_of_the_other_declarations() -> None:
+    gemma3 = parse({key: value for key, value in GEMMA3.items() if key != "num_key_value_heads"})
+    assert (gemma3.kv_heads, gemma3.head_dim, gemma3.context, gemma3.tied) == (4, 256, 131072, True)
+    assert (gemma3.activation, gemma3.query_scale, gemma3.embedding_multiplier) == ("gelu_tanh", 1 / 16, 8.0)
+    assert gemma3.windows == (4096, 4096)
+    assert gemma3.ropes == (rope.Rope(10000.0),) * 2
+    deep = parse(GEMMA3 | {"num_hidden_layers": 7})
+    assert deep.windows == (4096,) * 5 + (None, 4096)
+    assert [own.theta for own in deep.ropes] == [1e4] * 5 + [1e6, 1e4]
+    smollm3 = parse(SMOLLM3 | {"num_hidden_layers": 5, "rope_theta": None})
+    assert (smollm3.tied, smollm3.context, smollm3.windows) == (True, 32768, (None,) * 5)
+    assert [(own.theta, own.share) for own in smollm3.ropes if own.share] == [(2e6, 1.0)] * 4
+    assert smollm3.ropes[3].share == 0
+    granite = parse(GRANITE)
+    assert (granite.query_scale, granite.residual_multiplier, granite.logit_divisor) == (1.0, 1.0, 1.0)
+    phi3 = parse({key: value for key, value in PHI3.items() if key != "rms_norm_eps"})
+    assert (phi3.norm_epsilon, phi3.windows, phi3.context) == (1e-5, (None, None), 4096)
+    assert parse({key: value for key, value in OLMO2.items() if key != "rms_norm_eps"}).norm_epsilon == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "whole", "local"),
+    [
+        ({"rope_theta": 500.0, "rope_local_base_freq": 70.0}, rope.Rope(500.0), rope.Rope(70.0)),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 8}}, rope.Rope(1e6, "linear", 8.0), rope.Rope(1e4)),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 9.0}}}, rope.Rope(9.0), rope.Rope(1e4)),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 9.0}}, "rope_theta": 8.0},
+            rope.Rope(8.0),
+            rope.Rope(9.0),
+        ),
+        # transformers updates an object that has a type already with it.
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, rope.Rope(1e6), rope.Rope(1e4)),
+    ],
+)
+def test_gemmas_two_ropes_in_either_form(change: dict[str, Any], whole: rope.Rope, local: rope.Rope) -> None:
+    config = parse(GEMMA3 | change | {"layer_types": ["full_attention", "sliding_attention"]})
+    assert config.ropes == (whole, local)
+
+
+def test_a_bare_model_of_a_declared_family_is_known() -> None:
+    assert parse(GEMMA3 | {"architectures": ["Gemma3TextModel"]}) == parse(GEMMA3)
+    assert parse(PHI3 | {"architectures": ["Phi3Model"]}) == parse(PHI3)
+
+
+REFUSED_OF_OTHERS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+    (GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+    (GEMMA3, {"hidden_activation": "relu"}, "hidden_activation = 'relu' is not supported; known: silu, swish, gelu_py"),
+    (GEMMA3, {"sliding_window": None}, "sliding_window = None is not supported"),
+    (GEMMA3, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters: 'rope_type' beside kinds"),
+    (GEMMA3, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "full_attention: rope type 'yarn'"),
+    (GEMMA3, {"residual_multiplier": 0.5}, "residual_multiplier = 0.5"),
+    (GEMMA3, {"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration is not supported"),
+    (GEMMA3, {"architectures": ["Gemma3nForCausalLM"]}, "architecture Gemma3nForCausalLM is not supported"),
+    (GEMMA3, {"model_type": "gemma3"}, "Gemma3ForCausalLM has model_type 'gemma3_text', found 'gemma3'"),
+    (GRANITE, {"architectures": ["GraniteMoeForCausalLM"]}, "architecture GraniteMoeForCausalLM is not supported"),
+    (GRANITE, {"num_local_experts": 8}, "num_local_experts = 8"),
+    (GRANITE, {"query_pre_attn_scalar": 8}, "query_pre_attn_scalar = 8"),
+    (PHI3, {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8}}, "rope type 'longrope'"),
+    (PHI3, {"partial_rotary_factor": 0.2}, "partial_rotary_factor = 0.2 of head_dim 16 is not an even number"),
+    (PHI3, {"partial_rotary_factor": 0.05}, "partial_rotary_factor = 0.05 of head_dim 16"),
+    (PHI3, {"architectures": ["PhimoeForCausalLM"]}, "architecture PhimoeForCausalLM is not supported"),
+    (OLMO2, {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
+    (OLMO2, {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types contradict"),
+    (OLMO2, {"architectures": ["OlmoeForCausalLM"]}, "architecture OlmoeForCausalLM is not supported"),
+    (SMOLLM3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    *(
+        (LLAMA, {"architectures": [name], "model_type": kind}, f"architecture {name} is not supported; known: Llama")
+        for name, kind in [
+            ("MixtralForCausalLM", "mixtral"), ("Qwen3MoeForCausalLM", "qwen3_moe"), ("GptOssForCausalLM", "gpt_oss"),
+            ("Qwen3_5ForCausalLM", "qwen3_5_text"), ("Lfm2ForCausalLM", "lfm2"), ("Gemma2ForCausalLM", "gemma2"),
+            ("Olmo3ForCausalLM", "olmo3"), ("Ministral3ForCausalLM", "ministral3"),
+            ("Gemma4ForCausalLM", "gemma4_text"),
+        ]
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("raw", "change", "message"), REFUSED_OF_OTHERS)
+def test_what_a_declaration_does_not_read_is_refused_by_name(
+    raw: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        parse(raw | change)
+    assert message in str(caught.value)
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"hidden_size": "64"}, "hidden_size: expected a whole number, found '64'"),
     ({"hidden_size": 64.0}, "hidden_size: expected a whole number, found 64.0"),
@@ -193,6 +288,34 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+WRONG_OF_OTHERS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (GEMMA3, {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar: expected a positive number, found 0"),
+    (GEMMA3, {"final_logit_softcapping": "30"}, "final_logit_softcapping: expected a positive number"),
+    (GEMMA3, {"sliding_window_pattern": 0}, "sliding_window_pattern: expected 1 to"),
+    (
+        GEMMA3,
+        {"rope_parameters": {"full_attention": 3}},
+        "rope_parameters: full_attention: expected an object, found 3",
+    ),
+    (GEMMA3, {"rope_local_base_freq": -1.0}, "rope_local_base_freq: expected a positive number, found -1.0"),
+    (GRANITE, {"residual_multiplier": True}, "residual_multiplier: expected a positive number, found True"),
+    (GRANITE, {"logits_scaling": 0}, "logits_scaling: expected a positive number, found 0"),
+    (PHI3, {"partial_rotary_factor": 1.5}, "partial_rotary_factor: expected at most 1, found 1.5"),
+    (SMOLLM3, {"no_rope_layers": [1]}, "no_rope_layers: expected a list of 2 numbers 0 or 1, found [1]"),
+    (SMOLLM3, {"no_rope_layers": "11"}, "no_rope_layers: expected a list of 2 numbers"),
+    (SMOLLM3, {"no_rope_layer_interval": 0}, "no_rope_layer_interval: expected 1 to"),
+]
+
+
+@pytest.mark.parametrize(("raw", "change", "message"), WRONG_OF_OTHERS)
+def test_wrong_values_of_other_parts_are_refused_by_name(
+    raw: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(raw | change)
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize(("change", "message"), WRONG)
 def test_wrong_values_are_refused_by_name(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -206,11 +329,14 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
     max_leaves=5,
 )
-FIELDS = [*LLAMA, "rope_scaling", "rope_parameters", "sliding_window", "layer_types", "head_dim", "num_experts"]
+FIELDS = [
+    *LLAMA, "rope_scaling", "rope_parameters", "sliding_window", "layer_types", "head_dim", "num_experts",
+    "no_rope_layers", "partial_rotary_factor", "query_pre_attn_scalar", "logits_scaling", "hidden_activation",
+]  # fmt: skip
 
 
 @given(
-    base=st.sampled_from([LLAMA, QWEN2 | {"use_sliding_window": True}]),
+    base=st.sampled_from([LLAMA, QWEN2 | {"use_sliding_window": True}, GEMMA3, SMOLLM3, OLMO2, GRANITE, PHI3]),
     changes=st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=3),
 )
 def test_any_json_is_read_or_refused(base: dict[str, Any], changes: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.config import parse
 from bincompress.model.decoder import Decoder
 from cpu_kernels.parallel.workers import Workers
-from tests.conftest import DEMO_MODEL, SHARED
+from tests.conftest import DEMO_MODEL, SHARED, Run, tiny_tokenizer
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -34,6 +34,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
+    "pad_token_id": None,  # by default some have one past this vocabulary
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -80,16 +81,97 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Architectures with parts that Llama and its kin lack, which `distill` does not know; layers of every kind, and sizes
+# that no kernel's step divides.
+GEMMA3 = {
+    "head_dim": 24,
+    "query_pre_attn_scalar": 40,
+    "sliding_window": 9,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+BEYOND_LLAMA: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("Gemma3Text", GEMMA3),
+    "gemma3 pattern": ("Gemma3Text", {"num_hidden_layers": 7, "head_dim": 18, "sliding_window": 5}),
+    "gemma3 rope linear": (
+        "Gemma3Text",
+        {
+            **GEMMA3,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+            },
+        },
+    ),
+    "gemma3 soft cap bias untied": (
+        "Gemma3Text",
+        {**GEMMA3, "final_logit_softcapping": 2.5, "attention_bias": True, "tie_word_embeddings": False},
+    ),
+    "gemma3 odd": (
+        "Gemma3Text",
+        {
+            **GEMMA3,
+            "hidden_size": 45,
+            "intermediate_size": 71,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 1,
+            "head_dim": 10,
+        },
+    ),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 5}),
+    "smollm3 bias": ("SmolLM3", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
+    "smollm3 listed": (
+        "SmolLM3",
+        {"no_rope_layers": [0, 1, 1], "use_sliding_window": True, "sliding_window": 11, "num_key_value_heads": None},
+    ),
+    "smollm3 layer types": (
+        "SmolLM3",
+        {
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 11,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        },
+    ),
+    "olmo2": ("Olmo2", {}),
+    "olmo2 odd": (
+        "Olmo2",
+        {"hidden_size": 50, "intermediate_size": 67, "num_attention_heads": 5, "num_key_value_heads": 1},
+    ),
+    "olmo2 bias": ("Olmo2", {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": None}),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.015625,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+    ),
+    "granite plain": ("Granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "phi3": ("Phi3", {}),
+    "phi3 window": ("Phi3", {"sliding_window": 13, "num_key_value_heads": None}),
+    "phi3 partial": (
+        "Phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 900.0, "partial_rotary_factor": 0.75}},
+    ),
+    "phi3 odd": (
+        "Phi3",
+        {"hidden_size": 50, "intermediate_size": 67, "num_attention_heads": 5, "num_key_value_heads": 1},
+    ),
+    "granite rope": ("Granite", {"rope_parameters": LLAMA3, "residual_multiplier": 0.5}),
+}
+
 
 def random_model(folder: Path, kind: str, options: dict[str, Any]) -> Any:
     """Save a small model whose every weight is random, norms and biases included, and return it."""
     config = getattr(transformers, f"{kind}Config")(**{**SMALL, **options}, attn_implementation="eager")
     torch.manual_seed(7)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
+    model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spread = 0.3 if parameter.ndim == 1 else 0.25
-            parameter.copy_(torch.randn_like(parameter) * spread + (1.0 if "norm" in name else 0.0))
+            middle = 1.0 if "norm" in name and "Gemma" not in kind else 0.0
+            parameter.copy_(torch.randn_like(parameter) * spread + middle)
     model.save_pretrained(folder)
     return model
 
@@ -110,9 +192,12 @@ def in_parts(decoder: Decoder, ids: NDArray[np.int64], parts: list[int]) -> NDAr
     return np.concatenate([decoder.logits(ids[a:b], cache) for a, b in itertools.pairwise(bounds)])
 
 
-@pytest.mark.parametrize("case", CASES)
+ALL = {**CASES, **BEYOND_LLAMA}
+
+
+@pytest.mark.parametrize("case", ALL)
 def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
-    theirs = random_model(tmp_path, *CASES[case])
+    theirs = random_model(tmp_path, *ALL[case])
     ids = np.random.default_rng(1).integers(0, VOCAB, 75)
     expected = their_logits(theirs, ids)
     decoder = load_checkpoint(tmp_path)
@@ -148,6 +233,61 @@ def test_old_style_config_is_read_alike(tmp_path: Path) -> None:
     old |= {"rope_theta": LLAMA3["rope_theta"], "rope_scaling": {"type": "llama3", **scaling}, "torch_dtype": "float32"}
     assert "rope_parameters" in new
     assert parse(old) == parse(new)
+
+
+@pytest.mark.parametrize("case", ["llama tied", "gemma3", "smollm3", "olmo2", "granite", "phi3"])
+def test_an_export_is_a_checkpoint_of_transformers(case: str, tmp_path: Path, run: Run) -> None:
+    random_model(tmp_path / "model", *ALL[case])
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tiny_tokenizer(VOCAB)))
+    assert run("compress", tmp_path / "model", tmp_path / "store", "--groups", 8, "--block", 64)[0] == 0
+    assert run("export", tmp_path / "store", tmp_path / "back")[0] == 0
+    theirs, found = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "back", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = np.random.default_rng(10).integers(0, VOCAB, 40)
+    ours = in_parts(load_checkpoint(tmp_path / "back"), ids, [40])
+    assert distance(ours, their_logits(theirs.eval(), ids)) < TOLERANCE
+
+
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Gemma 2": ("Gemma2", {}),
+    "OLMo 3": ("Olmo3", {}),
+    "Mixtral": ("Mixtral", EXPERTS),
+    "Qwen3-MoE": ("Qwen3Moe", EXPERTS),
+    "LFM2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"]}),
+    "Phi-4-mini": (
+        "Phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+            },
+            "original_max_position_embeddings": 128,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_architectures_that_do_not_run_are_compressed_for_export_alone(kind: str, tmp_path: Path, run: Run) -> None:
+    original = random_model(tmp_path / "model", *OTHERS[kind])
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tiny_tokenizer(VOCAB)))
+    given = ("compress", tmp_path / "model", tmp_path / "store", "--groups", 8, "--block", 64)
+    code, _, refused = run(*given)
+    assert (code, "will compress and export, but not run here: config.json: " in refused) == (2, True)
+    assert run(*given, "--export-only")[0] == 0
+    assert run("export", tmp_path / "store", tmp_path / "back")[0] == 0
+    theirs, found = type(original).from_pretrained(
+        tmp_path / "back", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    changed = 0
+    for name, before in original.state_dict().items():
+        error = float((theirs.state_dict()[name] - before).norm() / before.norm())
+        assert error < 0.1, name  # eight groups of magnitudes in bfloat16
+        changed += error > 0
+    assert changed > 3
 
 
 def rewritten(folder: Path, change: dict[str, Any], tensors: dict[str, Any] | None = None) -> Any:

@@ -20,7 +20,7 @@ from bincompress.calibration.statistics import Statistics, begin_statistics
 from bincompress.errors import BincompressError, TensorError
 from bincompress.model.checkpoint_source import CheckpointSource, checkpoint_config
 from bincompress.model.config import ModelConfig, parse
-from bincompress.model.decoder import read_layer
+from bincompress.model.decoder import embedded, read_layer
 from bincompress.model.linear import Floats
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.sources.checkpoint import Checkpoint
@@ -61,7 +61,8 @@ class Calibration:
         """Return the residual stream before the first layer, (samples, context, hidden)."""
         source = CheckpointSource(self.checkpoint, self.config)
         table = source.embedding(self.config.declaration.names.embedding)
-        return table.rows_of(self.samples.reshape(-1)).reshape(*self.samples.shape, self.config.hidden)
+        vectors = embedded(self.config, table, self.samples.reshape(-1))
+        return vectors.reshape(*self.samples.shape, self.config.hidden)
 
     def record(self) -> dict[str, Any]:
         """Return what has to be equal for statistics to be the same, and which input every matrix reads, as JSON."""

@@ -3,15 +3,13 @@
 Between them others may look at what the matrices read, and change those that come later.
 """
 
-from dataclasses import replace
-
 import numpy as np
 
 from bincompress.model.cache import KvCache
 from bincompress.model.config import ModelConfig
 from bincompress.model.decoder import PREFILL_BLOCK
 from bincompress.model.linear import Floats
-from bincompress.model.steps import Buffers, Layer, Steps
+from bincompress.model.steps import NO_NORM, Buffers, Layer, Steps
 from cpu_kernels.parallel.workers import Workers
 
 INPUTS = 4  # of a layer, in their order: qkv, out, gate_up, down
@@ -25,7 +23,7 @@ class Walk:
     """
 
     def __init__(self, config: ModelConfig, layer: int, stream: Floats) -> None:
-        self._config = replace(config, layers=1, windows=(config.windows[layer],))
+        self._config = config.of_layer(layer)
         self._steps = Steps(self._config, Workers(1))
         self.stream = stream.copy()
         self.x = _NONE
@@ -39,19 +37,29 @@ class Walk:
             # Once more: a transformation of the matrices that read it may have been folded into the norm meanwhile.
             self.x = self._mixed(self._normed(stream, weights.input_norm), weights)
         elif number == 2:
-            stream += weights.out(self.x) + weights.out_bias
+            self._add(stream, weights.out(self.x), weights.out_bias, weights.out_norm)
             self.x = self._normed(stream, weights.post_norm)
         elif number == 3:
             gate_up = weights.gate_up(self._normed(stream, weights.post_norm))
             self.x = np.empty((len(stream), weights.down.cols), np.float32)
             self._steps.gate(_work(inner=self.x), gate_up, weights.gate_up_bias)
         else:
-            stream += weights.down(self.x) + weights.down_bias
+            self._add(stream, weights.down(self.x), weights.down_bias, weights.down_norm)
             self.x = _NONE
 
+    def _add(self, stream: Floats, delta: Floats, bias: Floats, delta_norm: Floats) -> None:
+        """Add to the stream what a matrix gave."""
+        if delta_norm.size or self._config.residual_multiplier != 1:
+            self._steps.add(_work(stream=stream, normed=np.empty_like(stream)), delta, bias, delta_norm, NO_NORM)
+        else:
+            stream += delta + bias
+
     def _normed(self, stream: Floats, weight: Floats) -> Floats:
+        """Return what the matrices after a norm read; the stream itself where there is no norm."""
+        if not weight.size:
+            return stream.copy()
         normed, nothing = np.empty_like(stream), np.zeros_like(stream)
-        self._steps.add_norm(_work(stream=stream, normed=normed), nothing, nothing[0], weight)
+        self._steps.add(_work(stream=stream, normed=normed), nothing, nothing[0], NO_NORM, weight)
         return normed
 
     def _mixed(self, x: Floats, weights: Layer) -> Floats:

@@ -37,7 +37,8 @@ def fingerprint(job: Job, weight: Weight) -> dict[str, Any]:
 def _shared_record(shared: Shared) -> dict[str, Any]:
     """Return what the bytes of a norm and its readers depend on beside the tensor itself."""
     members = [content_hash(read_weight(member)) for member in shared.members]
-    return {"members": members, "settings": shared.settings.record()}
+    offset = {"norm_offset": shared.norm_offset} if shared.norm_offset else {}
+    return {"members": members, "settings": shared.settings.record(), **offset}
 
 
 def content_hash(weight: Weight) -> str:

@@ -190,7 +190,7 @@ def _folded(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...]) -> tuple
         first = readers[0]
         if not _scales_channels(first) or any(reader.settings != first.settings for reader in readers):
             continue
-        shared = Shared(tuple(reader.source for reader in readers), first.settings)
+        shared = Shared(tuple(reader.source for reader in readers), first.settings, config.norm_offset)
         extra = sum(member.nbytes for member in shared.members)
         for tensor in (norm, *readers):
             # The norm is divided by the scale, and kept in float32 then.
@@ -215,6 +215,7 @@ def _norms_with_readers(
         (planned[names.of_layer(layer, norm)], [planned[names.of_layer(layer, f"{part}.weight")] for part in parts])
         for layer in range(config.layers)
         for norm, parts in ((names.input_norm, names.qkv), (names.post_norm, names.gate_up))
+        if norm  # else they read the residual stream itself, into which nothing can be folded
     ]
 
 

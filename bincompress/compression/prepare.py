@@ -31,12 +31,19 @@ class Prepared:
     method: Method | None  # None: it is not packed, and no scale is folded into it
     inputs: Inputs | None
     kept: tuple[tuple[int, int], ...]  # single weights, (row, column), that the result lists with their exact values
+    norm_offset: float = 0.0  # of a norm: what the decoder adds to its stored weights
 
     def as_it_is(self) -> Weight:
         """Return what is written of a tensor that is not packed; a norm is divided by the scale of its readers."""
         if self.inputs is None or self.inputs.channel_scale is None:
             return self.weight
-        return Weight((self.weight.float32() / self.inputs.channel_scale).view(np.uint32), "F32")
+        scale, values = self.inputs.channel_scale, self.weight.float32()
+        if self.norm_offset:
+            offset = np.float32(self.norm_offset)
+            folded = (values + offset) / scale - offset
+        else:
+            folded = values / scale
+        return Weight(folded.view(np.uint32), "F32")
 
     def binarized(self) -> Binarized:
         """Run the method; raises TensorError naming the first weight that is not finite."""
@@ -62,7 +69,8 @@ def prepare(job: Job, weight: Weight, mark: dict[str, Any]) -> Prepared:
     if inputs is not None and method is not None and job.shared is not None:
         scale = _shared_scale(job.shared, inputs, method, f"{mark.get('inputs')} {mark.get('shared')}")
         inputs = replace(inputs, name=job.name, channel_scale=scale)
-    return Prepared(job.name, weight, job.settings, method, inputs, job.kept)
+    offset = job.shared.norm_offset if job.shared is not None else 0.0
+    return Prepared(job.name, weight, job.settings, method, inputs, job.kept, offset)
 
 
 def _inputs(job: Job) -> Inputs | None:

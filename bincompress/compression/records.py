@@ -13,6 +13,7 @@ class Shared:
 
     members: tuple[TensorSource, ...]
     settings: Settings
+    norm_offset: float = 0.0  # what the decoder adds to the norm's stored weights
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from bincompress.compression.run import Runner
 from bincompress.errors import StoreError, TensorError
 from bincompress.model.checkpoint_source import CheckpointSource
 from bincompress.model.config import ModelConfig
-from bincompress.model.decoder import read_layer
+from bincompress.model.decoder import embedded, read_layer
 from bincompress.model.linear import DenseLinear, Embedding, Floats
 from bincompress.model.packed_linear import PackedEmbedding
 from bincompress.model.steps import Layer
@@ -173,7 +173,7 @@ class _Sequence:
                 return layer, (exact, packed)
         exact = self.work.embed()
         table = _SoFar(self.store, self.work).embedding(self.work.config.declaration.names.embedding)
-        return 0, (exact, table.rows_of(self.work.samples.reshape(-1)).reshape(exact.shape))
+        return 0, (exact, embedded(config, table, self.work.samples.reshape(-1)).reshape(exact.shape))
 
     def _collect(self, both: "_Both", number: int, key: str) -> dict[str, Floats]:
         """Return what the store is to know of an input: means over the tokens."""
@@ -201,7 +201,9 @@ class _Both:
 
     def go_on(self, number: int, threads: int) -> Iterator[_Sum]:
         """Go to the next input, and yield the parts' sums in their order."""
-        yield from over_parts(self._walks, threads, functools.partial(_sum, number, *self._weights()))
+        yield from over_parts(
+            self._walks, threads, functools.partial(_sum, number, self._work.config, *self._weights())
+        )
 
     def finish(self, threads: int) -> Streams:
         """Go to the end of the layer and return the streams there."""
@@ -222,7 +224,7 @@ class _Both:
         return self._exact, read_layer(self._work.config, so_far, self._layer)
 
 
-def _sum(number: int, exact: Layer, packed: Layer, pair: tuple[Walk, Walk]) -> _Sum:
+def _sum(number: int, config: ModelConfig, exact: Layer, packed: Layer, pair: tuple[Walk, Walk]) -> _Sum:
     """Take a part to an input in both models and return its sums."""
     was, now = pair
     was.go_on(number, exact)
@@ -232,7 +234,11 @@ def _sum(number: int, exact: Layer, packed: Layer, pair: tuple[Walk, Walk]) -> _
     x, drift = now.x, was.x - now.x
     arrays = {"hessian": x.T @ x}
     if number in _WRITERS:
-        lack = (exact.out if number == 1 else exact.down)(drift) + (was.stream - now.stream).reshape(len(x), -1)
+        matrix, norm = (exact.out, exact.out_norm) if number == 1 else (exact.down, exact.down_norm)
+        lack = matrix(drift)
+        if not norm.size:  # through a norm, a matrix cannot make up for what the stream lacks by adding it
+            behind = (was.stream - now.stream).reshape(len(x), -1)
+            lack += behind if config.residual_multiplier == 1 else behind / np.float32(config.residual_multiplier)
         arrays["lack"] = lack.T @ x
     else:
         arrays["drift"] = drift.T @ x

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bincompress.model.config import ModelConfig
+from bincompress.model.errors import UnsupportedModelError
 from bincompress.model.rope import table
 
 Weights = Mapping[str, Tensor]
@@ -21,13 +22,24 @@ class Cache:
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
+def refuse_unknown(config: ModelConfig) -> None:
+    """Raise UnsupportedModelError where a model has parts that this decoder does not have yet."""
+    lacks = config.beyond_llama()
+    if lacks:
+        raise UnsupportedModelError(f"training does not know {config.architecture} yet: {', '.join(lacks)}")
+
+
 class TorchDecoder:
     """A Llama-like decoder without weights of its own: teacher and student share it."""
 
     def __init__(
         self, config: ModelConfig, device: torch.device, positions: int, dtype: torch.dtype = torch.float32
     ) -> None:
-        """Prepare the rotary tables of so many positions on a device; dtype: of what is multiplied."""
+        """Prepare the rotary tables of so many positions on a device; dtype: of what is multiplied.
+
+        Raises UnsupportedModelError by name.
+        """
+        refuse_unknown(config)
         self.config = config
         self.dtype = dtype
         cosines, sines = table(config.rope, config.head_dim, positions)

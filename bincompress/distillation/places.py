@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import xxhash
 
+from bincompress.distillation.decoder import refuse_unknown
 from bincompress.distillation.settings import DistillError
 from bincompress.errors import StoreError
 from bincompress.model.checkpoint_source import CheckpointSource, checkpoint_config
@@ -59,7 +60,9 @@ def check_start(store: Store, teacher: Checkpoint, option: str) -> None:
             f"{store.url}: was made from {attributes['source']['id']}, but its headers or config differ from those of "
             f"{teacher.name}; give the checkpoint that it was made from as {option}"
         )
-    CheckpointSource(teacher, checkpoint_config(teacher))
+    config = checkpoint_config(teacher)
+    refuse_unknown(config)
+    CheckpointSource(teacher, config)
 
 
 def check_out(out: str, start: str | None, option: str, overwrite: bool) -> None:

@@ -11,7 +11,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from bincompress.distillation.decoder import TorchDecoder
+from bincompress.distillation.decoder import TorchDecoder, refuse_unknown
 from bincompress.distillation.layer_run import HELD_OUT, OnLayers, train_layers
 from bincompress.distillation.layers import LayerReport
 from bincompress.distillation.model import trained_vectors
@@ -77,6 +77,7 @@ def train(
     """
     begin = time.perf_counter()
     config = checkpoint_config(teacher)
+    refuse_unknown(config)
     for settings in (layers, model):
         if settings is not None:
             check_context(settings.context, config.context)

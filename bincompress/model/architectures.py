@@ -1,22 +1,37 @@
-"""Which architectures the decoder runs: one declaration each, of names, options and the defaults of absent fields."""
+"""Which architectures the decoder runs: one declaration each, of names, parts and the defaults of absent fields."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-Windows = Literal["never", "every layer", "by layer_types"]
+# Which layers see a window of positions: where layer_types does not say, every layer, those from max_window_layers on
+# (if use_sliding_window), all but every sixth (sliding_window_pattern), or those without rotary embedding (if
+# use_sliding_window).
+Windows = Literal["never", "every layer", "by layer_types", "by pattern", "without rope"]
 Biases = Literal["never", "always", "attention_bias"]
+QkNorm = Literal["", "head", "whole"]  # queries and keys are not normalized, or each head is, or all heads at once
+Activation = Literal["silu", "gelu_tanh"]
+
+# What config.json calls the activations of the gate.
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
 
 
 @dataclass(frozen=True)
 class Names:
-    """Tensor names; those of a layer are completed with its number."""
+    """Tensor names; those of a layer are completed with its number. A norm that an architecture lacks is empty."""
 
     embedding: str = "model.embed_tokens.weight"
     norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
     layer: str = "model.layers.{layer}."
-    input_norm: str = "input_layernorm.weight"
-    post_norm: str = "post_attention_layernorm.weight"
+    input_norm: str = "input_layernorm.weight"  # before attention
+    post_norm: str = "post_attention_layernorm.weight"  # before the MLP
+    out_norm: str = ""  # of what attention gives, before it is added to the stream
+    down_norm: str = ""  # of what the MLP gives, before it is added to the stream
     qkv: tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     out: str = "self_attn.o_proj"
     q_norm: str = "self_attn.q_norm.weight"
@@ -37,12 +52,21 @@ class Architecture:
     context: int  # max_position_embeddings where config.json does not say
     kv_heads: int | None = None  # num_key_value_heads where absent; None: as many as heads
     head_dim: int | None = None  # head_dim where absent; None: hidden_size / num_attention_heads
+    epsilon: float = 1e-6  # rms_norm_eps where absent
+    tied: bool = False  # tie_word_embeddings where absent
     qkv_bias: Biases = "never"
     out_bias: Biases = "never"
     mlp_bias: bool = False  # whether the field mlp_bias is obeyed
-    qk_norm: bool = False
+    norm_offset: float = 0.0  # what is added to every stored weight of a norm
+    qk_norm: QkNorm = ""
+    activation: str = "silu"  # of the gate, where absent
+    activation_field: str = "hidden_act"
+    embedding_scaled: bool = False  # by the square root of hidden_size
+    rope_theta: float = 10000.0  # where absent
+    local_rope_theta: float | None = None  # of layers with a window, where they have a rotary embedding of their own
     windows: Windows = "never"
     window: int | None = 4096  # sliding_window where absent
+    reads: tuple[str, ...] = ()  # fields of UNHANDLED that are obeyed
     names: Names = Names()
 
 
@@ -59,8 +83,69 @@ ARCHITECTURES: dict[str, Architecture] = {
         head_dim=128,
         qkv_bias="attention_bias",
         out_bias="attention_bias",
-        qk_norm=True,
+        qk_norm="head",
         windows="by layer_types",
+    ),
+    "Gemma3ForCausalLM": Architecture(
+        "gemma3_text",
+        context=131072,
+        kv_heads=4,
+        head_dim=256,
+        tied=True,
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        norm_offset=1.0,
+        qk_norm="head",
+        activation="gelu_pytorch_tanh",
+        activation_field="hidden_activation",
+        embedding_scaled=True,
+        rope_theta=1000000.0,
+        local_rope_theta=10000.0,
+        windows="by pattern",
+        reads=("query_pre_attn_scalar", "final_logit_softcapping"),
+        names=Names(
+            post_norm="pre_feedforward_layernorm.weight",
+            out_norm="post_attention_layernorm.weight",
+            down_norm="post_feedforward_layernorm.weight",
+        ),
+    ),
+    "SmolLM3ForCausalLM": Architecture(
+        "smollm3",
+        context=32768,
+        kv_heads=4,
+        tied=True,
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        mlp_bias=True,
+        rope_theta=2000000.0,
+        windows="without rope",
+        window=None,
+        reads=("no_rope_layers",),
+    ),
+    "Olmo2ForCausalLM": Architecture(
+        "olmo2",
+        context=2048,
+        epsilon=1e-5,
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        qk_norm="whole",
+        names=Names(
+            input_norm="",
+            post_norm="",
+            out_norm="post_attention_layernorm.weight",
+            down_norm="post_feedforward_layernorm.weight",
+        ),
+    ),
+    "GraniteForCausalLM": Architecture(
+        "granite",
+        context=2048,
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        mlp_bias=True,
+        reads=("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
+    ),
+    "Phi3ForCausalLM": Architecture(
+        "phi3", context=4096, epsilon=1e-5, windows="every layer", window=None, reads=("partial_rotary_factor",)
     ),
 }
 
@@ -75,7 +160,7 @@ OTHER_FAMILIES = (
     "starcoder", "t5", "xlnet", "zamba",
 )  # fmt: skip
 
-# Fields that change the arithmetic of some model and that no architecture above has, with the values that do not.
+# Fields that change the arithmetic of some model, with the values that do not. An architecture that has one says so.
 UNHANDLED: dict[str, tuple[object, ...]] = {
     "quantization_config": (None,),
     "partial_rotary_factor": (None, 1, 1.0),
@@ -92,6 +177,7 @@ UNHANDLED: dict[str, tuple[object, ...]] = {
     "attention_chunk_size": (None,),
     "no_rope_layers": (None,),
     "use_mrope": (None, False),
+    "use_bidirectional_attention": (None, False),
     "attn_temperature_tuning": (None, False),
     "num_experts": (None, 0, 1),
     "num_local_experts": (None, 0, 1),

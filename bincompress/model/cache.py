@@ -46,24 +46,33 @@ class KvCache:
                 f"context: {capacity:,} tokens need {cache_bytes(config, capacity, kind) / 1e9:,.1f} GB for their keys "
                 "and values, more than there are; give a smaller --max-tokens"
             ) from None
-        self._rope, self._head_dim = config.rope, config.head_dim
+        self._head_dim = config.head_dim
+        self._ropes = _distinct(config)
+        self._of_layer = [self._ropes.index(own) for own in config.ropes]
         # Of the positions that were reached: a table for the whole context may take gigabytes that no text uses.
-        self.cosines, self.sines = rope.table(config.rope, config.head_dim, 0)
+        self._reached = 0
+        self._tables = [rope.table(own, config.head_dim, 0) for own in self._ropes]
+
+    def rotation(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return a layer's cosines and sines of the positions that were reached, each (positions, rotated / 2)."""
+        return self._tables[self._of_layer[layer]]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole cache once it is filled."""
-        return sum(array.nbytes for array in (*self.keys, *self.values)) + self.capacity * self._head_dim * 4
+        arrays = sum(array.nbytes for array in (*self.keys, *self.values))
+        return arrays + _table_bytes(self._ropes, self._head_dim, self.capacity)
 
     def reach(self, length: int) -> None:
-        """Make the rotation table long enough for so many positions, at most the capacity."""
-        have = len(self.cosines)
+        """Make the rotation tables long enough for so many positions, at most the capacity."""
+        have = self._reached
         if length <= have:
             return
         until = min(self.capacity, max(length, 2 * have, _FIRST_POSITIONS))
-        added = rope.table(self._rope, self._head_dim, until, have)
-        self.cosines = np.concatenate([self.cosines, added[0]])
-        self.sines = np.concatenate([self.sines, added[1]])
+        for number, (own, before) in enumerate(zip(self._ropes, self._tables, strict=True)):
+            added = rope.table(own, self._head_dim, until, have)
+            self._tables[number] = np.concatenate([before[0], added[0]]), np.concatenate([before[1], added[1]])
+        self._reached = until
 
     @property
     def free(self) -> int:
@@ -81,4 +90,14 @@ def cache_bytes(config: ModelConfig, capacity: int, kind: CacheType = "float32")
     """Return the bytes that a cache of this capacity takes, before one is made."""
     positions = -(-capacity // BLOCK) * BLOCK
     per_position = config.layers * config.kv_heads * (config.head_dim + padded(config.head_dim))
-    return positions * per_position * np.dtype(_ITEMS[kind]).itemsize + capacity * config.head_dim * 4
+    return positions * per_position * np.dtype(_ITEMS[kind]).itemsize + _table_bytes(
+        _distinct(config), config.head_dim, capacity
+    )
+
+
+def _distinct(config: ModelConfig) -> list[rope.Rope]:
+    return list(dict.fromkeys(config.ropes))
+
+
+def _table_bytes(ropes: list[rope.Rope], head_dim: int, positions: int) -> int:
+    return sum(positions * rope.rotated(own, head_dim) * 4 for own in ropes)

@@ -6,13 +6,24 @@ from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from typing import Any
 
-from bincompress.model.architectures import ARCHITECTURES, OTHER_FAMILIES, UNHANDLED, Architecture, Biases, Names
+from bincompress.model.architectures import (
+    ACTIVATIONS,
+    ARCHITECTURES,
+    OTHER_FAMILIES,
+    UNHANDLED,
+    Activation,
+    Architecture,
+    Biases,
+    Names,
+    QkNorm,
+)
 from bincompress.model.errors import ConfigError, UnsupportedModelError
+from bincompress.model.fields import LARGEST_POSITION, flag, number, size
+from bincompress.model.positions import Window, positions
 from bincompress.model.rope import Rope
 
-_LARGEST = 1 << 24  # no size of a known model comes near; far larger ones would exhaust the memory
 _MOST_LAYERS = 4096
-_ROPE_KINDS = ("default", "linear", "llama3")
+_PRE_ATTENTION = 256  # query_pre_attn_scalar where absent
 
 
 @dataclass(frozen=True)
@@ -29,13 +40,20 @@ class ModelConfig:
     head_dim: int
     norm_epsilon: float
     context: int
-    rope: Rope
-    windows: tuple[int | None, ...]  # per layer: positions that a token sees, None for all
+    ropes: tuple[Rope, ...]  # per layer
+    windows: tuple[Window, ...]  # per layer
     tied: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: QkNorm = ""
+    norm_offset: float = 0.0  # what is added to every stored weight of a norm
+    activation: Activation = "silu"
+    query_scale: float | None = None  # of queries before their product with keys; None: 1 / sqrt(head_dim)
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0  # of what attention and the MLP add to the stream
+    logit_divisor: float = 1.0
+    logit_cap: float | None = None  # logits become cap * tanh(logits / cap)
     names: Names = dataclass_field(default_factory=Names)  # as this model's tensors are called
     notes: tuple[str, ...] = dataclass_field(default=(), compare=False)  # what a user should know of how it is read
 
@@ -43,6 +61,34 @@ class ModelConfig:
     def declaration(self) -> Architecture:
         """The architecture's entry in the registry, with this model's names of tensors."""
         return replace(ARCHITECTURES[self.architecture], names=self.names)
+
+    @property
+    def rope(self) -> Rope:
+        """The rotary embedding of the first layer."""
+        return self.ropes[0]
+
+    def of_layer(self, layer: int) -> "ModelConfig":
+        """Return the config of a model that has this layer alone."""
+        return replace(self, layers=1, ropes=(self.ropes[layer],), windows=(self.windows[layer],))
+
+    def beyond_llama(self) -> list[str]:
+        """Return, in words, the parts that are neither Llama's nor Qwen3's: for programs that know only those."""
+        names = self.names
+        parts = {
+            "norms after attention and MLP": bool(names.out_norm or names.down_norm),
+            "no norms before them": not (names.input_norm and names.post_norm),
+            "norm weights stored as differences from 1": self.norm_offset != 0,
+            "queries and keys normalized as a whole": self.qk_norm == "whole",
+            f"activation {self.activation}": self.activation != "silu",
+            "a query scale": self.query_scale is not None,
+            "an embedding multiplier": self.embedding_multiplier != 1,
+            "a residual multiplier": self.residual_multiplier != 1,
+            "scaled logits": self.logit_divisor != 1,
+            "a soft cap of logits": self.logit_cap is not None,
+            "rotary embeddings that differ by layer": len(set(self.ropes)) > 1,
+            "partial rotary embeddings": any(rope.share != 1 for rope in self.ropes),
+        }
+        return [part for part, has in parts.items() if has]
 
     def inputs_of_layer(self, layer: int) -> dict[str, list[str]]:
         """Return a layer's distinct inputs in their order, by the first matrix that reads each: its readers."""
@@ -68,11 +114,13 @@ class ModelConfig:
         }
         shapes: dict[str, tuple[int, ...]] = {names.embedding: (self.vocab, self.hidden)}
         for layer in range(self.layers):
-            shapes[names.of_layer(layer, names.input_norm)] = (self.hidden,)
-            shapes[names.of_layer(layer, names.post_norm)] = (self.hidden,)
+            for norm in (names.input_norm, names.post_norm, names.out_norm, names.down_norm):
+                if norm:
+                    shapes[names.of_layer(layer, norm)] = (self.hidden,)
             if self.qk_norm:
-                shapes[names.of_layer(layer, names.q_norm)] = (self.head_dim,)
-                shapes[names.of_layer(layer, names.k_norm)] = (self.head_dim,)
+                whole = self.qk_norm == "whole"
+                shapes[names.of_layer(layer, names.q_norm)] = (queries if whole else self.head_dim,)
+                shapes[names.of_layer(layer, names.k_norm)] = (keys if whole else self.head_dim,)
             for part, (rows, cols, bias) in matrices.items():
                 shapes[names.of_layer(layer, part + ".weight")] = (rows, cols)
                 if bias:
@@ -89,37 +137,49 @@ def parse(raw: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(f"config.json: expected an object, found {type(raw).__name__}")
     name = _architecture(raw)
     declared = ARCHITECTURES[name]
-    _refuse_unhandled(raw)
-    hidden = _size(raw, "hidden_size")
-    heads = _size(raw, "num_attention_heads")
-    layers = _size(raw, "num_hidden_layers", limit=_MOST_LAYERS)
+    _refuse_unhandled(raw, declared)
+    hidden = size(raw, "hidden_size")
+    heads = size(raw, "num_attention_heads")
+    layers = size(raw, "num_hidden_layers", limit=_MOST_LAYERS)
     # null means as many as heads; a field that is absent has the default of the architecture.
     kv_default = heads if "num_key_value_heads" in raw else declared.kv_heads or heads
-    kv_heads = _size(raw, "num_key_value_heads", kv_default)
+    kv_heads = size(raw, "num_key_value_heads", kv_default)
     if heads % kv_heads:
         raise ConfigError(f"config.json: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
-    head_dim = _size(raw, "head_dim", _head_dim(raw, declared, hidden, heads))
+    head_dim = size(raw, "head_dim", _head_dim(raw, declared, hidden, heads))
     if head_dim % 2:
         raise ConfigError(f"config.json: head_dim {head_dim} is odd; rotary embeddings need an even one")
-    context = _size(raw, "max_position_embeddings", declared.context, limit=1 << 31)
+    context = size(raw, "max_position_embeddings", declared.context, limit=LARGEST_POSITION)
+
+    def multiplier(field: str) -> float:
+        return number(raw, field, 1.0) if field in declared.reads else 1.0
+
+    ropes, windows = positions(raw, declared, layers, head_dim, context)
     return ModelConfig(
         architecture=name,
-        vocab=_size(raw, "vocab_size"),
+        vocab=size(raw, "vocab_size"),
         hidden=hidden,
-        inner=_size(raw, "intermediate_size"),
+        inner=size(raw, "intermediate_size"),
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_epsilon=_number(raw, "rms_norm_eps", 1e-6),
+        norm_epsilon=number(raw, "rms_norm_eps", declared.epsilon),
         context=context,
-        rope=_rope(raw, context),
-        windows=_windows(raw, declared, layers),
-        tied=_flag(raw, "tie_word_embeddings"),
+        ropes=ropes,
+        windows=windows,
+        tied=flag(raw, "tie_word_embeddings", declared.tied),
         qkv_bias=_bias(raw, declared.qkv_bias),
         out_bias=_bias(raw, declared.out_bias),
-        mlp_bias=declared.mlp_bias and _flag(raw, "mlp_bias"),
+        mlp_bias=declared.mlp_bias and flag(raw, "mlp_bias"),
         qk_norm=declared.qk_norm,
+        norm_offset=declared.norm_offset,
+        activation=_activation(raw, declared),
+        query_scale=_query_scale(raw, declared),
+        embedding_multiplier=math.sqrt(hidden) if declared.embedding_scaled else multiplier("embedding_multiplier"),
+        residual_multiplier=multiplier("residual_multiplier"),
+        logit_divisor=multiplier("logits_scaling"),
+        logit_cap=_logit_cap(raw, declared),
         names=declared.names,
     )
 
@@ -139,8 +199,9 @@ def _architecture(raw: Mapping[str, Any]) -> str:
         expected = ARCHITECTURES[name].model_type
         if model_type not in (None, expected):
             raise UnsupportedModelError(f"config.json: {name} has model_type {expected!r}, found {model_type!r}")
+    own = () if chosen is None else (chosen, *(chosen.replace("ForCausalLM", end) for end in ("Model", "TextModel")))
     for name in names:
-        if chosen is None or name.lower().startswith(OTHER_FAMILIES):
+        if chosen is None or (name not in own and name.lower().startswith(OTHER_FAMILIES)):
             raise UnsupportedModelError(
                 f"config.json: architecture {name} is not supported; known: {known} (model_type: {model_type!r})"
             )
@@ -149,80 +210,39 @@ def _architecture(raw: Mapping[str, Any]) -> str:
     return chosen
 
 
-def _refuse_unhandled(raw: Mapping[str, Any]) -> None:
+def _refuse_unhandled(raw: Mapping[str, Any], declared: Architecture) -> None:
     for field, neutral in UNHANDLED.items():
         value = raw.get(field)
+        if field in declared.reads:
+            continue
         if not any(value is entry or (type(value) is type(entry) and value == entry) for entry in neutral):
             shown = value.get("quant_method", "given") if isinstance(value, Mapping) else value
             raise UnsupportedModelError(f"config.json: {field} = {shown!r} is not supported; only {neutral[0]!r} is")
-    activation = raw.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise UnsupportedModelError(f"config.json: hidden_act = {activation!r} is not supported; only 'silu' is")
 
 
-def _rope(raw: Mapping[str, Any], context: int) -> Rope:
-    """Read either form as transformers does: rope_scaling, where there is any, replaces all of rope_parameters."""
-    field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    given = raw.get(field) or {}
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"config.json: {field}: expected an object, found {given!r:.80}")
-    nested = [key for key, value in given.items() if isinstance(value, Mapping)]
-    if nested:
-        raise UnsupportedModelError(f"config.json: {field} per kind of layer ({nested[0]!r}) are not supported")
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in _ROPE_KINDS:
-        known = ", ".join(_ROPE_KINDS)
-        raise UnsupportedModelError(f"config.json: {field}: rope type {kind!r} is not supported; known: {known}")
-    if given.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-        found = given["partial_rotary_factor"]
-        raise UnsupportedModelError(f"config.json: partial_rotary_factor = {found!r} is not supported; only 1.0 is")
-    source = given if given.get("rope_theta") is not None else raw
-    theta = _number(source, "rope_theta", 10000.0)
-    if kind == "default":
-        return Rope(theta)
-    factor = _number(given, "factor")
-    if kind == "linear":
-        return Rope(theta, "linear", factor)
-    low, high = _number(given, "low_freq_factor"), _number(given, "high_freq_factor")
-    if low >= high:
-        raise ConfigError(f"config.json: low_freq_factor {low} must be below high_freq_factor {high}")
-    # The field beside the object comes before that inside it.
-    source = raw if raw.get("original_max_position_embeddings") is not None else given
-    original = _size(source, "original_max_position_embeddings", context, limit=1 << 31)
-    return Rope(theta, "llama3", factor, low, high, original)
+def _activation(raw: Mapping[str, Any], declared: Architecture) -> Activation:
+    found = raw.get(declared.activation_field, declared.activation)
+    if not isinstance(found, str) or found not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise UnsupportedModelError(
+            f"config.json: {declared.activation_field} = {found!r} is not supported; known: {known}"
+        )
+    return ACTIVATIONS[found]
 
 
-def _windows(raw: Mapping[str, Any], declared: Architecture, layers: int) -> tuple[int | None, ...]:
-    window = declared.window
-    if declared.windows != "never" and "sliding_window" in raw:
-        window = None if raw["sliding_window"] is None else _size(raw, "sliding_window", limit=1 << 31)
-    if declared.windows == "never" or (declared.windows == "by layer_types" and not _flag(raw, "use_sliding_window")):
-        window = None
-    sliding = [window is not None] * layers
-    kinds = raw.get("layer_types")
-    if declared.windows == "by layer_types" and kinds is None and window is not None:
-        first = _count(raw, "max_window_layers", 28)
-        sliding = [layer >= first for layer in range(layers)]
-    if kinds is not None:
-        stated = _layer_kinds(kinds, layers)
-        if declared.windows == "by layer_types" and window is not None:
-            sliding = stated
-        elif stated != sliding:
-            raise UnsupportedModelError("config.json: layer_types contradict the sliding window; not supported")
-    return tuple(window if slides else None for slides in sliding)
+def _query_scale(raw: Mapping[str, Any], declared: Architecture) -> float | None:
+    if "query_pre_attn_scalar" in declared.reads:
+        return 1.0 / math.sqrt(number(raw, "query_pre_attn_scalar", _PRE_ATTENTION))
+    return number(raw, "attention_multiplier", 1.0) if "attention_multiplier" in declared.reads else None
 
 
-def _layer_kinds(kinds: Any, layers: int) -> list[bool]:
-    if not isinstance(kinds, list) or len(kinds) != layers:
-        raise ConfigError(f"config.json: layer_types: expected a list of {layers} kinds, found {str(kinds)[:80]}")
-    for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise UnsupportedModelError(f"config.json: layer type {kind!r} is not supported")
-    return [kind == "sliding_attention" for kind in kinds]
+def _logit_cap(raw: Mapping[str, Any], declared: Architecture) -> float | None:
+    field = "final_logit_softcapping"
+    return number(raw, field) if field in declared.reads and raw.get(field) is not None else None
 
 
 def _bias(raw: Mapping[str, Any], rule: Biases) -> bool:
-    return rule == "always" or (rule == "attention_bias" and _flag(raw, "attention_bias"))
+    return rule == "always" or (rule == "attention_bias" and flag(raw, "attention_bias"))
 
 
 def _head_dim(raw: Mapping[str, Any], declared: Architecture, hidden: int, heads: int) -> int | None:
@@ -234,35 +254,3 @@ def _head_dim(raw: Mapping[str, Any], declared: Architecture, hidden: int, heads
     if hidden % heads:
         raise ConfigError(f"config.json: num_attention_heads {heads} does not divide hidden_size {hidden}")
     return hidden // heads
-
-
-def _count(raw: Mapping[str, Any], field: str, default: int | None = None) -> int:
-    value = raw.get(field)
-    if value is None:
-        value = default
-    if type(value) is not int or value < 0:
-        raise ConfigError(f"config.json: {field}: expected a whole number, found {value!r}")
-    return value
-
-
-def _size(raw: Mapping[str, Any], field: str, default: int | None = None, limit: int = _LARGEST) -> int:
-    value = _count(raw, field, default)
-    if not 0 < value <= limit:
-        raise ConfigError(f"config.json: {field}: expected 1 to {limit}, found {value}")
-    return value
-
-
-def _number(raw: Mapping[str, Any], field: str, default: float | None = None) -> float:
-    value = raw.get(field)
-    if value is None:
-        value = default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConfigError(f"config.json: {field}: expected a positive number, found {value!r}")
-    return float(value)
-
-
-def _flag(raw: Mapping[str, Any], field: str) -> bool:
-    value = raw.get(field)
-    if value not in (None, True, False) or type(value) is int:
-        raise ConfigError(f"config.json: {field}: expected true or false, found {value!r}")
-    return bool(value)

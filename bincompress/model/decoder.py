@@ -9,14 +9,13 @@ from bincompress.model.cache import CacheType, KvCache
 from bincompress.model.config import ModelConfig
 from bincompress.model.errors import NotFiniteError, PromptError
 from bincompress.model.linear import Embedding, Linear, WeightSource
-from bincompress.model.steps import Buffers, Layer, Steps
+from bincompress.model.steps import NO_NORM, Buffers, Layer, Steps
 from bincompress.model.threads import in_turn
 from cpu_kernels.parallel.workers import Workers
 
 Floats = NDArray[np.float32]
 
 PREFILL_BLOCK = 512  # tokens that go through the layers together
-_NONE = np.zeros(0, np.float32)
 
 
 class Decoder:
@@ -34,8 +33,7 @@ class Decoder:
         self.config = config
         self.workers = workers or Workers(1)
         self.layers, self.embedding, self.head = _read(config, source, self.workers)
-        self.norm = source.vector([names.norm])
-        self._no_bias = np.zeros(config.hidden, np.float32)
+        self.norm = read_norm(config, source, names.norm)
         self._steps = Steps(config, self.workers)
         self._buffers = Buffers.for_tokens(config, 1)
 
@@ -75,6 +73,11 @@ class Decoder:
                 found = self.head(states)
             finally:
                 workers.busy = False
+        if self.config.logit_divisor != 1:
+            found /= np.float32(self.config.logit_divisor)
+        if self.config.logit_cap is not None:
+            cap = np.float32(self.config.logit_cap)
+            found = np.tanh(found / cap) * cap
         # The states too: quantizing them for the head could make numbers of NaN.
         if not (np.isfinite(states).all() and np.isfinite(found).all()):
             raise NotFiniteError(
@@ -107,7 +110,7 @@ class Decoder:
         self.workers.claim()
         self.workers.busy = True
         try:
-            return self._run(self.embedding.rows_of(tokens), cache)
+            return self._run(embedded(self.config, self.embedding, tokens), cache)
         finally:
             self.workers.busy = False
 
@@ -118,15 +121,13 @@ class Decoder:
         if len(self._buffers.stream) < n:
             self._buffers = Buffers.for_tokens(self.config, n)
         work, steps = self._buffers.first(n), self._steps
-        work.stream.fill(0.0)
-        delta, bias = vectors, self._no_bias
+        steps.begin(work, vectors, self.layers[0].input_norm)
         for number, layer in enumerate(self.layers):
-            steps.add_norm(work, delta, bias, layer.input_norm)
+            following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
             steps.attend(work, layer, number, cache)
-            steps.add_norm(work, layer.out(work.mixed), layer.out_bias, layer.post_norm)
+            steps.add(work, layer.out(work.mixed), layer.out_bias, layer.out_norm, layer.post_norm)
             steps.gate(work, layer.gate_up(work.normed), layer.gate_up_bias)
-            delta, bias = layer.down(work.inner), layer.down_bias
-        steps.add_norm(work, delta, bias, self.norm)
+            steps.add(work, layer.down(work.inner), layer.down_bias, layer.down_norm, following)
         cache.length += n
         return work
 
@@ -148,6 +149,20 @@ def _read(config: ModelConfig, source: WeightSource, workers: Workers) -> tuple[
     return [layers[number] for number in range(config.layers)], *ends[0]
 
 
+def embedded(config: ModelConfig, table: Embedding, ids: NDArray[np.int64]) -> Floats:
+    """Return what the first layer adds to of these tokens, (n, hidden), in a new array."""
+    vectors = table.rows_of(ids)
+    if config.embedding_multiplier != 1:
+        vectors *= np.float32(config.embedding_multiplier)
+    return vectors
+
+
+def read_norm(config: ModelConfig, source: WeightSource, name: str) -> Floats:
+    """Read what a norm multiplies with."""
+    stored = source.vector([name])
+    return stored if not config.norm_offset else stored + np.float32(config.norm_offset)
+
+
 def read_layer(config: ModelConfig, source: WeightSource, number: int) -> Layer:
     """Read one layer's weights."""
     names = config.declaration.names
@@ -155,8 +170,8 @@ def read_layer(config: ModelConfig, source: WeightSource, number: int) -> Layer:
     def linear(*parts: str) -> Linear:
         return source.linear([names.of_layer(number, part + ".weight") for part in parts])
 
-    def vector(part: str) -> Floats:
-        return source.vector([names.of_layer(number, part)])
+    def norm(part: str, present: bool = True) -> Floats:
+        return read_norm(config, source, names.of_layer(number, part)) if part and present else NO_NORM
 
     def bias(present: bool, matrix: Linear, *parts: str) -> Floats:
         if not present:
@@ -166,12 +181,14 @@ def read_layer(config: ModelConfig, source: WeightSource, number: int) -> Layer:
     qkv, out = linear(*names.qkv), linear(names.out)
     gate_up, down = linear(*names.gate_up), linear(names.down)
     return Layer(
-        input_norm=vector(names.input_norm),
-        post_norm=vector(names.post_norm),
+        input_norm=norm(names.input_norm),
+        post_norm=norm(names.post_norm),
+        out_norm=norm(names.out_norm),
+        down_norm=norm(names.down_norm),
         qkv=qkv,
         qkv_bias=bias(config.qkv_bias, qkv, *names.qkv),
-        q_norm=vector(names.q_norm) if config.qk_norm else _NONE,
-        k_norm=vector(names.k_norm) if config.qk_norm else _NONE,
+        q_norm=norm(names.q_norm, bool(config.qk_norm)),
+        k_norm=norm(names.k_norm, bool(config.qk_norm)),
         out=out,
         out_bias=bias(config.out_bias, out, names.out),
         gate_up=gate_up,

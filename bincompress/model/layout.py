@@ -28,7 +28,7 @@ def _with_prefix(config: ModelConfig, found: Shapes) -> ModelConfig:
     known = [_prefixed(config, prefix, found) for prefix in _PREFIXES]
     missing = [sum(name not in found for name in tried.tensors()) for tried in known]
     if min(missing):
-        end = config.names.of_layer(0, config.names.input_norm).removeprefix(_ROOT)
+        end = config.names.of_layer(0, f"{config.names.out}.weight").removeprefix(_ROOT)
         for prefix in sorted(name.removesuffix(end) for name in found if name.endswith(f".{end}")):
             tried = _prefixed(config, prefix, found)
             # A prefix that nobody knows has to fit in all, since a tower beside the decoder may look like one.

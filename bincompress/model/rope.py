@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Rope:
-    """How positions become angles. The last three fields matter to the kind "llama3" only."""
+    """How positions become angles. The three fields after the factor matter to the kind "llama3" only."""
 
     theta: float = 10000.0
     kind: Literal["default", "linear", "llama3"] = "default"
@@ -17,12 +17,19 @@ class Rope:
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     original_context: int = 8192
+    share: float = 1.0  # of a head's items, from its first on, that are rotated
+
+
+def rotated(rope: Rope, head_dim: int) -> int:
+    """Return how many of a head's items are rotated."""
+    return int(head_dim * rope.share)
 
 
 def frequencies(rope: Rope, head_dim: int) -> NDArray[np.float32]:
-    """Return the angle per position of each pair of a head's items, (head_dim / 2,)."""
+    """Return the angle per position of each pair of a head's rotated items, (rotated / 2,)."""
     # In float32 throughout: models were trained with these very roundings, which far positions magnify.
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    dim = rotated(rope, head_dim)
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     plain = np.float32(1.0) / np.float32(rope.theta) ** exponents
     if rope.kind == "default":
         return plain
@@ -39,6 +46,6 @@ def frequencies(rope: Rope, head_dim: int) -> NDArray[np.float32]:
 
 
 def table(rope: Rope, head_dim: int, positions: int, first: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return cosines and sines of the positions first .. positions, each (positions - first, head_dim / 2)."""
+    """Return cosines and sines of the positions first .. positions, each (positions - first, rotated / 2)."""
     angles = np.arange(first, positions).astype(np.float32)[:, None] * frequencies(rope, head_dim)
     return np.cos(angles), np.sin(angles)

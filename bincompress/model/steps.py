@@ -9,8 +9,10 @@ from bincompress.model.config import ModelConfig
 from bincompress.model.linear import Floats, Linear
 from bincompress.model.threads import over_ranges
 from cpu_kernels.decoder.attention import ATTEND, NO_WINDOW, scratch_size, work_items
-from cpu_kernels.decoder.norms import PLACE, add_norm, gate
+from cpu_kernels.decoder.norms import GATES, PLACE, add_norm, add_normed, norm_queries_keys
 from cpu_kernels.parallel.workers import Workers
+
+NO_NORM = np.zeros(0, np.float32)  # the weight of a norm that an architecture lacks
 
 # Handing work to another thread costs some 30 microseconds, so small work stays on the calling thread.
 _ROWS_PER_THREAD = 8
@@ -19,14 +21,16 @@ _STEPS_PER_THREAD = 1 << 20  # multiply-adds of one layer's scores
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights of one layer; biases that the model lacks are zeros, norms of queries and keys it lacks are empty."""
+    """Weights of one layer; biases that the model lacks are zeros, norms that it lacks are empty."""
 
-    input_norm: Floats  # (hidden,)
-    post_norm: Floats  # (hidden,)
+    input_norm: Floats  # (hidden,), before attention
+    post_norm: Floats  # (hidden,), before the MLP
+    out_norm: Floats  # (hidden,), of what attention gives
+    down_norm: Floats  # (hidden,), of what the MLP gives
     qkv: Linear  # queries, keys, values: ((heads + 2 kv_heads) * head_dim, hidden)
     qkv_bias: Floats
-    q_norm: Floats  # (head_dim,)
-    k_norm: Floats  # (head_dim,)
+    q_norm: Floats  # (head_dim,), or (heads * head_dim,) where all are normalized at once
+    k_norm: Floats  # (head_dim,), or (kv_heads * head_dim,)
     out: Linear  # (hidden, heads * head_dim)
     out_bias: Floats
     gate_up: Linear  # (2 * inner, hidden)
@@ -62,22 +66,46 @@ class Steps:
         self.config = config
         self.workers = workers
         self._scratch = [np.empty(scratch_size(config.head_dim), np.float32) for _ in range(workers.threads)]
+        names = config.names
+        norms = (bool(names.input_norm), bool(names.post_norm), bool(names.out_norm), bool(names.down_norm))
+        # Llama's norms are one before attention and one before the MLP; the kernel for those does nothing else.
+        self._llama_norms = norms == (True, True, False, False) and config.residual_multiplier == 1
+        self._no_bias = np.zeros(config.hidden, np.float32)
+        self._no_qkv_bias = np.zeros((config.heads + 2 * config.kv_heads) * config.head_dim, np.float32)
+        self._gate = GATES[config.activation]
+        head_dim = np.float32(config.head_dim)
+        self._query_scale = np.float32(1 / np.sqrt(head_dim) if config.query_scale is None else config.query_scale)
 
-    def add_norm(self, work: Buffers, delta: Floats, bias: Floats, weight: Floats) -> None:
-        """Add to the stream what a matrix gave, and normalize it."""
-        epsilon = self.config.norm_epsilon
-        over_ranges(
-            self.workers,
-            lambda start, stop, _: add_norm(work.stream, delta, bias, weight, epsilon, start, stop, work.normed),
-            len(delta),
-            _ROWS_PER_THREAD,
-        )
+    def begin(self, work: Buffers, vectors: Floats, weight: Floats) -> None:
+        """Let the stream be the tokens' vectors (overwritten), and normalize it."""
+        work.stream.fill(0.0)
+        self._add(work, vectors, self._no_bias, NO_NORM, 1.0, weight)
+
+    def add(self, work: Buffers, delta: Floats, bias: Floats, delta_norm: Floats, weight: Floats) -> None:
+        """Add to the stream what a matrix gave (overwritten), normalized where delta_norm is not empty.
+
+        Then normalize the stream for the matrices that read it, where weight is not empty.
+        """
+        self._add(work, delta, bias, delta_norm, self.config.residual_multiplier, weight)
+
+    def _add(
+        self, work: Buffers, delta: Floats, bias: Floats, delta_norm: Floats, factor: float, weight: Floats
+    ) -> None:
+        epsilon, stream, normed = self.config.norm_epsilon, work.stream, work.normed
+
+        def llama(start: int, stop: int, _: int) -> None:
+            add_norm(stream, delta, bias, weight, epsilon, start, stop, normed)
+
+        def general(start: int, stop: int, _: int) -> None:
+            add_normed(stream, delta, bias, delta_norm, factor, weight, epsilon, start, stop, normed)
+
+        over_ranges(self.workers, llama if self._llama_norms else general, len(delta), _ROWS_PER_THREAD)
 
     def gate(self, work: Buffers, gate_up: Floats, bias: Floats) -> None:
         """Gate the inner values."""
         over_ranges(
             self.workers,
-            lambda start, stop, _: gate(gate_up, bias, start, stop, work.inner),
+            lambda start, stop, _: self._gate(gate_up, bias, start, stop, work.inner),
             len(gate_up),
             _ROWS_PER_THREAD,
         )
@@ -89,11 +117,16 @@ class Steps:
         keys, values = cache.keys[number], cache.values[number]
         place, attend = PLACE[keys.dtype], ATTEND[keys.dtype]
         window = config.windows[number] or NO_WINDOW
+        cosines, sines = cache.rotation(number)
         qkv = layer.qkv(work.normed)
+        bias, q_norm, k_norm = layer.qkv_bias, layer.q_norm, layer.k_norm
+        if config.qk_norm == "whole":
+            self._norm_whole(qkv, layer)
+            bias, q_norm, k_norm = self._no_qkv_bias, NO_NORM, NO_NORM
         over_ranges(
             self.workers,
             lambda start, stop, _: place(
-                qkv, layer.qkv_bias, layer.q_norm, layer.k_norm, config.norm_epsilon, cache.cosines, cache.sines,
+                qkv, bias, q_norm, k_norm, config.norm_epsilon, self._query_scale, cosines, sines,
                 first, config.heads, start, stop, keys, values,
             ),
             n,
@@ -108,4 +141,14 @@ class Steps:
             ),
             items,
             1 if steps > _STEPS_PER_THREAD else items,
+        )
+
+    def _norm_whole(self, qkv: Floats, layer: Layer) -> None:
+        """Add the bias, and normalize all queries of a token as one vector and all keys as one."""
+        bias, epsilon = layer.qkv_bias, self.config.norm_epsilon
+        over_ranges(
+            self.workers,
+            lambda start, stop, _: norm_queries_keys(qkv, bias, layer.q_norm, layer.k_norm, epsilon, start, stop),
+            len(qkv),
+            _ROWS_PER_THREAD,
         )

@@ -19,6 +19,7 @@ from bincompress.sources.assets import ASSETS as ASSETS
 from bincompress.sources.assets import read_assets
 from bincompress.sources.files import ADAPTER, FILE_NAME, index_notes, weight_files
 from bincompress.sources.files import INDEX as INDEX
+from bincompress.sources.fused import split
 from bincompress.sources.json_files import read_json as read_json
 from bincompress.sources.json_files import refuse_pointer
 from bincompress.tensors.weight import TensorSource, Weight
@@ -72,7 +73,7 @@ def open_checkpoint(folder: Path, name: str = "", revision: str = "") -> Checkpo
         raise CheckpointError(f"{folder}: its safetensors files hold no tensors")
     notes += index_notes(files, tensors)
     return Checkpoint(
-        folder, name or folder.resolve().name, revision, config, dict(sorted(tensors.items())), tuple(notes)
+        folder, name or folder.resolve().name, revision, config, split(config, tensors.values()), tuple(notes)
     )
 
 

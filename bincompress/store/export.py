@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from bincompress.errors import StoreError
 from bincompress.sources.checkpoint import INDEX
+from bincompress.sources.fused import fused_names
 from bincompress.store.files import LOCK
 from bincompress.store.lock import exclusive
 from bincompress.store.store import Store
@@ -88,8 +89,8 @@ def _write_shards(store: Store, folder: Path, on_tensor: Callable[[str, int], No
         waiting.clear()
         size = 0
 
-    for name in sorted(store.tensors()):
-        tensor = _tensor(store, name)
+    for name, parts in fused_names(_config(store), store.tensors()).items():
+        tensor = _joined([_tensor(store, part) for part in parts])
         if waiting and size + tensor.nbytes > _SHARD_BYTES:
             flush()
         waiting[name] = tensor
@@ -103,6 +104,19 @@ def _write_shards(store: Store, folder: Path, on_tensor: Callable[[str, int], No
         path.rename(folder / name)
     index = {"metadata": {"total_size": total}, "weight_map": {name: names[shard] for name, shard in where.items()}}
     (folder / INDEX).write_text(json.dumps(index, indent=1))
+
+
+def _config(store: Store) -> dict[str, Any]:
+    config = store.attributes.get("config")
+    return config if isinstance(config, dict) else {}
+
+
+def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """Return the parts of a fused matrix as one; of a kept part and a packed one in float32 if their dtypes differ."""
+    if len(parts) == 1:
+        return parts[0]
+    dtype = parts[0].dtype if len({part.dtype for part in parts}) == 1 else np.dtype(np.float32)
+    return np.concatenate([part.astype(dtype, copy=False) for part in parts])
 
 
 def _tensor(store: Store, name: str) -> NDArray[Any]:

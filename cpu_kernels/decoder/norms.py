@@ -14,6 +14,8 @@ from cpu_kernels.jit.compiler import Kernel, inline, kernel, out, view
 _F4 = types.float32
 _SIZE = types.intp
 _ONE = float32(1.0)
+_GELU = float32(2 * 0.7978845608028654)  # twice the square root of 2 / pi
+_GELU_CUBE = float32(0.044715)
 
 
 @inline
@@ -44,6 +46,62 @@ def add_norm(
             normed[row, i] = weight[i] * (stream[row, i] * scale)
 
 
+@kernel(
+    types.void(out(_F4, 2), out(_F4, 2), view(_F4, 1), view(_F4, 1), _F4, view(_F4, 1), _F4, _SIZE, _SIZE, out(_F4, 2))
+)
+def add_normed(
+    stream: Any, delta: Any, bias: Any, delta_norm: Any, factor: float, weight: Any, epsilon: float,
+    start: int, stop: int, normed: Any,
+) -> None:  # fmt: skip
+    """For rows start..stop-1: stream += factor * norm(delta + bias), then normed = weight * stream / rms(stream).
+
+    stream, delta (overwritten), normed (n, hidden); bias (hidden,). delta_norm, the weight of delta's norm, and weight
+    are (hidden,), or empty where there is no such norm.
+    """
+    hidden = stream.shape[1]
+    streams, deltas = stream.reshape(stream.size), delta.reshape(delta.size)
+    for row in range(start, stop):
+        for i in range(hidden):
+            delta[row, i] += bias[i]
+        if delta_norm.size > 0:
+            scale = _inverse_norm(deltas, row * hidden, hidden, epsilon)
+            for i in range(hidden):
+                delta[row, i] = delta_norm[i] * (delta[row, i] * scale)
+        for i in range(hidden):
+            stream[row, i] += delta[row, i] * factor
+        if weight.size > 0:
+            scale = _inverse_norm(streams, row * hidden, hidden, epsilon)
+            for i in range(hidden):
+                normed[row, i] = weight[i] * (stream[row, i] * scale)
+        else:
+            for i in range(hidden):
+                normed[row, i] = stream[row, i]
+
+
+@kernel(types.void(out(_F4, 2), view(_F4, 1), view(_F4, 1), view(_F4, 1), _F4, _SIZE, _SIZE))
+def norm_queries_keys(
+    qkv: Any, bias: Any, q_norm: Any, k_norm: Any, epsilon: float, start: int, stop: int
+) -> None:  # fmt: skip
+    """For rows start..stop-1: qkv += bias, then all queries of a token are normalized as one vector, all keys as one.
+
+    qkv (n, columns), whose first columns are the queries, q_norm.size of them, and the next the keys, k_norm.size.
+    """
+    columns = qkv.shape[1]
+    flat = qkv.reshape(qkv.size)
+    queries, keys = q_norm.size, k_norm.size
+    for row in range(start, stop):
+        for i in range(columns):
+            qkv[row, i] += bias[i]
+        first = row * columns
+        scale = _inverse_norm(flat, first, queries, epsilon)
+        for i in range(queries):
+            flat[first + i] = q_norm[i] * (flat[first + i] * scale)
+        first += queries
+        scale = _inverse_norm(flat, first, keys, epsilon)
+        for i in range(keys):
+            flat[first + i] = k_norm[i] * (flat[first + i] * scale)
+
+
 @kernel(types.void(view(_F4, 2), view(_F4, 1), _SIZE, _SIZE, out(_F4, 2)))
 def gate(gate_up: Any, bias: Any, start: int, stop: int, result: Any) -> None:
     """For rows start..stop-1: result = silu(first half of gate_up) * second half, after adding the bias.
@@ -57,35 +115,54 @@ def gate(gate_up: Any, bias: Any, start: int, stop: int, result: Any) -> None:
             result[row, i] = x / (_ONE + exponential(-x)) * (gate_up[row, inner + i] + bias[inner + i])
 
 
+@kernel(types.void(view(_F4, 2), view(_F4, 1), _SIZE, _SIZE, out(_F4, 2)))
+def gelu_gate(gate_up: Any, bias: Any, start: int, stop: int, result: Any) -> None:
+    """For rows start..stop-1: as `gate`, with GELU in its tanh form in place of SiLU."""
+    inner = result.shape[1]
+    for row in range(start, stop):
+        for i in range(inner):
+            x = gate_up[row, i] + bias[i]
+            # x / 2 * (1 + tanh(z)) is x / (1 + exp(-2 z)).
+            z = _GELU * (x + _GELU_CUBE * (x * x * x))
+            result[row, i] = x / (_ONE + exponential(-z)) * (gate_up[row, inner + i] + bias[inner + i])
+
+
+GATES: dict[str, Kernel] = {"silu": gate, "gelu_tanh": gelu_gate}
+
+
 @inline
 def _finish_head(
     head: Any, norm: Any, normalise: bool, epsilon: Any, cosines: Any, sines: Any, scale: float32
 ) -> None:  # fmt: skip
-    """Normalise (if asked), rotate and scale one head (dim,) in place; cosines and sines (dim / 2,)."""
+    """Normalise (if asked), rotate and scale one head (dim,) in place; cosines and sines (rotated / 2,).
+
+    The first `rotated` items are rotated.
+    """
     half = cosines.size
     if normalise:
         inverse = _inverse_norm(head, 0, head.size, epsilon)
         for i in range(head.size):
             head[i] = norm[i] * (head[i] * inverse)
-    first, second = head[:half], head[half:]
+    first, second, rest = head[:half], head[half : 2 * half], head[2 * half :]
     for i in range(half):
         low, high = first[i], second[i]
         first[i] = (low * cosines[i] - high * sines[i]) * scale
         second[i] = (high * cosines[i] + low * sines[i]) * scale
+    for i in range(rest.size):
+        rest[i] *= scale
 
 
 def _place(
-    qkv: Any, bias: Any, q_norm: Any, k_norm: Any, epsilon: Any, cosines: Any, sines: Any,
+    qkv: Any, bias: Any, q_norm: Any, k_norm: Any, epsilon: Any, scale: Any, cosines: Any, sines: Any,
     first: int, heads: int, start: int, stop: int, keys: Any, values: Any,
 ) -> None:  # fmt: skip
     """For tokens start..stop-1 at positions first + token: finish queries in place, write keys and values to the cache.
 
     Adds the bias, normalises each head of queries and keys (when q_norm is not empty), rotates them by position, and
-    scales queries by 1 / sqrt(head_dim). qkv (n, (heads + 2 kv heads) * head_dim), cosines and sines
-    (positions, head_dim / 2); the cache's layout is that of the attention kernel.
+    multiplies queries by `scale`. qkv (n, (heads + 2 kv heads) * head_dim), cosines and sines (positions, rotated / 2),
+    of which a head has as many items or more; the cache's layout is that of the attention kernel.
     """
     kv_heads, dim = keys.shape[0], keys.shape[2]
-    scale = _ONE / float32(dim) ** float32(0.5)
     normalise = q_norm.size > 0
     for token in range(start, stop):
         position = first + token
@@ -109,7 +186,7 @@ def _place(
 def _placing(cached: Any) -> Any:
     table = view(_F4, 2)
     return types.void(
-        out(_F4, 2), view(_F4, 1), view(_F4, 1), view(_F4, 1), _F4, table, table,
+        out(_F4, 2), view(_F4, 1), view(_F4, 1), view(_F4, 1), _F4, _F4, table, table,
         _SIZE, _SIZE, _SIZE, _SIZE, out(cached, 4), out(cached, 3),
     )  # fmt: skip
 

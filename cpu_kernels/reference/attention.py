@@ -18,11 +18,28 @@ def gate(gate_up: Floats, bias: Floats) -> Floats:
     return np.asarray(first / (1.0 + np.exp(-np.maximum(first, -700.0))) * second, dtype=np.float32)
 
 
+def gelu_gate(gate_up: Floats, bias: Floats) -> Floats:
+    """Return gelu(first half) * second half of gate_up + bias, GELU in its tanh form."""
+    first, second = np.split(gate_up.astype(np.float64) + bias, 2, axis=-1)
+    gelu = first / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (first + 0.044715 * first**3)))
+    return np.asarray(gelu * second, dtype=np.float32)
+
+
+def add_normed(
+    stream: Floats, delta: Floats, delta_norm: Floats, factor: float, weight: Floats, epsilon: float
+) -> tuple[Floats, Floats]:
+    """Return stream + factor * norm(delta), and its norm; a norm whose weight is empty leaves values as they are."""
+    added = rms_norm(delta, delta_norm, epsilon) if delta_norm.size else delta
+    after = np.asarray(stream + np.float32(factor) * added, np.float32)
+    return after, rms_norm(after, weight, epsilon) if weight.size else after
+
+
 def rotate(x: Floats, cosines: Floats, sines: Floats) -> Floats:
-    """Rotate heads x (n, heads, head_dim) by their token's angles; cosines and sines (n, head_dim / 2)."""
-    low, high = np.split(x, 2, axis=-1)
+    """Rotate heads x (n, heads, head_dim) by their token's angles; cosines and sines (n, rotated / 2)."""
+    half = cosines.shape[-1]
+    low, high, rest = np.split(x, [half, 2 * half], axis=-1)
     c, s = cosines[:, None, :], sines[:, None, :]
-    return np.concatenate([low * c - high * s, high * c + low * s], axis=-1)
+    return np.concatenate([low * c - high * s, high * c + low * s, rest], axis=-1)
 
 
 def attend(queries: Floats, keys: Floats, values: Floats, first: int, window: int | None = None) -> Floats:

@@ -1,0 +1,162 @@
+"""How does each layer see positions? Its rotary embedding and its window, as config.json gives them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bincompress.model.architectures import Architecture
+from bincompress.model.errors import ConfigError, UnsupportedModelError
+from bincompress.model.fields import LARGEST_POSITION, count, flag, number, size
+from bincompress.model.rope import Rope, rotated
+
+_ROPE_KINDS = ("default", "linear", "llama3")
+_PATTERN = 6  # sliding_window_pattern where absent
+_KINDS = ("full_attention", "sliding_attention")
+
+Window = int | None  # positions that a token sees, None for all
+
+
+def positions(
+    raw: Mapping[str, Any], declared: Architecture, layers: int, head_dim: int, context: int
+) -> tuple[tuple[Rope, ...], tuple[Window, ...]]:
+    """Return every layer's rotary embedding and window; raises UnsupportedModelError or ConfigError by name."""
+    turned = _layers_with_rope(raw, declared, layers)
+    windows = _windows(raw, declared, turned)
+    if declared.local_rope_theta is None:
+        rope = _rope(raw, declared, context)
+        ropes = tuple(rope if turns else Rope(share=0.0) for turns in turned)
+    else:
+        whole, local = _two_ropes(raw, declared, declared.local_rope_theta, context)
+        ropes = tuple(whole if window is None else local for window in windows)
+    for rope in set(ropes):
+        if rotated(rope, head_dim) % 2 or (not rotated(rope, head_dim) and rope.share):
+            raise UnsupportedModelError(
+                f"config.json: partial_rotary_factor = {rope.share!r} of head_dim {head_dim} is not an even number"
+            )
+    return ropes, windows
+
+
+def _rope(raw: Mapping[str, Any], declared: Architecture, context: int) -> Rope:
+    """Read either form as transformers does: rope_scaling, where there is any, replaces all of rope_parameters."""
+    field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    given = _object(raw.get(field), field)
+    nested = [key for key, value in given.items() if isinstance(value, Mapping)]
+    if nested:
+        raise UnsupportedModelError(f"config.json: {field} per kind of layer ({nested[0]!r}) are not supported")
+    return _rope_of(given, field, raw, declared, ("rope_theta", declared.rope_theta), context)
+
+
+def _two_ropes(raw: Mapping[str, Any], declared: Architecture, local: float, context: int) -> tuple[Rope, Rope]:
+    """Read the embeddings of layers without and with a window: two objects, or the older fields beside each other."""
+    given = _object(raw.get("rope_parameters"), "rope_parameters")
+    others = [key for key in given if key not in _KINDS]
+    if others:
+        raise UnsupportedModelError(f"config.json: rope_parameters: {others[0]!r} beside kinds of layers")
+    whole, sliding = (_object(given.get(kind), f"rope_parameters: {kind}") for kind in _KINDS)
+    if raw.get("rope_scaling"):  # which updates what is there, and there is a type already
+        whole = {"rope_type": "default", **whole, **_object(raw["rope_scaling"], "rope_scaling")}
+    bases = ("rope_theta", declared.rope_theta), ("rope_local_base_freq", local)
+    of_whole, of_sliding = (
+        _rope_of(own, f"rope_parameters: {kind}", raw, declared, base, context)
+        for own, kind, base in zip((whole, sliding), _KINDS, bases, strict=True)
+    )
+    return of_whole, of_sliding
+
+
+def _rope_of(
+    given: Mapping[str, Any],
+    field: str,
+    raw: Mapping[str, Any],
+    declared: Architecture,
+    base: tuple[str, float],
+    context: int,
+) -> Rope:
+    """Read one object of rope parameters; raw: the fields beside it; base: which of them is its theta, the default."""
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in _ROPE_KINDS:
+        known = ", ".join(_ROPE_KINDS)
+        raise UnsupportedModelError(f"config.json: {field}: rope type {kind!r} is not supported; known: {known}")
+    share = _share(given, raw, declared)
+    theta = number(given, "rope_theta") if given.get("rope_theta") is not None else number(raw, *base)
+    if kind == "default":
+        return Rope(theta, share=share)
+    factor = number(given, "factor")
+    if kind == "linear":
+        return Rope(theta, "linear", factor, share=share)
+    low, high = number(given, "low_freq_factor"), number(given, "high_freq_factor")
+    if low >= high:
+        raise ConfigError(f"config.json: low_freq_factor {low} must be below high_freq_factor {high}")
+    # The field beside the object comes before that inside it.
+    source = raw if raw.get("original_max_position_embeddings") is not None else given
+    original = size(source, "original_max_position_embeddings", context, limit=LARGEST_POSITION)
+    return Rope(theta, "llama3", factor, low, high, original, share)
+
+
+def _share(given: Mapping[str, Any], raw: Mapping[str, Any], declared: Architecture) -> float:
+    """Return which share of a head is rotated; raises UnsupportedModelError where the architecture rotates it all."""
+    field = "partial_rotary_factor"
+    if field not in declared.reads:
+        if given.get(field, 1.0) not in (None, 1.0):
+            raise UnsupportedModelError(f"config.json: {field} = {given[field]!r} is not supported; only 1.0 is")
+        return 1.0
+    share = number(given if given.get(field) is not None else raw, field, 1.0)
+    if share > 1:
+        raise ConfigError(f"config.json: {field}: expected at most 1, found {share}")
+    return share
+
+
+def _layers_with_rope(raw: Mapping[str, Any], declared: Architecture, layers: int) -> list[bool]:
+    """Return which layers have a rotary embedding; fields that switch it off are refused where they do not count."""
+    if "no_rope_layers" not in declared.reads:
+        return [True] * layers
+    given = raw.get("no_rope_layers")
+    if given is None:
+        interval = size(raw, "no_rope_layer_interval", 4)
+        return [(layer + 1) % interval != 0 for layer in range(layers)]
+    if not isinstance(given, list) or len(given) < layers or not all(type(item) is int for item in given):
+        raise ConfigError(
+            f"config.json: no_rope_layers: expected a list of {layers} numbers 0 or 1, found {str(given)[:80]}"
+        )
+    return [bool(turns) for turns in given[:layers]]
+
+
+def _windows(raw: Mapping[str, Any], declared: Architecture, turned: list[bool]) -> tuple[Window, ...]:
+    layers, rule = len(turned), declared.windows
+    window = declared.window
+    if rule != "never" and "sliding_window" in raw:
+        window = None if raw["sliding_window"] is None else size(raw, "sliding_window", limit=LARGEST_POSITION)
+    if rule == "never" or (rule in ("by layer_types", "without rope") and not flag(raw, "use_sliding_window")):
+        window = None
+    sliding = [window is not None] * layers
+    if window is not None and rule == "by layer_types" and raw.get("layer_types") is None:
+        first = count(raw, "max_window_layers", 28)
+        sliding = [layer >= first for layer in range(layers)]
+    elif window is not None and rule == "by pattern":
+        pattern = size(raw, "sliding_window_pattern", _PATTERN)
+        sliding = [(layer + 1) % pattern != 0 for layer in range(layers)]
+    elif window is not None and rule == "without rope":
+        sliding = [not turns for turns in turned]
+    elif window is None and rule == "by pattern" and raw.get("layer_types") is None:
+        raise UnsupportedModelError("config.json: sliding_window = None is not supported; most layers have a window")
+    if raw.get("layer_types") is not None:
+        stated = _layer_kinds(raw["layer_types"], layers)
+        if rule not in ("never", "every layer") and window is not None:
+            sliding = stated
+        elif stated != sliding:
+            raise UnsupportedModelError("config.json: layer_types contradict the sliding window; not supported")
+    return tuple(window if slides else None for slides in sliding)
+
+
+def _layer_kinds(kinds: Any, layers: int) -> list[bool]:
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise ConfigError(f"config.json: layer_types: expected a list of {layers} kinds, found {str(kinds)[:80]}")
+    for kind in kinds:
+        if kind not in _KINDS:
+            raise UnsupportedModelError(f"config.json: layer type {kind!r} is not supported")
+    return [kind == "sliding_attention" for kind in kinds]
+
+
+def _object(value: Any, field: str) -> Mapping[str, Any]:
+    """Return an object of config.json, an empty one where there is none."""
+    if not isinstance(value or {}, Mapping):
+        raise ConfigError(f"config.json: {field}: expected an object, found {value!r:.80}")
+    return value or {}
