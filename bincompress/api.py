@@ -30,6 +30,7 @@ from bincompress.errors import BincompressError
 from bincompress.inference.evaluate import Evaluation
 from bincompress.inference.evaluate import evaluate as score
 from bincompress.inference.load import load, load_baseline, load_decoder, usable_threads
+from bincompress.methods import of_planes
 from bincompress.methods.declaration import Block
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.model.tokenizer import load_tokenizer
@@ -310,10 +311,9 @@ def train(
     def make_start(folder: Path) -> str:
         if start is not None:
             return start
-        method: dict[str, Any] = {"method": "xnor"} if planes == 1 else {"method": "wgm", "groups": 2}
         made = str(folder / START)
         # The checkpoint's own folder: a revision that moved meanwhile would be another model.
-        compress(checkpoint.folder, made, block=block, embeddings=embeddings, **method)
+        compress(checkpoint.folder, made, block=block, embeddings=embeddings, **of_planes(planes))
         return made
 
     places = Places(device, threads, checkpoint_every, work)

@@ -44,7 +44,6 @@ LATER_FOR_TYPES = {
 }
 LONGEST = {"bincompress": 60, "cpu_kernels": 100, "jobs": 60}
 LONGER = {
-    "bincompress.distillation.run.distill": "64 lines: opening, training, choosing and writing, each one call",
 }
 
 METHODS = ("xnor", "wgm", "billm", "dbellquant", "dbllm", "uniform")

@@ -203,7 +203,7 @@ def test_distill_refuses_by_name_what_it_does_not_know(architecture: str) -> Non
     torch = pytest.importorskip("torch")
     from bincompress.distillation.decoder import TorchDecoder
 
-    with pytest.raises(UnsupportedModelError, match=f"distill does not know {architecture} yet: "):
+    with pytest.raises(UnsupportedModelError, match=f"training does not know {architecture} yet: "):
         TorchDecoder(parse(config_of(architecture)), torch.device("cpu"), 16)
 
 

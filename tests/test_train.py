@@ -35,6 +35,10 @@ MODEL = DistillSettings(
 )
 
 
+class KilledError(Exception):
+    """Stands for the kill of a run."""
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
@@ -92,26 +96,23 @@ def test_a_resumed_run_equals_one_without_interruption(by: str, model: Path, tex
     chosen = {"layers": LAYERS if "layer" in by else None, "model": MODEL if "model" in by else None}
     trained(model, text, tmp_path / "whole", **chosen, checkpoint_every=2)
 
-    class Killed(Exception):
-        pass
-
     def after_the_first_layer(done: int, total: int, line: str) -> None:
         if "held out" in line:
-            raise Killed
+            raise KilledError
 
     def after_step_5(progress: Any) -> None:
         if progress.step == 5:
-            raise Killed
+            raise KilledError
 
     def run(**callbacks: Any) -> None:
         trained(model, text, tmp_path / "resumed", **chosen, checkpoint_every=2, **callbacks)
 
     if "layer" in by:
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             run(on_layers=after_the_first_layer)
         assert len(list(tmp_path.glob(".resumed.distill/layer-*.safetensors"))) == 1
     if "model" in by:
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             run(on_step=after_step_5)
     assert not (tmp_path / "resumed").exists()
     run()
@@ -122,14 +123,11 @@ def test_a_resumed_run_equals_one_without_interruption(by: str, model: Path, tex
 
 
 def test_a_layers_file_of_another_run_or_a_damaged_one_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
-    class Killed(Exception):
-        pass
-
     def stop(done: int, total: int, line: str) -> None:
         if "held out" in line:
-            raise Killed
+            raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         trained(model, text, tmp_path / "out", on_layers=stop)
     with pytest.raises(DistillError, match="a run with other settings, text or store was interrupted here"):
         trained(model, text, tmp_path / "out", layers=replace(LAYERS, lr=0.02))

@@ -55,7 +55,7 @@ def test_kernels_equal_their_twins(seed: int, count: int, units: int, block: int
     random = np.random.default_rng(seed)
     latents, gradients = random.standard_normal((2, units, block)).astype(np.float32)
     levels = np.sort(random.standard_normal((units, count)).astype(np.float32), axis=1)
-    thresholds = (levels[:, 1:] + levels[:, :-1]) / 2
+    thresholds = ((levels[:, 1:] + levels[:, :-1]) / 2).astype(np.float32)
     latents[:, 0] = thresholds[:, 0]  # on a threshold: the lower level
     limits = np.ascontiguousarray(levels[:, [0, -1]])
     weights, found, sums = np.empty_like(latents), np.empty_like(latents), np.empty((units, count), np.float32)
@@ -208,7 +208,7 @@ def test_planes_go_where_the_loss_pulls_them() -> None:
         adam.step()
         errors.append(float(loss.detach()))
     assert (
-        errors[-1] < 0.15 * float(goal.square().mean()) < errors[0] / 4
+        errors[-1] < 0.16 * float(goal.square().mean()) < errors[0] / 4
     )  # the best of 2 bits for normal weights: 0.1175
 
 

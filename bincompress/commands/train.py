@@ -125,22 +125,22 @@ def command(
                 overwrite=overwrite, on_layers=lambda done, total, line: say(line, done, total), on_step=on_step,
                 on_written=lambda done, total: say(f"the teacher writes {total:,} tokens", done, total), **places,
             )  # fmt: skip
-    if as_json:
-        print_json(found.record())
-        return
+    print_json(found.record()) if as_json else _say(found)
+
+
+def _say(found: Any) -> None:
+    """Show what came of a training."""
     for report in found.layers:
         click.echo(
             f"layer {report.layer}: held-out loss {report.held_out_start:.3f} -> {report.held_out:.3f}, "
             f"{report.flips:.1%} of the weights changed level, {report.seconds:.0f} s"
         )
     if found.model:
-        model_line = (
-            "held-out perplexity {start:.4f} -> {best:.4f} (unquantized {teacher:.4f}), best at step {best_step}"
-        )
-        click.echo(model_line.format(**found.model) + f" of {found.model['steps']}")
+        line = "held-out perplexity {start:.4f} -> {best:.4f} (unquantized {teacher:.4f}), best at step {best_step}"
+        click.echo(line.format(**found.model) + f" of {found.model['steps']}")
         if found.model["stopped"]:
             click.echo(f"stopped: {found.model['stopped']}")
-    click.echo(f"{store}: trained in {found.seconds:.0f} s")
+    click.echo(f"{found.store}: trained in {found.seconds:.0f} s")
 
 
 def _products(dtype: str, device: str) -> Any:

@@ -243,7 +243,7 @@ def refuse_untrainable(name: str, attributes: Mapping[str, Any], scale_bits: int
     if "column_planes" in attributes["hashes"]:
         raise DistillError(
             f"{name}: method {method} gives some columns planes of their own, which are not trained; begin with a "
-            "store of another method (wgm with 2 groups, xnor, dbllm, dbellquant)"
+            "store of another method, or leave --start out"
         )
     if not 1 <= planes.bit_length() <= _MOST_PLANES:
         raise DistillError(

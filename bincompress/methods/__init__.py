@@ -13,7 +13,7 @@ from bincompress.methods.inputs import Inputs
 
 __all__ = [
     "KEEP", "METHODS", "Binarized", "Inputs", "Keep", "Method", "Option", "Settings", "checked", "embeddings",
-    "make_settings", "method_named", "options",
+    "make_settings", "method_named", "of_planes", "options",
 ]  # fmt: skip
 
 # The first is the default; settings that several methods have are described by the first of these.
@@ -27,6 +27,11 @@ def method_named(name: str, where: str = "") -> Method:
             return method
     known = ", ".join(sorted([*(method.name for method in METHODS), KEEP.method]))
     raise RecipeError(f"{where + ': ' if where else ''}unknown method {name!r}; known: {known}")
+
+
+def of_planes(planes: int) -> dict[str, Any]:
+    """Return the method, and its settings, that gives a matrix one plane or two without calibration."""
+    return {"method": xnor.METHOD.name} if planes == 1 else {"method": wgm.METHOD.name, "groups": planes}
 
 
 def options() -> dict[str, list[tuple[Method, Option]]]:

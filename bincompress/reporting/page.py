@@ -59,7 +59,7 @@ def report_page(store: Store, tensor: str | None = None) -> str:
         plots["layers"] = _trained_layers(training["reports"])
     return template.render(
         store=store.url, version=__version__, totals=totals(found["total"]), tensors=found["tensors"], plots=plots,
-        tensor=tensor, shown=packed[tensor], distillation=distillation,
+        tensor=tensor, shown=packed[tensor], distillation=distillation, trained=training is not None,
         recipe=_settings(store.attributes), source=found["total"]["source"],
     )  # fmt: skip
 
