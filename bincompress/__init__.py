@@ -7,12 +7,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bincompress.api import batch, calibrate, compress, distill, evaluate, export, inspect, load, plan, verify
+    from bincompress.api import (
+        batch,
+        calibrate,
+        compress,
+        distill,
+        evaluate,
+        export,
+        inspect,
+        load,
+        plan,
+        train,
+        verify,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
     "__version__", "batch", "calibrate", "compress", "distill", "evaluate", "export", "inspect", "load", "plan",
-    "verify",
+    "train", "verify",
 ]  # fmt: skip
 
 

@@ -43,8 +43,7 @@ LATER_FOR_TYPES = {
     ("bincompress", "api"): "type checkers see its functions, which are imported when they are asked for",
 }
 LONGEST = {"bincompress": 60, "cpu_kernels": 100, "jobs": 60}
-LONGER = {
-}
+LONGER: dict[str, str] = {}
 
 METHODS = ("xnor", "wgm", "billm", "dbellquant", "dbllm", "uniform")
 

@@ -12,6 +12,7 @@ import tokenizers
 import torch
 
 from bincompress import api
+from bincompress.distillation import memory
 from bincompress.distillation.decoder import TorchDecoder
 from bincompress.distillation.layers import Objective
 from bincompress.distillation.model import Student
@@ -258,3 +259,27 @@ def test_the_command(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
     code, _, err = run("train", model, tmp_path / "three", "--text", text, "--start", tmp_path / "out", "--planes", "1")
     assert code == 2
     assert "--planes, --block and --embeddings are those of the store given with --start" in err
+
+
+def test_a_dry_run_tells_layers_tokens_and_memory(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    given = ("train", model, tmp_path / "out", "--text", text, "--by", "layer+model", "--windows", "24")
+    code, out, _ = run(*given, "--dry-run")
+    assert code == 0
+    assert "layer after layer: 2 layers on 6,144 tokens in 4 passes, about 0.5 GB" in out
+    assert "whole model: 1000 steps of 16 x 512 tokens, about" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_memory_that_a_dry_run_tells_grows_with_what_is_trained() -> None:
+    config = parse(
+        {
+            **tiny_config(), "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+            "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 151936,
+        }
+    )  # fmt: skip
+    settings = LayerSettings(windows=256, context=256, batch=4, dtype="bf16")
+    found = memory.of_layers(config, settings)
+    assert found == pytest.approx(2.48e9, rel=0.15)  # the peak that the system counted, 264 windows of a 0.5B model
+    more = memory.of_layers(config, replace(settings, windows=512))
+    assert more - found == 3 * 4 * 256 * 256 * 896
+    assert memory.of_model(config, DistillSettings(batch=4, dtype="bf16")) > 4 * found

@@ -72,11 +72,12 @@ _PLACES = ("device", "threads", "checkpoint_every", "work")
     help="Folder of completed layers and checkpoints.  [default: beside STORE]",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the windows and their order.")
+@click.option("--dry-run", is_flag=True, help="Show what would be trained, and the memory that it takes.")
 @click.option("--overwrite", is_flag=True, help="Begin anew, and replace STORE.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     source: str, store: str, text: Path, start: str | None, planes: int, block: str, embeddings: str,
-    scale_bits: str | None, by: str, dtype: str, overwrite: bool, as_json: bool, **options: Any,
+    scale_bits: str | None, by: str, dtype: str, dry_run: bool, overwrite: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train the planes and scales of SOURCE's layers, and write them to STORE.
 
@@ -103,6 +104,9 @@ def command(
     products = _products(dtype, places["device"])
     layers = LayerSettings(dtype=products, **{own: options[name] for name, own in _LAYERS.items()})
     model = DistillSettings(dtype=products, planes=True, **{name: options[name] for name in _MODEL})
+    if dry_run:
+        _say_memory(source, layers if "layer" in by else None, model if "model" in by else None)
+        return
     with tqdm(desc="train", unit="step", disable=True if as_json else None, dynamic_ncols=True) as bar:
 
         def say(line: str, done: int, total: int) -> None:
@@ -126,6 +130,24 @@ def command(
                 on_written=lambda done, total: say(f"the teacher writes {total:,} tokens", done, total), **places,
             )  # fmt: skip
     print_json(found.record()) if as_json else _say(found)
+
+
+def _say_memory(source: str, layers: Any, model: Any) -> None:
+    """Show what would be trained, and the memory that it takes."""
+    from bincompress.distillation import memory
+    from bincompress.model.checkpoint_source import checkpoint_config
+    from bincompress.sources.hub import open_source
+
+    config = checkpoint_config(open_source(source, headers_only=True))
+    if layers is not None:
+        tokens = layers.windows * layers.context
+        click.echo(
+            f"layer after layer: {config.layers} layers on {tokens:,} tokens in {layers.passes} passes, "
+            f"about {memory.of_layers(config, layers) / 1e9:.1f} GB"
+        )
+    if model is not None:
+        size = f"{model.steps} steps of {model.batch} x {model.context} tokens"
+        click.echo(f"whole model: {size}, about {memory.of_model(config, model) / 1e9:.1f} GB")
 
 
 def _say(found: Any) -> None:
