@@ -76,8 +76,11 @@ def tensors_of(store: Path) -> dict[str, str]:
 # Layer after layer
 
 
-def test_layers_learn_and_the_same_run_gives_the_same_bytes(model: Path, text: Path, tmp_path: Path) -> None:
+def test_layers_learn_and_the_same_run_gives_the_same_bytes(
+    model: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first = trained(model, text, tmp_path / "a")
+    assert not caplog.messages
     assert [report.layer for report in first.layers] == [0, 1]
     for report, factor in zip(first.layers, (0.85, 0.95), strict=True):
         assert report.held_out < factor * report.held_out_start

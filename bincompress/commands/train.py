@@ -1,5 +1,6 @@
 """bincompress train"""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def command(
             loss = progress.losses[-1]
             say(f"loss {loss:.4f}, held-out perplexity {held_out:.3f} at {at}", progress.step, model.steps)
 
-        with kernels_announced(say=lambda line: bar.write(line)):
+        with kernels_announced(say=lambda line: bar.write(line, file=sys.stderr)):
             found = api.train(
                 source, store, text, start=start, planes=1 if planes == 1 else 2,
                 block=block if block == "row" else int(block),  # type: ignore[arg-type]

@@ -137,8 +137,10 @@ def put_in_place(place: Place, version: int) -> None:
     Where this is interrupted, the root says that a store begins there.
     """
     folder = Path(place.files.url)
-    old = tuple(key for key in place.owned if not key.startswith(f"{NEW}/"))
-    clear(replace(place, owned=old), version)
+    old, foreign = (
+        tuple(key for key in keys if not key.startswith(f"{NEW}/")) for keys in (place.owned, place.foreign)
+    )
+    clear(replace(place, owned=old, foreign=foreign), version)
     for path in sorted((folder / NEW).iterdir(), key=lambda path: path.name == "zarr.json"):
         _move(path, folder / path.name)
 
