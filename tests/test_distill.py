@@ -136,6 +136,12 @@ def test_student_weights_are_the_stored_ones(settings: Any, tmp_path: Path, tiny
     assert after - before == pytest.approx(slope, rel=1e-3, abs=1e-4)
 
 
+def test_a_store_of_too_many_terms_is_refused_by_name(model: Path, text: str, tmp_path: Path) -> None:
+    store = packed(model, tmp_path / "store", groups=300, block="matrix")
+    with pytest.raises(DistillError, match=r"has 512 terms, expected at most 256 to be trained"):
+        distill(store, open_checkpoint(model), text, str(tmp_path / "out"), SMALL)
+
+
 def test_products_of_planes_columns_and_eight_bit_scales() -> None:
     random = np.random.default_rng(5)
     rows, cols, block = 4, 100, 64

@@ -15,11 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bincompress.distillation.settings import DistillError
 from bincompress.methods.rounding.codebook import Rounding
 from bincompress.methods.rounding.coefficients import to_float16
 from bincompress.store.store import Store
 from bincompress.tensors.float8 import from_float8, to_float8
 from bincompress.tensors.packed import PackedTensor
+
+_MOST_TERMS = 256  # each takes a pass over the weights
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,14 @@ class StoredMatrix:
 
     @classmethod
     def read(cls, store: Store, name: str) -> "StoredMatrix":
-        """Read a packed tensor; raises DamagedError or StoreError where it is not whole."""
-        method = str(store.complete_attributes(name)["method"])
+        """Read a packed tensor; raises DamagedError, StoreError or DistillError."""
+        attributes = store.complete_attributes(name)
+        method, terms = str(attributes["method"]), len(attributes["terms"])
+        if terms > _MOST_TERMS:
+            raise DistillError(
+                f"{name}: has {terms:,} terms, expected at most {_MOST_TERMS} to be trained: begin with a store of "
+                "fewer groups"
+            )
         return cls(name, method, store.read_packed(name, check_hashes=True))
 
     def coefficients(self) -> NDArray[np.float32]:
