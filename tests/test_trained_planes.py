@@ -164,13 +164,15 @@ def test_matrices_trained_as_one_are_trained_as_each_alone() -> None:
         name: torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) for name, weight in weights.items()
     }
     together.backward({name: values.clone() for name, values in gradients.items()})
-    assert together.latent.grad is not None and together.moved.grad is not None
+    assert together.latent.grad is not None
+    assert together.moved.grad is not None
     first = column = 0
     for each, source in zip(stored, sources, strict=True):
         alone = TrainedPlanes([Beginning(each, source)], CPU)
         assert torch.equal(alone.weights()[each.name], weights[each.name])
         alone.backward({each.name: gradients[each.name].clone()})
-        assert alone.latent.grad is not None and alone.moved.grad is not None
+        assert alone.latent.grad is not None
+        assert alone.moved.grad is not None
         assert torch.equal(together.latent.grad[first : first + len(alone.latent)], alone.latent.grad)
         own = together.moved.grad[:, column : column + alone.moved.shape[1]]
         assert torch.allclose(own, alone.moved.grad, rtol=1e-6)

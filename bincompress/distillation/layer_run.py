@@ -121,13 +121,14 @@ def _read(path: Path, record: dict[str, Any], tensors: Tensors) -> LayerReport |
     try:
         with safe_open(path, "numpy") as file:
             about = json.loads(file.metadata()["about"])
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+            wanted = _KINDS if tensors.keeps_latents else _STORED
+            arrays = {key: file.get_tensor(key) for key in file.keys() if key.startswith(wanted)}  # noqa: SIM118
         if about["record"] != json.loads(json.dumps(record)):
             raise DistillError(
                 f"{path}: a run with other settings, text or store was interrupted here; use the same to resume, or "
                 "--overwrite to start again"
             )
-        of = {kind: {k.split(" ", 1)[1]: a for k, a in arrays.items() if k.startswith(kind)} for kind in _KINDS}
+        of = {kind.strip(): {k[len(kind) :]: a for k, a in arrays.items() if k.startswith(kind)} for kind in _KINDS}
         packed = {
             name: tensors.with_trained(name, planes, of["numbers"][name], about["exponents"][name])
             for name, planes in of["planes"].items()
@@ -141,4 +142,5 @@ def _read(path: Path, record: dict[str, Any], tensors: Tensors) -> LayerReport |
         ) from None
 
 
-_KINDS = ("planes", "numbers", "latents", "vector")
+_STORED = ("planes ", "numbers ", "vector ")
+_KINDS = (*_STORED, "latents ")

@@ -22,15 +22,20 @@ from bincompress.tensors.packed import PackedTensor
 class Tensors:
     """The tensors that training begins with; `put` sets what it has made of some of them."""
 
-    def __init__(self, store: Store, config: ModelConfig, teacher: Checkpoint, scale_bits: int | None = None) -> None:
+    def __init__(
+        self, store: Store, config: ModelConfig, teacher: Checkpoint, scale_bits: int | None = None,
+        keep_latents: bool = False,
+    ) -> None:  # fmt: skip
         """teacher: the unquantized model; scale_bits: of the trained matrices' scales, None to keep them.
 
+        keep_latents: whether training goes on from latents that are put here, 2 bytes a weight.
         Raises DistillError where a matrix of a layer cannot be trained, or none is packed.
         """
         self.store = store
         self._config = config
         self._teacher = teacher
         self._scale_bits = scale_bits
+        self.keeps_latents = keep_latents
         self.packed: dict[str, PackedTensor] = {}
         self.vectors: dict[str, NDArray[np.float32]] = {}
         self._latents: dict[str, NDArray[np.float16]] = {}
@@ -54,7 +59,8 @@ class Tensors:
         """Take what training has made of some tensors."""
         self.packed |= packed
         self.vectors |= vectors
-        self._latents |= latents
+        if self.keeps_latents:
+            self._latents |= latents
 
     def with_trained(self, name: str, planes: NDArray[np.uint64], numbers: NDArray[Any], exponent: int) -> PackedTensor:
         """Return a matrix with other planes and coefficients; raises ValueError where these do not fit it."""

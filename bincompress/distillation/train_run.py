@@ -89,7 +89,7 @@ def train(
             remove_work(work)
         store = open_store(make_start(work))
         check_start(store, teacher, "SOURCE")
-        tensors = Tensors(store, config, teacher, scale_bits)
+        tensors = Tensors(store, config, teacher, scale_bits, keep_latents=model is not None)
         record: dict[str, Any] = {"scale_bits": scale_bits, "start": content_of(store)}
         reports: list[LayerReport] = []
         if layers is not None and windows is not None:
