@@ -309,8 +309,6 @@ def train(
     checkpoint = open_source(str(source))
 
     def make_start(folder: Path) -> str:
-        if start is not None:
-            return start
         made = str(folder / START)
         # The checkpoint's own folder: a revision that moved meanwhile would be another model.
         compress(checkpoint.folder, made, block=block, embeddings=embeddings, **of_planes(planes))
@@ -318,7 +316,7 @@ def train(
 
     places = Places(device, threads, checkpoint_every, work)
     return run(
-        make_start, checkpoint, read_text(Path(text)), store, layers, model, scale_bits, places,
+        start, make_start, checkpoint, read_text(Path(text)), store, layers, model, scale_bits, places,
         overwrite=overwrite, on_layers=on_layers, on_step=on_step, on_written=on_written,
     )  # fmt: skip
 

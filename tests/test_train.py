@@ -114,7 +114,7 @@ def test_a_resumed_run_equals_one_without_interruption(by: str, model: Path, tex
     if "layer" in by:
         with pytest.raises(KilledError):
             run(on_layers=after_the_first_layer)
-        assert len(list(tmp_path.glob(".resumed.distill/layer-*.safetensors"))) == 1
+        assert len(list(tmp_path.glob(".resumed.distill/*/layer-*.safetensors"))) == 1
     if "model" in by:
         with pytest.raises(KilledError):
             run(on_step=after_step_5)
@@ -135,7 +135,7 @@ def test_a_layers_file_of_another_run_or_a_damaged_one_is_refused(model: Path, t
         trained(model, text, tmp_path / "out", on_layers=stop)
     with pytest.raises(DistillError, match="a run with other settings, text or store was interrupted here"):
         trained(model, text, tmp_path / "out", layers=replace(LAYERS, lr=0.02))
-    (file,) = tmp_path.glob(".out.distill/layer-*.safetensors")
+    (file,) = tmp_path.glob(".out.distill/*/layer-*.safetensors")
     content = bytearray(file.read_bytes())
     file.write_bytes(content[: len(content) // 2])
     with pytest.raises(DistillError, match="not a readable file of a trained layer"):
@@ -247,6 +247,108 @@ def test_a_place_that_is_taken_and_a_store_of_another_model_are_refused(
     api.compress(other, tmp_path / "theirs")
     with pytest.raises(DistillError, match="give the checkpoint that it was made from as SOURCE"):
         trained(model, text, tmp_path / "out", start=str(tmp_path / "theirs"))
+
+
+def killed_after_a_layer(model: Path, text: Path, out: Path, **more: Any) -> None:
+    def stop(done: int, total: int, line: str) -> None:
+        if "held out" in line:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        trained(model, text, out, on_layers=stop, **more)
+
+
+def test_what_an_interrupted_run_of_another_kind_has_trained_is_neither_used_nor_removed(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    killed_after_a_layer(model, text, tmp_path / "a")
+    with pytest.raises(DistillError, match="a run with --by layer was interrupted here"):
+        trained(model, text, tmp_path / "a", layers=None, model=MODEL)
+    assert list(tmp_path.glob(".a.distill/*/layer-0000.safetensors"))
+
+    def stop(progress: Any) -> None:
+        if progress.step == 3:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        trained(model, text, tmp_path / "b", model=MODEL, checkpoint_every=1, on_step=stop)
+    with pytest.raises(DistillError, match="a run with --by model was interrupted here"):
+        trained(model, text, tmp_path / "b")
+    for file in tmp_path.glob(".b.distill/*/layer-*.safetensors"):
+        file.unlink()
+    with pytest.raises(DistillError, match="a run with other settings was interrupted here: its layers was different"):
+        trained(model, text, tmp_path / "b", layers=None, model=MODEL, checkpoint_every=1)
+
+
+def test_files_and_stores_of_the_user_in_the_work_folder_stay(model: Path, text: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    api.compress(model, work / "start", groups=2, block=64)
+    before = Tree(str(work / "start")).all()
+    for name in ("checkpoint.pt", "layer-notes.pt", "layer-0000.safetensors"):
+        (work / name).write_text("mine")
+    trained(model, text, tmp_path / "a", start=str(work / "start"), work=work)
+    trained(model, text, tmp_path / "b", work=work, overwrite=True)
+    assert Tree(str(work / "start")).all() == before
+    assert sorted(path.name for path in work.iterdir()) == [
+        "checkpoint.pt", "layer-0000.safetensors", "layer-notes.pt", "start",
+    ]  # fmt: skip
+    with pytest.raises(DistillError, match="lies in STORE"):
+        trained(model, text, tmp_path / "c", work=tmp_path / "c" / "work")
+
+
+def test_refusals_come_before_anything_is_removed(model: Path, text: Path, tmp_path: Path) -> None:
+    killed_after_a_layer(model, text, tmp_path / "out")
+    for wrong in (
+        {"start": str(tmp_path / "none")},
+        {"start": str(tmp_path / "out")},
+        {"model": replace(MODEL, batch=400)},
+    ):
+        with pytest.raises(BincompressError):
+            trained(model, text, tmp_path / "out", overwrite=True, **wrong)
+    assert list(tmp_path.glob(".out.distill/*/layer-0000.safetensors"))
+
+
+def test_a_layer_that_does_not_gain_stays_as_it_began(model: Path, text: Path, tmp_path: Path) -> None:
+    found = trained(model, text, tmp_path / "out", layers=replace(LAYERS, lr=3.0, lr_planes=3.0))
+    assert any(report.flips == 0 and report.held_out == report.held_out_start for report in found.layers)
+    assert all(report.held_out <= report.held_out_start for report in found.layers)
+    with pytest.raises(DistillError, match=r"the loss of layer 1 became .*; try a smaller --layer-lr"):
+        trained(model, text, tmp_path / "nan", layers=replace(LAYERS, lr=1e30))
+
+
+def test_trained_layers_are_a_result_where_the_whole_model_does_not_gain(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    found = trained(model, text, tmp_path / "out", model=replace(MODEL, lr=100.0, lr_planes=100.0, steps=2))
+    assert found.model["best_step"] == 0
+    trained(model, text, tmp_path / "layers")
+    assert [api.inspect(tmp_path / name)["total"]["binary"] for name in ("out", "layers")] == [
+        api.inspect(tmp_path / "layers")["total"]["binary"]
+    ] * 2
+
+
+def test_scale_bits_go_both_ways(model: Path, text: Path, tmp_path: Path) -> None:
+    trained(model, text, tmp_path / "eight", scale_bits=8)
+    trained(model, text, tmp_path / "sixteen", start=str(tmp_path / "eight"), scale_bits=16)
+    name = "model.layers.0.mlp.down_proj.weight"
+    eight, sixteen = (open_store(str(tmp_path / own)).complete_attributes(name) for own in ("eight", "sixteen"))
+    assert (eight["settings"]["scale_bits"], sixteen["settings"]["scale_bits"]) == (8, 16)
+    more = sixteen["report"]["nominal_bits"] - eight["report"]["nominal_bits"]
+    assert more == pytest.approx(2 * 8 * 2 / 160)  # two scales of 8 more bits for each of two blocks of a row of 160
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"context": 1}, "--layer-context 1: expected at least 2"),
+        ({"batch": 0}, "--layer-batch 0: expected at least 1"),
+        ({"lr_planes": float("nan")}, "--layer-lr-planes nan: expected a number above 0"),
+        ({"windows": 0}, "--windows 0: expected at least 1"),
+    ],
+)
+def test_errors_name_the_options_of_the_phase(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(DistillError, match=message):
+        LayerSettings(**settings)
 
 
 # The command

@@ -114,6 +114,8 @@ def command(
             bar.total = total
             bar.set_postfix_str(line, refresh=False)
             bar.update(done - bar.n)
+            if bar.disable and not as_json and "held out" in line:  # a log has a line a layer
+                click.echo(line, err=True)
 
         def on_step(progress: Any) -> None:
             at, held_out = progress.judged[-1]

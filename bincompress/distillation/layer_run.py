@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,16 @@ def train_layers(
 
             found = _trained(decoder, layer, student, stream, exact, after, settings, tell)
             report = LayerReport(layer, *found, seconds=time.perf_counter() - begin)
+            if not report.held_out < report.held_out_start:  # it learned these windows alone: it stays as it began
+                student = tensors.student(names, device, dtype)
+                report = replace(report, held_out=report.held_out_start, flips=0.0)
             _write(path, record, student, report)
             if _read(path, record, tensors) is None:
                 raise DistillError(f"{path}: cannot be read back; is another program changing it?")
             del student
         # What the next layer reads comes from the tensors as they are stored, also in a run without interruption.
-        stream = forward(decoder, {name: tensors.fixed(name, device, dtype) for name in names}, stream, layer)
+        now = {name: tensors.fixed(name, device, dtype) for name in names}
+        stream = forward(decoder, now, stream, layer, into=stream)
         exact = after
         reports.append(report)
         on_step((layer + 1) * steps, layers * steps, f"layer {layer + 1} of {layers}, held out {report.held_out:.3f}")
@@ -129,6 +134,7 @@ def _read(path: Path, record: dict[str, Any], tensors: Tensors) -> LayerReport |
                 "--overwrite to start again"
             )
         of = {kind.strip(): {k[len(kind) :]: a for k, a in arrays.items() if k.startswith(kind)} for kind in _KINDS}
+        tensors.check_vectors(of["vector"])
         packed = {
             name: tensors.with_trained(name, planes, of["numbers"][name], about["exponents"][name])
             for name, planes in of["planes"].items()

@@ -4,6 +4,7 @@ Each decoder layer reads the residual stream that the trained layers before it g
 is what the unquantized model's layer gives for the unquantized stream.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from bincompress.compression.tensor_report import six_digits
 from bincompress.distillation.decoder import TorchDecoder
 from bincompress.distillation.model import Student
-from bincompress.distillation.settings import LayerSettings
+from bincompress.distillation.settings import DistillError, LayerSettings
 from bincompress.distillation.train import optimizer, rate, set_rate
 
 _AT_ONCE = 4  # windows that run without gradients
@@ -44,10 +45,15 @@ class LayerReport:
 OnStep = Callable[[int, float], None]  # steps done, loss
 
 
-def forward(decoder: TorchDecoder, weights: Mapping[str, Tensor], stream: Tensor, layer: int) -> Tensor:
-    """Return the stream (windows, n, hidden) after a layer, without gradients."""
+def forward(
+    decoder: TorchDecoder, weights: Mapping[str, Tensor], stream: Tensor, layer: int, into: Tensor | None = None
+) -> Tensor:
+    """Return the stream (windows, n, hidden) after a layer, without gradients; into: where it goes, `stream` too."""
+    found = torch.empty_like(stream) if into is None else into
     with torch.no_grad():
-        return torch.cat([decoder.layer(weights, part, layer) for part in stream.split(_AT_ONCE)])
+        for part, place in zip(stream.split(_AT_ONCE), found.split(_AT_ONCE), strict=True):
+            place.copy_(decoder.layer(weights, part, layer))
+    return found
 
 
 class Objective:
@@ -105,8 +111,10 @@ def train_layer(
         losses.append(loss.detach())
         if device.type == "cpu" or step % _SHOWN_EVERY == 0:  # reading a loss waits for the GPU
             on_step(step + 1, float(losses[-1]))
-    last = losses[-max(1, steps // 10) :]
-    return float(losses[0]), float(torch.stack(last).mean())
+    end = float(torch.stack(losses[-max(1, steps // 10) :]).mean())
+    if not math.isfinite(end):
+        raise DistillError(f"the loss of layer {layer + 1} became {end}; try a smaller --layer-lr or --layer-lr-planes")
+    return float(losses[0]), end
 
 
 def steps_of(settings: LayerSettings, windows: int) -> int:

@@ -1,6 +1,7 @@
 """Where does a training run: device, threads, the folder that it resumes from, and the place of its result?"""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from bincompress.sources.checkpoint import Checkpoint
 from bincompress.sources.hub import source_record
 from bincompress.store.files import LOCK
 from bincompress.store.layout import MODEL, NEW
-from bincompress.store.replace import Place, check_place, remove
+from bincompress.store.replace import Place, check_place, look, remove
 from bincompress.store.store import Store, is_local
 
 
@@ -47,7 +48,9 @@ class Places:
 
 
 DEFAULT_PLACES = Places()
-START = "start"  # the store in a work folder that a training begins with, where it makes one
+TRAINING = "bincompress-training"  # the folder that a training of planes makes in its work folder
+START = "start"  # the store in it that the training begins with, where it makes one
+_KEPT = re.compile(r"(checkpoint|layer-\d{4}|written-\d+-\d+-\d+(-[0-9a-f]{16})?)\.(pt|npy|safetensors|partial)")
 
 
 def check_start(store: Store, teacher: Checkpoint, option: str) -> None:
@@ -86,15 +89,23 @@ def _is_taken(out: str, place: Place) -> bool:
 def remove_work(work: Path) -> None:
     """Remove what a run keeps to be resumed from, and nothing else that may lie in its folder."""
     with contextlib.suppress(OSError):
-        for path in (*work.glob("checkpoint.*"), *work.glob("written-*-*-*.*"), *work.glob("layer-*.*")):
-            if path.suffix in (".pt", ".npy", ".safetensors", ".partial"):
+        for path in work.iterdir():
+            if _KEPT.fullmatch(path.name):
                 path.unlink()
-        start = work / START
-        if check_place(str(start), MODEL, overwrite=True).state == "store":
-            remove(str(start), MODEL)
-            (start / LOCK).unlink(missing_ok=True)
-            start.rmdir()
         work.rmdir()
+
+
+def remove_training(work: Path) -> None:
+    """Remove the folder that a training of planes has made for itself, with the store that it began with."""
+    start = str(work / START)
+    with contextlib.suppress(OSError):
+        if look(start, MODEL).state in ("store", "beginning"):
+            remove(start, MODEL)
+            (work / START / LOCK).unlink(missing_ok=True)
+            (work / START).rmdir()
+    remove_work(work)
+    with contextlib.suppress(OSError):
+        work.parent.rmdir()
 
 
 def chosen_device(name: str) -> torch.device:

@@ -102,13 +102,14 @@ def _write_packed(
     store.commit(name, {**attributes, "report": {}})
     error, norm = _squared_error(store, name, teacher, _folded_scale(source, name, teacher))
     before, weights = attributes["report"], packed.shape[0] * packed.shape[1]
-    smaller = packed.numbers.dtype == np.uint8 and attributes["settings"].get("scale_bits") != 8
+    bits, before_bits = 8 * packed.numbers.itemsize, attributes["settings"].get("scale_bits", 16)
     report = {**before, "stored_bytes": nbytes, "squared_error": six_digits(error)}
     report |= {"squared_norm": six_digits(norm), "relative_error": six_digits(error / norm if norm else 0.0)}
     report |= {"stored_bits": six_digits(8.0 * nbytes / weights)}
-    if smaller:
-        report["nominal_bits"] = six_digits(before["nominal_bits"] - 8.0 * packed.numbers.size / weights)
-        attributes["settings"] = {**attributes["settings"], "scale_bits": 8}
+    if bits != before_bits and packed.numbers.dtype != np.float32:
+        more = (bits - before_bits) * packed.numbers.size / weights
+        report["nominal_bits"] = six_digits(before["nominal_bits"] + more)
+        attributes["settings"] = {**attributes["settings"], "scale_bits": bits}
     report |= method_named(attributes["method"]).describe_planes(packed.planes, packed.shape[1])
     return {**attributes, "report": report}
 

@@ -18,7 +18,7 @@ from bincompress.distillation.places import (
     remove_work,
 )
 from bincompress.distillation.result import write_store
-from bincompress.distillation.settings import DistillError, DistillSettings
+from bincompress.distillation.settings import DistillError, DistillSettings, LayerSettings
 from bincompress.distillation.train import OnStep
 from bincompress.distillation.whole_run import OnWritten, train_whole
 from bincompress.model.checkpoint_source import checkpoint_config
@@ -70,7 +70,7 @@ def distill(
         raise DistillError("nothing to train on: expected --text FILE, or --data-free")
     check_out(out, store, "--out", overwrite)
     config = checkpoint_config(teacher)
-    check_context(settings.context, config.context)
+    check_context(settings, config.context)
     work = places.work_of(out)
 
     def student(device: torch.device, dtype: torch.dtype) -> Student:
@@ -94,10 +94,11 @@ def distill(
     return Distilled(**found.summary(), seconds=seconds, resumed_at=found.resumed_at)
 
 
-def check_context(context: int, most: int) -> None:
+def check_context(settings: DistillSettings | LayerSettings, most: int) -> None:
     """Raise DistillError for windows that are longer than the model's limit."""
-    if context > most:
-        raise DistillError(f"--context {context}: expected at most {most}, the model's limit")
+    if settings.context > most:
+        option = settings.option("context")
+        raise DistillError(f"{option} {settings.context}: expected at most {most}, the model's limit")
 
 
 def advice(settings: DistillSettings) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from bincompress.errors import BincompressError
 
@@ -14,9 +14,16 @@ class DistillError(BincompressError):
 class Checked:
     """Settings that refuse values by the names of their options, and can be compared with another run's."""
 
+    _OPTIONS: ClassVar[dict[str, str]] = {}  # of settings whose options have other names
+
     def _check(self, name: str, expected: str, holds: bool) -> None:
         if not holds:
-            raise DistillError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {expected}")
+            raise DistillError(f"{self.option(name)} {getattr(self, name)}: expected {expected}")
+
+    @classmethod
+    def option(cls, name: str) -> str:
+        """Return the option of the command line for a setting."""
+        return "--" + cls._OPTIONS.get(name, name).replace("_", "-")
 
     def record(self) -> dict[str, Any]:
         """Return the settings as JSON, for the store."""
@@ -83,6 +90,8 @@ class LayerSettings(Checked):
     lr_planes: float = 0.01  # share of a matrix's standard deviation that a step may move a latent
     dtype: Literal["float32", "bf16"] = "float32"
     seed: int = 0
+
+    _OPTIONS: ClassVar[dict[str, str]] = {name: f"layer_{name}" for name in ("context", "batch", "lr", "lr_planes")}
 
     def __post_init__(self) -> None:
         for name in ("windows", "passes", "batch"):

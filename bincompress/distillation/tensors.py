@@ -69,6 +69,13 @@ class Tensors:
             raise ValueError(f"{name}: planes {planes.shape} and numbers {numbers.shape} do not fit the store's")
         return replace(before, planes=planes, numbers=numbers, exponent=exponent)
 
+    def check_vectors(self, vectors: dict[str, NDArray[np.float32]]) -> None:
+        """Raise ValueError where vectors are not those of this model."""
+        shapes = self._config.tensors()
+        for name, values in vectors.items():
+            if values.shape != shapes[name] or values.dtype != np.float32 or not np.isfinite(values).all():
+                raise ValueError(f"{name}: {values.shape} {values.dtype} does not fit {shapes[name]}, or is not finite")
+
     def student(self, names: Collection[str], device: torch.device, dtype: torch.dtype) -> Student:
         """Return these tensors ready to be trained: planes of the layers' matrices, and vectors.
 

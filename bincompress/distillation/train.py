@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from bincompress.distillation.model import Predictions, Student
 from bincompress.distillation.settings import DistillError, DistillSettings
@@ -46,8 +47,13 @@ class Training:
         windows: Windows,
         settings: DistillSettings,
         choose_planes: Callable[[Student], None] | None = None,
+        keep_start: bool = False,
     ) -> None:
-        """choose_planes: gives a student's matrices other planes, for its coefficients as they are."""
+        """choose_planes: gives a student's matrices other planes, for its coefficients as they are.
+
+        keep_start: whether the start is a result, where nothing was better.
+        """
+        self._keep_start = keep_start
         self.progress = Progress()
         self._student = student
         self._teacher = teacher
@@ -81,7 +87,7 @@ class Training:
             if checkpoint is not None and checkpoint.due(progress.step):
                 checkpoint.write(self.state())
             on_step(progress)
-        if not progress.best_step:
+        if not progress.best_step and not self._keep_start:
             why = progress.stopped or "try a smaller --lr, or more --steps"
             raise DistillError(f"training did not improve the held-out perplexity, so no store was written: {why}")
         self._restore(self._best)
@@ -225,7 +231,8 @@ class Checkpoints:
             raise DistillError(
                 f"{self._path}: not a readable checkpoint ({type(error).__name__}); --overwrite starts again"
             ) from None
-        for key, value in self._record.items():
+        for key in sorted({*record, *self._record}):
+            value = self._record.get(key)
             if record.get(key) != value:
                 raise DistillError(
                     f"{self._path}: a run with other settings was interrupted here: {_named(key, record, value)}; "
@@ -235,7 +242,7 @@ class Checkpoints:
 
 
 def _named(key: str, record: dict[str, Any], value: Any) -> str:
-    if key != "settings":
+    if key != "settings" or value is None:
         return f"its {key} was different"
     return DistillSettings(**value).difference(record.get(key, {}))
 
@@ -245,7 +252,6 @@ def writable(path: Path) -> Iterator[None]:
     """Name the file where a disk is full or not to be written to."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "write" not in str(error):
-            raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch's are RuntimeErrors
+        path.with_suffix(".partial").unlink(missing_ok=True)
         raise DistillError(f"{path}: cannot be written: {error}; free some space") from None

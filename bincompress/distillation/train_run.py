@@ -17,13 +17,14 @@ from bincompress.distillation.layers import LayerReport
 from bincompress.distillation.model import trained_vectors
 from bincompress.distillation.places import (
     DEFAULT_PLACES,
+    TRAINING,
     Places,
     check_out,
     check_start,
     content_of,
     device_name,
     memory_named,
-    remove_work,
+    remove_training,
 )
 from bincompress.distillation.result import write_store
 from bincompress.distillation.run import advice, check_context
@@ -31,11 +32,12 @@ from bincompress.distillation.settings import DistillError, DistillSettings, Lay
 from bincompress.distillation.tensors import Tensors
 from bincompress.distillation.train import OnStep
 from bincompress.distillation.whole_run import OnWritten, Whole, train_whole
+from bincompress.distillation.windows import Windows
 from bincompress.model.checkpoint_source import checkpoint_config
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.sources.checkpoint import Checkpoint
 from bincompress.store.lock import exclusive
-from bincompress.store.store import Store, open_store
+from bincompress.store.store import Store, is_local, open_store
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Trained:
 
 
 def train(
+    start: str | None,
     make_start: Callable[[Path], str],
     teacher: Checkpoint,
     text: str,
@@ -69,49 +72,80 @@ def train(
 ) -> Trained:
     """Train the planes, scales, norms and biases of a store's layers, and write the result as a new store.
 
-    make_start: returns the store to begin with; it may make one in the folder that it is given. layers: how layers
-    are trained one after the other, toward what the unquantized model's layers give; model: how all are trained
+    start: the store to begin with; None: the one that make_start makes in the folder that it is given. layers: how
+    layers are trained one after the other, toward what the unquantized model's layers give; model: how all are trained
     together, after that, toward its predictions; None leaves one of them out. An interrupted run resumes after the last
     completed layer, or from the last checkpoint. Raises DistillError, StoreError, CheckpointError, DamagedError or
     UnsupportedModelError.
     """
     begin = time.perf_counter()
-    config = checkpoint_config(teacher)
-    refuse_unknown(config)
-    for settings in (layers, model):
-        if settings is not None:
-            check_context(settings.context, config.context)
-    check_out(out, None, "STORE", overwrite)
-    work = places.work_of(out)
-    windows = choose_windows(teacher, text, layers) if layers is not None else None
+    places.chosen()  # refused before the work, where there is none
+    work = places.work_of(out) / TRAINING
+    windows = _checked(start, teacher, text, out, layers, model, scale_bits, work, overwrite)
     with exclusive(out):
         if overwrite:
-            remove_work(work)
-        store = open_store(make_start(work))
+            remove_training(work)
+        _refuse_other_phases(work, layers, model)
+        store = open_store(start if start is not None else make_start(work))
         check_start(store, teacher, "SOURCE")
-        tensors = Tensors(store, config, teacher, scale_bits, keep_latents=model is not None)
+        tensors = Tensors(store, checkpoint_config(teacher), teacher, scale_bits, keep_latents=model is not None)
         record: dict[str, Any] = {"scale_bits": scale_bits, "start": content_of(store)}
         reports: list[LayerReport] = []
         if layers is not None and windows is not None:
             record["layers"] = {"settings": layers.record(), "text": xxhash.xxh3_128_hexdigest(windows.tobytes())}
-            with memory_named(f"{layers.batch} windows of {layers.context} tokens were trained at once: lower --batch"):
+            with memory_named("the text's stream or a layer does not fit: lower --windows, or --layer-batch"):
                 reports = _layers(tensors, teacher, windows, layers, places, work, record, on_layers)
         whole = None
         if model is not None:
             with memory_named(advice(model)):
-                whole = _whole(tensors, teacher, text, model, places, work, record, on_step, on_written)
+                whole = _whole(tensors, teacher, text, model, places, work, record, bool(reports), on_step, on_written)
         seconds = time.perf_counter() - begin
         _write(store, out, tensors, teacher, _records(record, reports, whole), places, seconds)
-        remove_work(work)
+        remove_training(work)
     return Trained(out, tuple(reports), whole.summary() if whole else {}, seconds)
 
 
-def choose_windows(teacher: Checkpoint, text: str, settings: LayerSettings) -> NDArray[np.int64]:
-    """Return windows of a text, from all over it, in an order of the seed's; the first HELD_OUT are to judge only.
+def _checked(
+    start: str | None, teacher: Checkpoint, text: str, out: str, layers: LayerSettings | None,
+    model: DistillSettings | None, scale_bits: int | None, work: Path, overwrite: bool,
+) -> NDArray[np.int64] | None:  # fmt: skip
+    """Refuse what can be refused before anything is made or removed; returns the windows to train layers on."""
+    config = checkpoint_config(teacher)
+    refuse_unknown(config)
+    for settings in (layers, model):
+        if settings is not None:
+            check_context(settings, config.context)
+    check_out(out, start, "STORE", overwrite)
+    if is_local(out) and work.resolve().is_relative_to(Path(out).resolve()):
+        raise DistillError(f"--work {work.parent}: lies in STORE, where the result is to be; choose another folder")
+    if start is not None:
+        opened = open_store(start)
+        check_start(opened, teacher, "SOURCE")
+        Tensors(opened, config, teacher, scale_bits)
+    tokenizer = load_tokenizer(teacher.assets())
+    if tokenizer.size > config.vocab:
+        raise DistillError(f"{teacher.name}: its tokenizer has more tokens than its vocabulary")
+    tokens = np.array(tokenizer.encode(text), np.int64)
+    if model is not None:
+        Windows.of(tokens, model)
+    return choose_windows(tokens, layers) if layers is not None else None
+
+
+def _refuse_other_phases(work: Path, layers: LayerSettings | None, model: DistillSettings | None) -> None:
+    """Refuse to leave unused, and to remove, what an interrupted run of another kind has trained."""
+    for phase, kept, by in ((layers, "layer-*.safetensors", "layer"), (model, "checkpoint.pt", "model")):
+        if phase is None and any(work.glob(kept)):
+            raise DistillError(
+                f"{work}: a run with --by {by} was interrupted here; use the same options to resume it, or --overwrite "
+                "to start again"
+            )
+
+
+def choose_windows(tokens: NDArray[np.int64], settings: LayerSettings) -> NDArray[np.int64]:
+    """Return windows of a text's tokens (n,), in an order of the seed's; the first HELD_OUT are to judge only.
 
     Raises DistillError where the text has too few.
     """
-    tokens = np.array(load_tokenizer(teacher.assets()).encode(text), np.int64)
     count, needed = len(tokens) // settings.context, settings.windows + HELD_OUT
     if count < needed:
         raise DistillError(
@@ -134,12 +168,12 @@ def _layers(
 
 def _whole(
     tensors: Tensors, teacher: Checkpoint, text: str, settings: DistillSettings, places: Places, work: Path,
-    record: dict[str, Any], on_step: OnStep, on_written: OnWritten,
+    record: dict[str, Any], keep_start: bool, on_step: OnStep, on_written: OnWritten,
 ) -> Whole:  # fmt: skip
     names = list(checkpoint_config(teacher).tensors())
     found = train_whole(
         lambda device, dtype: tensors.student(names, device, dtype), teacher, text, settings, places, work, record,
-        on_step=on_step, on_written=on_written,
+        keep_start, on_step=on_step, on_written=on_written,
     )  # fmt: skip
     tensors.put(found.student.packed(), trained_vectors(found.student), {})
     return found

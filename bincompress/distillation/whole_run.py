@@ -58,6 +58,7 @@ def train_whole(
     places: Places,
     work: Path,
     begun_with: dict[str, Any],
+    keep_start: bool = False,
     *,
     on_step: OnStep = lambda progress: None,
     on_written: OnWritten = lambda done, total: None,
@@ -65,7 +66,8 @@ def train_whole(
     """Train all layers of a student at once toward the unquantized model's predictions.
 
     text: what to train on, None where the teacher writes all of it. begun_with: what a checkpoint is of, beside the
-    settings and the text. An interrupted run resumes from its last checkpoint in `work`. Raises DistillError.
+    settings and the text. keep_start: whether a start that nothing betters is a result. An interrupted run resumes from
+    its last checkpoint in `work`. Raises DistillError.
     """
     config, device = checkpoint_config(teacher), places.chosen()
     dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
@@ -78,7 +80,7 @@ def train_whole(
     taught = Teacher(predictions, weights, windows, places.cached_logits, key)
     student = make_student(device, dtype)
     rechoose = (lambda s: choose_planes(s, teacher, device)) if settings.rechoose_planes else None
-    training = Training(student, taught, predictions, windows, settings, rechoose)
+    training = Training(student, taught, predictions, windows, settings, rechoose, keep_start)
     record = {"settings": settings.record(), "text": windows.fingerprint, **begun_with}
     checkpoints = Checkpoints(work / "checkpoint.pt", places.checkpoint_every, record)
     state = checkpoints.read(device)
@@ -120,7 +122,7 @@ def _written(
     beginnings = "" if leads is None else f"-{xxhash.xxh3_64_hexdigest(np.ascontiguousarray(leads).tobytes())}"
     path = work / f"written-{settings.seed}-{settings.written_tokens}-{settings.context}{beginnings}.npy"
     if path.exists():
-        return np.asarray(np.load(path))
+        return _read_written(path, settings, predictions.decoder.config.vocab)
     first = teacher.config.get("bos_token_id")
     tokens = write_text(
         predictions, weights, settings.written_tokens, settings.context, first if type(first) is int else None,
@@ -133,6 +135,21 @@ def _written(
             np.save(file, tokens)
         partial.replace(path)
     return tokens
+
+
+def _read_written(path: Path, settings: DistillSettings, vocab: int) -> NDArray[np.int64]:
+    """Read what the teacher wrote in an interrupted run; raises DistillError where it is not that."""
+    count = -(-settings.written_tokens // settings.context) * settings.context
+    try:
+        tokens = np.load(path, allow_pickle=False)
+        whole = tokens.shape == (count,) and tokens.dtype == np.int64 and 0 <= tokens.min() <= tokens.max() < vocab
+    except (OSError, ValueError, EOFError):
+        whole = False
+    if not whole:
+        raise DistillError(
+            f"{path}: not the {count:,} tokens of an interrupted run; delete it to have them written anew"
+        )
+    return np.asarray(tokens)
 
 
 def _record(
