@@ -219,3 +219,9 @@ def test_packages_tell_type_checkers_that_they_have_types(package: str) -> None:
     assert (ROOT / package / "py.typed").is_file()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert "py.typed" in project["tool"]["setuptools"]["package-data"][package]
+
+
+def test_kernels_have_no_cached_properties() -> None:
+    """Before Python 3.12 these share one lock, which an interrupt can leave held: other threads then wait forever."""
+    found = [name for name, path in modules().items() if part(name) == "cpu_kernels" or name.startswith("cpu_kernels.")]
+    assert [name for name in found if "cached_property" in modules()[name].read_text(encoding="utf-8")] == []

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,9 @@ class PackedMatrix:
     has_offset: int
     half: int  # 1 where the scales are float16
     code: int  # the instruction set's number in vector.py
+    # What a job says about the matrix; kept, as asking an array for its address takes a microsecond. Not a cached
+    # property: before Python 3.12 these have one lock for all objects, which an interrupt can leave held.
+    operands: dict[str, int] = field(init=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -105,10 +108,8 @@ class PackedMatrix:
         """Return the number of row tiles, which threads share."""
         return -(-self.rows // cpu_features.tile_rows(self.code))
 
-    @functools.cached_property
-    def operands(self) -> dict[str, int]:
-        """What a job says about the matrix; kept, as asking an array for its address takes a microsecond."""
-        return {
+    def __post_init__(self) -> None:
+        operands = {
             "stream": self.stream.ctypes.data,
             "rows": self.rows,
             "k_tiles": self.k_tiles,
@@ -119,6 +120,7 @@ class PackedMatrix:
             "weights": self.plane_weights.ctypes.data,
             "multipliers": self.multipliers.ctypes.data,
         }
+        object.__setattr__(self, "operands", operands)
 
 
 def kernels() -> list[str]:

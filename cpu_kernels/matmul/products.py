@@ -8,7 +8,6 @@ a row's plane standing for column 64 j + i. Sums of integers are exact and equal
         y = multiply(matrix, quantize(x), pool=pool)
 """
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -179,9 +178,7 @@ class _Scratch:
         self.factors = np.empty(places, np.float32)
         self.offsets = np.empty(places, np.float32)
         self.headrooms = np.empty(places, np.int32)
-
-    @functools.cached_property
-    def operands(self) -> dict[str, int]:
-        """What a job says about it."""
+        # What a job says about it. Not a cached property: before Python 3.12 these have one lock for all objects, which
+        # an interrupt can leave held, and every other thread then waits for it forever.
         arrays = ("tables", "constants", "factors", "offsets", "headrooms")
-        return {"token_block": self.tokens, **{name: getattr(self, name).ctypes.data for name in arrays}}
+        self.operands = {"token_block": tokens, **{name: getattr(self, name).ctypes.data for name in arrays}}
