@@ -34,6 +34,7 @@ _COMMANDS = {
 }
 
 _GO_ON = ("compress", "calibrate", "train", "distill", "batch")  # run again, these do what is left
+_ANEW = ("train", "distill")  # with --overwrite, these begin again
 
 
 class _Commands(click.Group):
@@ -135,7 +136,9 @@ def _interrupted(error: BaseException, command: str | None) -> int:
     code = 128 + error.number if isinstance(error, Terminated) else 130
     end_soon(code)
     what = f"ended by {error}" if isinstance(error, Terminated) else "interrupted"
-    if command in _GO_ON and "--dry-run" not in sys.argv:
+    if command in _ANEW and "--overwrite" in sys.argv:
+        what += "; with --overwrite the same command begins anew"
+    elif command in _GO_ON and "--dry-run" not in sys.argv:
         what += "; completed work is kept: run the same command again to resume"
     with contextlib.suppress(OSError, ValueError):
         click.echo(f"\n{what}", err=True)

@@ -147,6 +147,19 @@ def write_model(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, 
     return folder
 
 
+@pytest.fixture(scope="session")
+def letters_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose weights are large enough to predict something, with a tokenizer of single letters."""
+    import tokenizers
+
+    scaled = {name: (v * (8 if v.ndim == 2 else 1)).astype(v.dtype) for name, v in tiny_tensors().items()}
+    folder = write_model(tmp_path_factory.mktemp("letters") / "model", scaled, tiny_config())
+    letters = {chr(33 + i): i for i in range(94)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, [], unk_token="!"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
 Run = Callable[..., tuple[int, str, str]]
 
 

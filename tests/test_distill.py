@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 
 from bincompress.compression.job import run_job
@@ -53,15 +52,8 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama whose weights are large enough to predict something, with a tokenizer of single letters."""
-    tensors = tiny_tensors()
-    scaled = {name: (v * (8 if v.ndim == 2 else 1)).astype(v.dtype) for name, v in tensors.items()}
-    folder = write_model(tmp_path_factory.mktemp("distill") / "model", scaled, tiny_config())
-    letters = {chr(33 + i): i for i in range(94)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, [], unk_token="!"))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+def model(letters_model: Path) -> Path:
+    return letters_model
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 
 from bincompress import api
@@ -46,14 +45,8 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama whose weights are large enough to predict something, with a tokenizer of single letters."""
-    scaled = {name: (v * (8 if v.ndim == 2 else 1)).astype(v.dtype) for name, v in tiny_tensors().items()}
-    folder = write_model(tmp_path_factory.mktemp("train") / "model", scaled, tiny_config())
-    letters = {chr(33 + i): i for i in range(94)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, [], unk_token="!"))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+def model(letters_model: Path) -> Path:
+    return letters_model
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +201,7 @@ def test_the_store_says_how_it_was_trained(model: Path, text: Path, tmp_path: Pa
     assert record["layers"]["settings"]["windows"] == 24
     assert [report["layer"] for report in record["reports"]] == [0, 1]
     _, shown, _ = run("inspect", tmp_path / "out")
-    assert "trained: 2 layers one after the other on 24 windows of 16 tokens in 4 passes, mean held-out loss" in shown
+    assert "trained: 2 layers one after the other on 24 windows of 16 tokens, each 4 times, mean held-out loss" in shown
     assert "then: the whole model in 8 steps of 4 x 16 tokens, held-out perplexity" in shown
     page = tmp_path / "page.html"
     run("report", tmp_path / "out", "--out", page)
@@ -327,6 +320,14 @@ def test_trained_layers_are_a_result_where_the_whole_model_does_not_gain(
     ] * 2
 
 
+def test_the_command_says_which_layers_gained_nothing(model: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    small = ["--windows", "8", "--layer-context", "16", "--device", "cpu", "--layer-lr", "3", "--layer-lr-planes", "3"]
+    code, out, _ = run("train", model, tmp_path / "out", "--text", text, *small)
+    assert code == 0
+    assert "did not fall: the layer stays as it was" in out
+    assert "of 2 layers gained nothing; more --windows help" in out
+
+
 def test_scale_bits_go_both_ways(model: Path, text: Path, tmp_path: Path) -> None:
     trained(model, text, tmp_path / "eight", scale_bits=8)
     trained(model, text, tmp_path / "sixteen", start=str(tmp_path / "eight"), scale_bits=16)
@@ -370,9 +371,11 @@ def test_a_dry_run_tells_layers_tokens_and_memory(model: Path, text: Path, tmp_p
     given = ("train", model, tmp_path / "out", "--text", text, "--by", "layer+model", "--windows", "24")
     code, out, _ = run(*given, "--dry-run")
     assert code == 0
-    assert "layer after layer: 2 layers on 6,144 tokens in 4 passes, about 0.5 GB" in out
+    assert "layer after layer: 2 layers on 6,144 tokens, each 4 times, about 0.5 GB" in out
     assert "whole model: 1000 steps of 16 x 512 tokens, about" in out
     assert not (tmp_path / "out").exists()
+    _, out, _ = run(*given, "--dry-run", "--json")
+    assert json.loads(out)["layers"]["tokens"] == 6144
 
 
 def test_the_memory_that_a_dry_run_tells_grows_with_what_is_trained() -> None:

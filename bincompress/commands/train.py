@@ -106,7 +106,7 @@ def command(
     layers = LayerSettings(dtype=products, **{own: options[name] for name, own in _LAYERS.items()})
     model = DistillSettings(dtype=products, planes=True, **{name: options[name] for name in _MODEL})
     if dry_run:
-        _say_memory(source, layers if "layer" in by else None, model if "model" in by else None)
+        _say_memory(source, layers if "layer" in by else None, model if "model" in by else None, as_json)
         return
     with tqdm(desc="train", unit="step", disable=True if as_json else None, dynamic_ncols=True) as bar:
 
@@ -135,31 +135,44 @@ def command(
     print_json(found.record()) if as_json else _say(found)
 
 
-def _say_memory(source: str, layers: Any, model: Any) -> None:
+def _say_memory(source: str, layers: Any, model: Any, as_json: bool) -> None:
     """Show what would be trained, and the memory that it takes."""
     from bincompress.distillation import memory
     from bincompress.model.checkpoint_source import checkpoint_config
     from bincompress.sources.hub import open_source
 
     config = checkpoint_config(open_source(source, headers_only=True))
+    found = {}
     if layers is not None:
-        tokens = layers.windows * layers.context
+        found["layers"] = {"tokens": layers.windows * layers.context, "bytes": memory.of_layers(config, layers)}
+    if model is not None:
+        found["model"] = {"steps": model.steps, "bytes": memory.of_model(config, model)}
+    if as_json:
+        print_json(found)
+        return
+    if layers is not None:
         click.echo(
-            f"layer after layer: {config.layers} layers on {tokens:,} tokens in {layers.passes} passes, "
-            f"about {memory.of_layers(config, layers) / 1e9:.1f} GB"
+            f"layer after layer: {config.layers} layers on {found['layers']['tokens']:,} tokens, each {layers.passes} "
+            f"times, about {found['layers']['bytes'] / 1e9:.1f} GB"
         )
     if model is not None:
         size = f"{model.steps} steps of {model.batch} x {model.context} tokens"
-        click.echo(f"whole model: {size}, about {memory.of_model(config, model) / 1e9:.1f} GB")
+        click.echo(f"whole model: {size}, about {found['model']['bytes'] / 1e9:.1f} GB")
 
 
 def _say(found: Any) -> None:
     """Show what came of a training."""
+    same = 0
     for report in found.layers:
-        click.echo(
-            f"layer {report.layer}: held-out loss {report.held_out_start:.3f} -> {report.held_out:.3f}, "
-            f"{report.flips:.1%} of the weights changed level, {report.seconds:.0f} s"
+        change = (
+            f"{report.held_out_start:.3f} -> {report.held_out:.3f}, {report.flips:.1%} of the weights changed level"
         )
+        if report.held_out == report.held_out_start:
+            same += 1
+            change = f"{report.held_out:.3f} did not fall: the layer stays as it was"
+        click.echo(f"layer {report.layer}: held-out loss {change}, {report.seconds:.0f} s")
+    if same:
+        click.echo(f"{same} of {len(found.layers)} layers gained nothing; more --windows help, or a smaller --layer-lr")
     if found.model:
         line = "held-out perplexity {start:.4f} -> {best:.4f} (unquantized {teacher:.4f}), best at step {best_step}"
         click.echo(line.format(**found.model) + f" of {found.model['steps']}")

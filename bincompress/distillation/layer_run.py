@@ -16,13 +16,10 @@ from safetensors.numpy import save_file
 from bincompress.distillation.decoder import TorchDecoder
 from bincompress.distillation.layers import LayerReport, Objective, forward, steps_of, train_layer
 from bincompress.distillation.model import Student, teacher_weights, trained_vectors
-from bincompress.distillation.settings import DistillError, LayerSettings
+from bincompress.distillation.settings import HELD_OUT, DistillError, LayerSettings
 from bincompress.distillation.tensors import Tensors
 from bincompress.distillation.train import writable
 from bincompress.sources.checkpoint import Checkpoint
-
-HELD_OUT = 8  # windows on which layers are judged
-
 
 OnLayers = Callable[[int, int, str], None]  # steps done, of how many, and what is said of them
 

@@ -1,19 +1,18 @@
 """How much memory does a training need?"""
 
-from bincompress.distillation.settings import DistillSettings, LayerSettings
+from bincompress.distillation.settings import HELD_OUT, DistillSettings, LayerSettings
 from bincompress.model.config import ModelConfig
 
 # Bytes a weight: its latent and two moments (float32 each), its gradient, the weight that is multiplied and what it
 # comes from.
 _TRAINED = 28
-_HELD_OUT = 8  # windows
 _PROGRAM = 500_000_000  # PyTorch and Numba themselves
 
 
 def of_layers(config: ModelConfig, settings: LayerSettings) -> int:
     """Return the bytes of training layer after layer: three streams of the text, one layer, the table of tokens."""
     item = _item(settings.dtype)
-    tokens = (settings.windows + _HELD_OUT) * settings.context
+    tokens = (settings.windows + HELD_OUT) * settings.context
     streams = 3 * 4 * tokens * config.hidden
     table = 2 * item * config.vocab * config.hidden
     layer = _layer_weights(config)

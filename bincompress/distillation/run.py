@@ -18,9 +18,10 @@ from bincompress.distillation.places import (
     remove_work,
 )
 from bincompress.distillation.result import write_store
-from bincompress.distillation.settings import DistillError, DistillSettings, LayerSettings
+from bincompress.distillation.settings import DistillError, DistillSettings
 from bincompress.distillation.train import OnStep
 from bincompress.distillation.whole_run import OnWritten, train_whole
+from bincompress.distillation.windows import tokens_of
 from bincompress.model.checkpoint_source import checkpoint_config
 from bincompress.sources.checkpoint import Checkpoint
 from bincompress.store.lock import exclusive
@@ -70,7 +71,7 @@ def distill(
         raise DistillError("nothing to train on: expected --text FILE, or --data-free")
     check_out(out, store, "--out", overwrite)
     config = checkpoint_config(teacher)
-    check_context(settings, config.context)
+    settings.check_context(config.context)
     work = places.work_of(out)
 
     def student(device: torch.device, dtype: torch.dtype) -> Student:
@@ -79,12 +80,13 @@ def distill(
             raise DistillError(f"{store}: it has no packed tensor, so there is nothing to train")
         return found
 
-    with exclusive(out), memory_named(advice(settings)):
+    with exclusive(out), memory_named(settings.advice):
         if overwrite:
             remove_work(work)
         begun_with = {"store": content_of(opened)}
+        tokens = tokens_of(teacher, text) if text is not None else None
         found = train_whole(
-            student, teacher, text, settings, places, work, begun_with, on_step=on_step, on_written=on_written
+            student, teacher, tokens, settings, places, work, begun_with, on_step=on_step, on_written=on_written
         )
         seconds = time.perf_counter() - begin
         log = {"seconds": seconds, "device": device_name(places.chosen()), "torch": torch.__version__}
@@ -92,18 +94,3 @@ def distill(
         write_store(opened, out, trained, vectors, teacher, {"distillation": found.record}, log)
         remove_work(work)
     return Distilled(**found.summary(), seconds=seconds, resumed_at=found.resumed_at)
-
-
-def check_context(settings: DistillSettings | LayerSettings, most: int) -> None:
-    """Raise DistillError for windows that are longer than the model's limit."""
-    if settings.context > most:
-        option = settings.option("context")
-        raise DistillError(f"{option} {settings.context}: expected at most {most}, the model's limit")
-
-
-def advice(settings: DistillSettings) -> str:
-    """Return what to change where memory runs out."""
-    return (
-        f"{settings.batch // settings.accumulate} windows of {settings.context} tokens were trained at once: raise "
-        f"--accumulate (a divisor of --batch {settings.batch}) or lower --context"
-    )

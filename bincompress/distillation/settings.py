@@ -25,6 +25,11 @@ class Checked:
         """Return the option of the command line for a setting."""
         return "--" + cls._OPTIONS.get(name, name).replace("_", "-")
 
+    def check_context(self, most: int) -> None:
+        """Raise DistillError for windows that are longer than the model's limit."""
+        context = getattr(self, "context")  # noqa: B009 (every kind of settings has one)
+        self._check("context", f"at most {most}, the model's limit", context <= most)
+
     def record(self) -> dict[str, Any]:
         """Return the settings as JSON, for the store."""
         return asdict(cast(Any, self))
@@ -76,6 +81,17 @@ class DistillSettings(Checked):
         for name in ("gamma", "warmup"):
             self._check(name, "0 to 1", 0 <= getattr(self, name) <= 1)
         self._check("validation_share", "above 0 and at most 0.5", 0 < self.validation_share <= 0.5)
+
+    @property
+    def advice(self) -> str:
+        """What to change where memory runs out."""
+        return (
+            f"{self.batch // self.accumulate} windows of {self.context} tokens were trained at once: raise "
+            f"--accumulate (a divisor of --batch {self.batch}) or lower --context"
+        )
+
+
+HELD_OUT = 8  # windows on which layers are judged
 
 
 @dataclass(frozen=True)

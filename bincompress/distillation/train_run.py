@@ -12,7 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from bincompress.distillation.decoder import TorchDecoder, refuse_unknown
-from bincompress.distillation.layer_run import HELD_OUT, OnLayers, train_layers
+from bincompress.distillation.layer_run import OnLayers, train_layers
 from bincompress.distillation.layers import LayerReport
 from bincompress.distillation.model import trained_vectors
 from bincompress.distillation.places import (
@@ -27,14 +27,12 @@ from bincompress.distillation.places import (
     remove_training,
 )
 from bincompress.distillation.result import write_store
-from bincompress.distillation.run import advice, check_context
-from bincompress.distillation.settings import DistillError, DistillSettings, LayerSettings
+from bincompress.distillation.settings import HELD_OUT, DistillError, DistillSettings, LayerSettings
 from bincompress.distillation.tensors import Tensors
 from bincompress.distillation.train import OnStep
 from bincompress.distillation.whole_run import OnWritten, Whole, train_whole
-from bincompress.distillation.windows import Windows
+from bincompress.distillation.windows import Windows, tokens_of
 from bincompress.model.checkpoint_source import checkpoint_config
-from bincompress.model.tokenizer import load_tokenizer
 from bincompress.sources.checkpoint import Checkpoint
 from bincompress.store.lock import exclusive
 from bincompress.store.store import Store, is_local, open_store
@@ -81,7 +79,8 @@ def train(
     begin = time.perf_counter()
     places.chosen()  # refused before the work, where there is none
     work = places.work_of(out) / TRAINING
-    windows = _checked(start, teacher, text, out, layers, model, scale_bits, work, overwrite)
+    tokens = tokens_of(teacher, text)
+    windows = _checked(start, teacher, tokens, out, layers, model, scale_bits, work, overwrite)
     with exclusive(out):
         if overwrite:
             remove_training(work)
@@ -97,8 +96,10 @@ def train(
                 reports = _layers(tensors, teacher, windows, layers, places, work, record, on_layers)
         whole = None
         if model is not None:
-            with memory_named(advice(model)):
-                whole = _whole(tensors, teacher, text, model, places, work, record, bool(reports), on_step, on_written)
+            with memory_named(model.advice):
+                whole = _whole(
+                    tensors, teacher, tokens, model, places, work, record, bool(reports), on_step, on_written
+                )
         seconds = time.perf_counter() - begin
         _write(store, out, tensors, teacher, _records(record, reports, whole), places, seconds)
         remove_training(work)
@@ -106,7 +107,7 @@ def train(
 
 
 def _checked(
-    start: str | None, teacher: Checkpoint, text: str, out: str, layers: LayerSettings | None,
+    start: str | None, teacher: Checkpoint, tokens: NDArray[np.int64], out: str, layers: LayerSettings | None,
     model: DistillSettings | None, scale_bits: int | None, work: Path, overwrite: bool,
 ) -> NDArray[np.int64] | None:  # fmt: skip
     """Refuse what can be refused before anything is made or removed; returns the windows to train layers on."""
@@ -114,7 +115,7 @@ def _checked(
     refuse_unknown(config)
     for settings in (layers, model):
         if settings is not None:
-            check_context(settings, config.context)
+            settings.check_context(config.context)
     check_out(out, start, "STORE", overwrite)
     if is_local(out) and work.resolve().is_relative_to(Path(out).resolve()):
         raise DistillError(f"--work {work.parent}: lies in STORE, where the result is to be; choose another folder")
@@ -122,10 +123,6 @@ def _checked(
         opened = open_store(start)
         check_start(opened, teacher, "SOURCE")
         Tensors(opened, config, teacher, scale_bits)
-    tokenizer = load_tokenizer(teacher.assets())
-    if tokenizer.size > config.vocab:
-        raise DistillError(f"{teacher.name}: its tokenizer has more tokens than its vocabulary")
-    tokens = np.array(tokenizer.encode(text), np.int64)
     if model is not None:
         Windows.of(tokens, model)
     return choose_windows(tokens, layers) if layers is not None else None
@@ -167,12 +164,12 @@ def _layers(
 
 
 def _whole(
-    tensors: Tensors, teacher: Checkpoint, text: str, settings: DistillSettings, places: Places, work: Path,
-    record: dict[str, Any], keep_start: bool, on_step: OnStep, on_written: OnWritten,
+    tensors: Tensors, teacher: Checkpoint, tokens: NDArray[np.int64], settings: DistillSettings, places: Places,
+    work: Path, record: dict[str, Any], keep_start: bool, on_step: OnStep, on_written: OnWritten,
 ) -> Whole:  # fmt: skip
     names = list(checkpoint_config(teacher).tensors())
     found = train_whole(
-        lambda device, dtype: tensors.student(names, device, dtype), teacher, text, settings, places, work, record,
+        lambda device, dtype: tensors.student(names, device, dtype), teacher, tokens, settings, places, work, record,
         keep_start, on_step=on_step, on_written=on_written,
     )  # fmt: skip
     tensors.put(found.student.packed(), trained_vectors(found.student), {})

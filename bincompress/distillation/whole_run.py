@@ -21,7 +21,6 @@ from bincompress.distillation.teacher import Teacher, write_text
 from bincompress.distillation.train import Checkpoints, OnStep, Progress, Training, perplexity, writable
 from bincompress.distillation.windows import Windows
 from bincompress.model.checkpoint_source import checkpoint_config
-from bincompress.model.tokenizer import load_tokenizer
 from bincompress.sources.checkpoint import Checkpoint
 from bincompress.sources.hub import source_record
 
@@ -53,7 +52,7 @@ class Whole:
 def train_whole(
     make_student: MakeStudent,
     teacher: Checkpoint,
-    text: str | None,
+    tokens: NDArray[np.int64] | None,
     settings: DistillSettings,
     places: Places,
     work: Path,
@@ -65,16 +64,16 @@ def train_whole(
 ) -> Whole:
     """Train all layers of a student at once toward the unquantized model's predictions.
 
-    text: what to train on, None where the teacher writes all of it. begun_with: what a checkpoint is of, beside the
-    settings and the text. keep_start: whether a start that nothing betters is a result. An interrupted run resumes from
-    its last checkpoint in `work`. Raises DistillError.
+    tokens: the text to train on (n,), None where the teacher writes all of it. begun_with: what a checkpoint is of,
+    beside the settings and the text. keep_start: whether a start that nothing betters is a result. An interrupted run
+    resumes from its last checkpoint in `work`. Raises DistillError.
     """
     config, device = checkpoint_config(teacher), places.chosen()
     dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
     decoder = TorchDecoder(config, device, settings.context, dtype)
     predictions = Predictions(decoder, settings, device)
     weights = teacher_weights(teacher, config, device, dtype)
-    windows = _windows(text, teacher, predictions, weights, settings, work, on_written)
+    windows = _windows(tokens, teacher, predictions, weights, settings, work, on_written)
     fingerprint = str(source_record(teacher)["fingerprint"])
     key = xxhash.xxh3_64_hexdigest(f"{fingerprint} {settings.dtype} {device.type}".encode())
     taught = Teacher(predictions, weights, windows, places.cached_logits, key)
@@ -94,7 +93,7 @@ def train_whole(
 
 
 def _windows(
-    text: str | None, teacher: Checkpoint, predictions: Predictions, weights: dict[str, torch.Tensor],
+    tokens: NDArray[np.int64] | None, teacher: Checkpoint, predictions: Predictions, weights: dict[str, torch.Tensor],
     settings: DistillSettings, work: Path, on_written: OnWritten,
 ) -> Windows:  # fmt: skip
     """Return the windows of the text and of what the teacher writes; the text's, where there is one, judge."""
@@ -102,12 +101,9 @@ def _windows(
     def written(leads: NDArray[np.int64] | None) -> NDArray[np.int64]:
         return _written(teacher, predictions, weights, leads, settings, work, on_written)
 
-    if text is None:
+    if tokens is None:
         return Windows.of(written(None), settings)
-    tokenizer = load_tokenizer(teacher.assets())
-    if tokenizer.size > predictions.decoder.config.vocab:
-        raise DistillError(f"{teacher.name}: its tokenizer has more tokens than its vocabulary")
-    windows = Windows.of(np.array(tokenizer.encode(text), np.int64), settings)
+    windows = Windows.of(tokens, settings)
     if not settings.written_tokens:
         return windows
     # The beginnings of training windows, so that the teacher writes of what the text is about.
@@ -119,8 +115,10 @@ def _written(
     leads: NDArray[np.int64] | None, settings: DistillSettings, work: Path, on_written: OnWritten,
 ) -> NDArray[np.int64]:  # fmt: skip
     """Return tokens that the teacher writes; an interrupted run finds them as they were."""
-    beginnings = "" if leads is None else f"-{xxhash.xxh3_64_hexdigest(np.ascontiguousarray(leads).tobytes())}"
-    path = work / f"written-{settings.seed}-{settings.written_tokens}-{settings.context}{beginnings}.npy"
+    source = xxhash.xxh3_64(f"{source_record(teacher)['fingerprint']} {settings.dtype}".encode())
+    if leads is not None:
+        source.update(np.ascontiguousarray(leads).data)
+    path = work / f"written-{settings.seed}-{settings.written_tokens}-{settings.context}-{source.hexdigest()}.npy"
     if path.exists():
         return _read_written(path, settings, predictions.decoder.config.vocab)
     first = teacher.config.get("bos_token_id")

@@ -7,6 +7,17 @@ import xxhash
 from numpy.typing import NDArray
 
 from bincompress.distillation.settings import DistillError, DistillSettings
+from bincompress.model.checkpoint_source import checkpoint_config
+from bincompress.model.tokenizer import load_tokenizer
+from bincompress.sources.checkpoint import Checkpoint
+
+
+def tokens_of(model: Checkpoint, text: str) -> NDArray[np.int64]:
+    """Return the tokens (n,) of a text; raises DistillError where a model has no place for one of its tokenizer's."""
+    tokenizer = load_tokenizer(model.assets())
+    if tokenizer.size > checkpoint_config(model).vocab:
+        raise DistillError(f"{model.name}: its tokenizer has more tokens than its vocabulary")
+    return np.array(tokenizer.encode(text), np.int64)
 
 
 @dataclass(frozen=True)

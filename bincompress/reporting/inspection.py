@@ -66,7 +66,7 @@ def trained_lines(attributes: Mapping[str, Any]) -> list[str]:
         start, end = (sum(r[key] for r in reports) / len(reports) for key in ("held_out_start", "held_out"))
         lines.append(
             f"{len(reports)} layers one after the other on {settings['windows']} windows of {settings['context']} "
-            f"tokens in {settings['passes']} passes, mean held-out loss {start:.3f} -> {end:.3f}"
+            f"tokens, each {settings['passes']} times, mean held-out loss {start:.3f} -> {end:.3f}"
         )
     if whole is not None:
         settings, held_out = whole["settings"], whole["held_out"]
