@@ -243,7 +243,7 @@ def distill(
     settings: "DistillSettings | None" = None,
     device: str = "auto",
     threads: int | None = None,
-    checkpoint_every: int = 100,
+    checkpoint_every: int | None = None,
     work: Path | None = None,
     cached_logits: Path | None = None,
     overwrite: bool = False,
@@ -254,8 +254,8 @@ def distill(
 
     text: a UTF-8 file to train on; without one the teacher writes what is trained on (settings.written_tokens). The
     same call resumes from the last checkpoint of an interrupted one. device: "auto", "cpu" or "cuda". work: where
-    checkpoints lie, every `checkpoint_every` steps; beside the store if not given. cached_logits: a folder that keeps
-    the teacher's logits. Needs PyTorch: pip install 'bincompress[distill]'.
+    checkpoints lie, every `checkpoint_every` steps, or by time; beside the store if not given. cached_logits: a folder
+    that keeps the teacher's logits. Needs PyTorch: pip install 'bincompress[distill]'.
     Raises DistillError, StoreError, CheckpointError or UnsupportedModelError.
     """
     with _torch_needed("distillation"):
@@ -285,7 +285,7 @@ def train(
     model: "DistillSettings | None" = None,
     device: str = "auto",
     threads: int | None = None,
-    checkpoint_every: int = 100,
+    checkpoint_every: int | None = None,
     work: Path | None = None,
     overwrite: bool = False,
     on_layers: "OnLayers" = lambda done, total, line: None,

@@ -22,7 +22,7 @@ from bincompress.distillation.run import distill
 from bincompress.distillation.settings import DistillError, DistillSettings
 from bincompress.distillation.student import StoredMatrix, TrainedMatrix
 from bincompress.distillation.teacher import write_text
-from bincompress.distillation.train import rate
+from bincompress.distillation.train import Checkpoints, rate
 from bincompress.distillation.windows import Windows
 from bincompress.inference.evaluate import evaluate
 from bincompress.inference.load import load_decoder
@@ -273,6 +273,31 @@ def test_an_interrupted_run_gives_the_same_bytes(store: str, model: Path, text: 
     found = distill(store, teacher, text, str(tmp_path / "parts"), SMALL, places)
     assert found.resumed_at == 4
     assert tree(tmp_path / "whole") == tree(tmp_path / "parts")
+
+
+def test_checkpoints_by_time_take_a_twentieth_of_the_run(tmp_path: Path) -> None:
+    now = [0.0]
+    state: dict[str, Any] = {"slow": 10.0}
+
+    def clock() -> float:
+        return now[0]
+
+    kept = Checkpoints(tmp_path / "checkpoint.pt", None, {}, clock)
+    for seconds, due in ((29.0, False), (30.0, True)):
+        now[0] = seconds
+        assert kept.due(1) == due
+    write = kept._write
+
+    def slowly(given: dict[str, Any]) -> None:
+        write(given)
+        now[0] += given["slow"]
+
+    kept._write = slowly  # type: ignore[method-assign,assignment]
+    kept.write(state)
+    for seconds, due in ((40.0 + 199.0, False), (40.0 + 200.0, True)):
+        now[0] = seconds
+        assert kept.due(2) == due
+    assert kept.read(CPU) == state
 
 
 def test_cached_logits_and_parts_of_a_batch_do_not_change_the_result(

@@ -72,8 +72,9 @@ _PLACES = ("device", "threads", "checkpoint_every")
     "--patience", type=int, default=5, show_default=True, help="Validations without improvement before training stops."
 )
 @click.option(
-    "--checkpoint-every", type=int, default=100, show_default=True, help="Steps between checkpoints. 0: none."
-)
+    "--checkpoint-every", type=click.IntRange(min=0),
+    help="Steps between checkpoints. 0: none.  [default: by time, at most 1/20 of the run's]",
+)  # fmt: skip
 @click.option(
     "--work", type=click.Path(file_okay=False, path_type=Path), help="Folder for checkpoints.  [default: beside STORE2]"
 )

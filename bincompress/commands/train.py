@@ -67,7 +67,10 @@ _PLACES = ("device", "threads", "checkpoint_every", "work")
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to train."
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: PyTorch's]")
-@click.option("--checkpoint-every", type=int, default=100, show_default=True, help="model: steps between checkpoints.")
+@click.option(
+    "--checkpoint-every", type=click.IntRange(min=0),
+    help="model: steps between checkpoints. 0: none.  [default: by time, at most 1/20 of the run's]",
+)  # fmt: skip
 @click.option(
     "--work", type=click.Path(file_okay=False, path_type=Path),
     help="Folder of completed layers and checkpoints.  [default: beside STORE]",

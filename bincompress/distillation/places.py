@@ -27,7 +27,7 @@ class Places:
 
     device: str = "auto"
     threads: int | None = None
-    checkpoint_every: int = 100
+    checkpoint_every: int | None = None  # steps; None is by time
     work: Path | None = None  # checkpoints; beside the result if not given
     cached_logits: Path | None = None
 

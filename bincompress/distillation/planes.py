@@ -292,7 +292,8 @@ def _nearest(latent: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
 def _gradients(latent: Tensor, gradient: Tensor, thresholds: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradient of latents (units, block), and its sum over the weights above each threshold.
 
-    limits (2, units): beyond these no gradient pulls a latent. Sums (levels, units): the first is over all weights.
+    limits (2, units): beyond these no gradient pulls a latent further out. Sums (levels, units): the first is over all
+    weights.
     """
     if latent.is_cuda:
         return fused(_gradients_on_gpu, latent)(latent, gradient, thresholds, limits)
@@ -318,8 +319,9 @@ def _gradients_on_gpu(latent: Tensor, gradient: Tensor, thresholds: Tensor, limi
     gradient = gradient.float()
     sums = [gradient.sum(1)]
     sums += [torch.where(latent > threshold[:, None], gradient, 0.0).sum(1) for threshold in thresholds]
-    free = (latent >= limits[0][:, None]) & (latent <= limits[1][:, None])
-    return torch.where(free, gradient, 0.0), torch.stack(sums)
+    low, high = limits[0][:, None], limits[1][:, None]
+    outward = ((latent < low) & (gradient > 0)) | ((latent > high) & (gradient < 0))
+    return torch.where(outward, 0.0, gradient), torch.stack(sums)
 
 
 def _by_unit(numbers: Tensor) -> NDArray[np.float32]:

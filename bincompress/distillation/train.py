@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from bincompress.distillation.teacher import Teacher
 from bincompress.distillation.windows import Windows
 
 _JUDGED_AT_ONCE = 4  # held-out windows
+_SECONDS_BETWEEN = 30.0  # checkpoints
+_TIMES_BETWEEN = 20  # as long as the last one took to write
 _VECTORS = 0.3  # share of the learning rate, where planes are trained
 
 
@@ -200,20 +203,36 @@ def rate(step: int, warmup: float, steps: int) -> float:
 
 
 class Checkpoints:
-    """A run's checkpoint file, written every so many steps, and what it was made with."""
+    """A run's checkpoint file, written every so many steps or by time, and what it was made with."""
 
-    def __init__(self, path: Path, every: int, record: dict[str, Any]) -> None:
-        """record: what has to be equal for a run to go on from it."""
+    def __init__(
+        self, path: Path, every: int | None, record: dict[str, Any], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """every: steps; None is by time: one takes some GB and seconds, and all of them at most a twentieth of the run.
+
+        record: what has to be equal for a run to go on from it.
+        """
         self._path = path
         self._every = every
         self._record = record
+        self._clock = clock
+        self._last = clock()
+        self._took = 0.0
 
     def due(self, step: int) -> bool:
         """Return whether one is to be written after so many steps."""
+        if self._every is None:
+            return self._clock() - self._last >= max(_SECONDS_BETWEEN, _TIMES_BETWEEN * self._took)
         return self._every > 0 and step % self._every == 0
 
     def write(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint; a crash leaves the one before."""
+        begin = self._clock()
+        self._write(state)
+        self._last = self._clock()
+        self._took = self._last - begin
+
+    def _write(self, state: dict[str, Any]) -> None:
         partial = self._path.with_suffix(".partial")
         with writable(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)

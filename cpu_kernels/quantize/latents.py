@@ -35,8 +35,8 @@ def latent_gradients(latents, gradients, thresholds, limits, results, sums):
     """Write the gradient of each latent, and the gradient's sum over the weights above each threshold.
 
     latents, gradients (of the weights), results: float32 (units, block); thresholds: float32 (units, levels - 1);
-    limits: float32 (units, 2), outside which a latent's gradient is zero; sums: float32 (units, levels), the first over
-    the whole unit.
+    limits: float32 (units, 2); outside them a gradient that would move a latent further out is zero (a step goes
+    against the gradient); sums: float32 (units, levels), the first over the whole unit.
     """
     block = latents.shape[1]
     zero = np.float32(0.0)
@@ -46,8 +46,9 @@ def latent_gradients(latents, gradients, thresholds, limits, results, sums):
         for i in range(block):
             gradient = gradients[unit, i]
             total += gradient
-            inside = (latents[unit, i] >= low) & (latents[unit, i] <= high)
-            results[unit, i] = gradient if inside else zero
+            below, above = latents[unit, i] < low, latents[unit, i] > high
+            outward = (below & (gradient > zero)) | (above & (gradient < zero))
+            results[unit, i] = zero if outward else gradient
         sums[unit, 0] = total
         for k in range(thresholds.shape[1]):
             threshold = thresholds[unit, k]

@@ -14,7 +14,7 @@ def levels_of_latents(latents: Floats, levels: Floats, thresholds: Floats) -> Fl
 
 def latent_gradients(latents: Floats, gradients: Floats, thresholds: Floats, limits: Floats) -> tuple[Floats, Floats]:
     """Return the gradient of each latent, and the sums of the weights' gradients above each threshold."""
-    inside = (latents >= limits[:, :1]) & (latents <= limits[:, 1:])
+    outward = np.where(gradients > 0, latents < limits[:, :1], latents > limits[:, 1:])
     above = np.concatenate([np.ones((*latents.shape, 1), bool), latents[:, :, None] > thresholds[:, None, :]], axis=2)
     sums = np.where(above, gradients[:, :, None], 0.0).sum(1, dtype=np.float64)
-    return np.where(inside, gradients, np.float32(0.0)), sums.astype(np.float32)
+    return np.where(outward, np.float32(0.0), gradients), sums.astype(np.float32)
