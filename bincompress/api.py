@@ -42,6 +42,7 @@ from bincompress.store.store import open_store
 from bincompress.store.verify import verify as verify_store
 
 if TYPE_CHECKING:
+    from bincompress.distillation.independent import LayerRunner
     from bincompress.distillation.layer_run import OnLayers
     from bincompress.distillation.run import Distilled
     from bincompress.distillation.settings import DistillSettings, LayerSettings
@@ -283,6 +284,8 @@ def train(
     embeddings: Literal["keep", "4bit", "8bit"] = "keep",
     layers: "LayerSettings | None" = None,
     model: "DistillSettings | None" = None,
+    runner: Literal["local", "ray"] = "local",
+    address: str | None = None,
     device: str = "auto",
     threads: int | None = None,
     checkpoint_every: int | None = None,
@@ -297,7 +300,9 @@ def train(
     start: the store to begin with; without one a store of `planes` planes with scales for each `block` columns and
     these embeddings is made from the source, without calibration. scale_bits: of the trained scales; None keeps the
     start's. layers: settings of the training layer after layer; model: of the whole model's training, which follows it
-    where both are given. The same call resumes an interrupted one. device, threads, checkpoint_every, work: as for
+    where both are given. runner: who trains layers that read the unquantized model's (layers.inputs); "ray" trains them
+    beside each other on a Ray cluster, at `address`, one of `threads` cores each (1 if not given), and on GPUs where it
+    has them. The same call resumes an interrupted one. device, threads, checkpoint_every, work: as for
     `distill`. Needs PyTorch: pip install 'bincompress[distill]'.
     Raises DistillError, StoreError, CheckpointError, RecipeError or UnsupportedModelError.
     """
@@ -306,6 +311,7 @@ def train(
         from bincompress.distillation.train_run import train as run
     if layers is None and model is None:
         raise BincompressError("nothing to train: expected layers or model, or both")
+    run_layers = _training_on_ray(layers, address) if runner == "ray" else None
     checkpoint = open_source(str(source))
 
     def make_start(folder: Path) -> str:
@@ -317,8 +323,20 @@ def train(
     places = Places(device, threads, checkpoint_every, work)
     return run(
         start, make_start, checkpoint, read_text(Path(text)), store, layers, model, scale_bits, places,
-        overwrite=overwrite, on_layers=on_layers, on_step=on_step, on_written=on_written,
+        overwrite=overwrite, run_layers=run_layers, on_layers=on_layers, on_step=on_step, on_written=on_written,
     )  # fmt: skip
+
+
+def _training_on_ray(layers: "LayerSettings | None", address: str | None) -> "LayerRunner":
+    if layers is None or layers.inputs != "unquantized":
+        raise BincompressError(
+            "--runner ray trains layers beside each other, and these read the trained layers before them; "
+            "--layer-inputs unquantized makes them independent"
+        )
+    from bincompress.process.own_jobs import own_jobs
+
+    runner: LayerRunner = own_jobs("training").run_on_ray(address)
+    return runner
 
 
 @contextlib.contextmanager

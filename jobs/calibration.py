@@ -6,11 +6,10 @@ name out; the driver adds the sums in the order of the parts, as the local runne
 
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +19,12 @@ from bincompress.calibration.collect import Calibration, LayerRunner, PartRunner
 from bincompress.calibration.statistics import open_unfinished
 from bincompress.errors import BincompressError
 
-from .nodes import PATIENCE_SECONDS, Nodes
-from .runner import absolute_url, by_value, connect, import_ray
+from .nodes import PATIENCE_SECONDS, death_of
+from .runner import absolute_checkpoint, absolute_url, by_value, connect, import_ray
 from .task import ENVIRONMENT
 
 Floats = NDArray[np.float32]
 _MOST_DEATHS = 3  # of the workers and nodes that had one part
-_TICK_SECONDS = 1.0
 
 
 def run_on_ray(address: str | None, url: str, *, patience: float = PATIENCE_SECONDS) -> LayerRunner:
@@ -43,7 +41,7 @@ def run_on_ray(address: str | None, url: str, *, patience: float = PATIENCE_SECO
     task = ray.remote(num_cpus=1, max_retries=0, runtime_env={"env_vars": ENVIRONMENT})(run_part)
 
     def run(work: Calibration, layer: int, stream: Floats) -> Iterator[tuple[Floats, dict[str, Sum]]]:
-        work = _absolute(work)
+        work = replace(work, checkpoint=absolute_checkpoint(work.checkpoint))
         found = open_unfinished(url)
         found.write_work(f"stream-{layer}", stream)
         parts = range(len(work.parts))
@@ -51,7 +49,7 @@ def run_on_ray(address: str | None, url: str, *, patience: float = PATIENCE_SECO
         try:
             for number in parts:
                 deaths = 0
-                while (error := _error(ray, waiting[number], patience, layer)) is not None:
+                while (error := death_of(ray, waiting[number], patience, f"the rest of layer {layer}")) is not None:
                     deaths += 1
                     if isinstance(error, ray.exceptions.RayTaskError) or deaths == _MOST_DEATHS:
                         reason = str(error).strip().splitlines()[-1]
@@ -67,33 +65,6 @@ def run_on_ray(address: str | None, url: str, *, patience: float = PATIENCE_SECO
                 ray.cancel(reference, force=True)
 
     return run
-
-
-def _absolute(work: Calibration) -> Calibration:
-    """Return it with the driver's relative paths resolved: workers run in other folders."""
-    checkpoint = work.checkpoint
-    tensors = {name: replace(one, file=absolute_url(one.file)) for name, one in checkpoint.tensors.items()}
-    return replace(work, checkpoint=replace(checkpoint, folder=checkpoint.folder.absolute(), tensors=tensors))
-
-
-def _error(ray: Any, reference: Any, patience: float, layer: int) -> Exception | None:
-    """Wait for a task and return what it died of; raises BincompressError once no node has had a core for so long.
-
-    Ray itself would wait for ever.
-    """
-    nodes = Nodes(ray)
-    last_seen = time.monotonic()
-    while not ray.wait([reference], timeout=_TICK_SECONDS)[0]:
-        nodes.look()
-        if nodes.cpus:
-            last_seen = time.monotonic()
-        elif time.monotonic() - last_seen >= patience:
-            raise nodes.none_for(f"the rest of layer {layer}")
-    try:
-        ray.get(reference)
-    except ray.exceptions.RayError as error:
-        return cast(Exception, error)
-    return None
 
 
 def run_part(url: str, work: Calibration, layer: int, number: int, version: str) -> None:

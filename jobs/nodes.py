@@ -1,7 +1,7 @@
 """How many cores and how much memory have the nodes that are alive now?"""
 
 import time
-from typing import Any
+from typing import Any, cast
 
 from bincompress.errors import BincompressError
 
@@ -38,3 +38,23 @@ class Nodes:
             f"no node of the Ray cluster has a core for {what}; start workers "
             "(`ray start --address=HEAD:6379`) and run the same command again to resume"
         )
+
+
+def death_of(ray: Any, reference: Any, patience: float, what: str) -> Exception | None:
+    """Wait for a task and return what it died of, None where it did not.
+
+    Raises BincompressError once no node has had a core for so long: Ray itself would wait for ever. what: is left.
+    """
+    nodes = Nodes(ray)
+    last_seen = time.monotonic()
+    while not ray.wait([reference], timeout=_LOOK_SECONDS)[0]:
+        nodes.look()
+        if nodes.cpus:
+            last_seen = time.monotonic()
+        elif time.monotonic() - last_seen >= patience:
+            raise nodes.none_for(what)
+    try:
+        ray.get(reference)
+    except ray.exceptions.RayError as error:
+        return cast(Exception, error)
+    return None

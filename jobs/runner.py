@@ -19,6 +19,7 @@ from bincompress.compression.events import JobEvent, OnEvent
 from bincompress.compression.job import run_job
 from bincompress.compression.records import Job, JobReport
 from bincompress.errors import BincompressError
+from bincompress.sources.checkpoint import Checkpoint
 from bincompress.store.store import is_local
 from bincompress.tensors.weight import TensorSource
 
@@ -127,6 +128,12 @@ def absolute(job: Job) -> Job:
         job, store=absolute_url(job.store), source=source(job.source), shared=shared,
         statistics=absolute_url(job.statistics) if job.statistics else "",
     )  # fmt: skip
+
+
+def absolute_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint with the driver's relative paths resolved."""
+    tensors = {name: replace(one, file=absolute_url(one.file)) for name, one in checkpoint.tensors.items()}
+    return replace(checkpoint, folder=checkpoint.folder.absolute(), tensors=tensors)
 
 
 def absolute_url(url: str) -> str:

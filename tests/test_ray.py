@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
-from bincompress import cli
+from bincompress import api, cli
 from bincompress.calibration.collect import calibrate, run_in_threads, text_record
 from bincompress.compression.events import JobEvent
 from bincompress.compression.plan import make_plan
@@ -266,6 +266,28 @@ def test_layer_after_layer_gives_the_local_bytes(home: None, tiny_model: Path, t
     for store, runner in ((tmp_path / "here", run_local), (tmp_path / "there", run_ray)):
         compress(plan, str(store), runner=in_sequence(plan.checkpoint, SAMPLES, str(store), runner))
     assert tree(tmp_path / "here") == tree(tmp_path / "there")
+
+
+def test_training_loses_a_worker_and_gives_the_local_bytes(
+    home: None, letters_model: Path, tmp_path: Path, tree: Tree
+) -> None:
+    torch = pytest.importorskip("torch")
+    settings = pytest.importorskip("bincompress.distillation.settings")
+    torch.set_num_threads(1)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(map(chr, np.random.default_rng(3).integers(33, 127, 900))))
+    layers = settings.LayerSettings(windows=24, context=16, passes=2, inputs="unquantized")
+    here, there = str(tmp_path / "here"), str(tmp_path / "there")
+    api.train(letters_model, here, text, layers=layers, device="cpu", threads=1)
+    with ThreadPoolExecutor(1) as pool:
+        end = pool.submit(
+            api.train, letters_model, there, text, layers=layers, device="cpu", threads=1, runner="ray", address="auto"
+        )
+        wait_for(lambda: kill_one("ray::run_layer"))
+        end.result()
+    same = [{name: open_store(url).complete_attributes(name)["hashes"] for name in open_store(url).tensors()}
+            for url in (here, there)]  # fmt: skip
+    assert same[0] == same[1]
 
 
 def test_without_ray(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from bincompress.errors import BincompressError
 from bincompress.inference.load import load_decoder
 from bincompress.model.config import parse
 from bincompress.model.packed_linear import ActivationSettings
+from bincompress.reporting.inspection import trained_lines
 from bincompress.sources.checkpoint import open_checkpoint
 from bincompress.store.store import open_store
 from tests.conftest import Run, tiny_config, tiny_tensors, write_model
@@ -117,6 +118,44 @@ def test_a_resumed_run_equals_one_without_interruption(by: str, model: Path, tex
     attributes = [open_store(str(tmp_path / name)).attributes for name in ("whole", "resumed")]
     for key in ("training", "distillation"):
         assert attributes[0].get(key) == attributes[1].get(key)
+
+
+INDEPENDENT = replace(LAYERS, inputs="unquantized")
+
+
+@pytest.mark.parametrize("finish", [0, 1])
+def test_independent_layers_learn_and_resume(finish: int, model: Path, text: Path, tmp_path: Path) -> None:
+    layers = replace(INDEPENDENT, finish_passes=finish)
+    found = trained(model, text, tmp_path / "whole", layers=layers)
+    assert [report.layer for report in found.independent] == [0, 1]
+    assert len(found.layers) == (2 if finish else 0)
+    for report in found.independent:
+        assert report.held_out < 0.95 * report.held_out_start
+    stops = 1 + finish  # layers complete
+
+    def stop(done: int, total: int, line: str) -> None:
+        nonlocal stops
+        stops -= "held out" in line
+        if not stops:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        trained(model, text, tmp_path / "resumed", layers=layers, on_layers=stop)
+    with pytest.raises(DistillError, match="a run with other settings, text or store was interrupted here"):
+        trained(model, text, tmp_path / "resumed", layers=LAYERS)
+    trained(model, text, tmp_path / "resumed", layers=layers)
+    assert tensors_of(tmp_path / "resumed") == tensors_of(tmp_path / "whole")
+    attributes = [open_store(str(tmp_path / name)).attributes for name in ("whole", "resumed")]
+    assert attributes[0]["training"] == attributes[1]["training"]
+    lines = trained_lines(attributes[0])
+    assert "2 layers each by itself" in lines[0]
+    assert len(lines) == 1 + finish
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_layers_that_read_each_other_are_not_trained_on_a_cluster(model: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(BincompressError, match="--layer-inputs unquantized makes them independent"):
+        trained(model, text, tmp_path / "out", runner="ray")
 
 
 def test_a_layers_file_of_another_run_or_a_damaged_one_is_refused(model: Path, text: Path, tmp_path: Path) -> None:

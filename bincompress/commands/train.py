@@ -10,10 +10,11 @@ from bincompress.commands.shared import kernels_announced, print_json
 
 _BLOCKS = ["64", "128", "256", "row"]
 _LAYERS = {"windows": "windows", "layer_context": "context", "passes": "passes", "layer_batch": "batch",
-           "layer_lr": "lr", "layer_lr_planes": "lr_planes", "seed": "seed"}  # fmt: skip
+           "layer_lr": "lr", "layer_lr_planes": "lr_planes", "layer_inputs": "inputs", "finish_passes": "finish_passes",
+           "seed": "seed"}  # fmt: skip
 _MODEL = ("steps", "batch", "accumulate", "context", "lr", "lr_planes", "written_tokens", "evaluate_every", "patience",
           "seed")  # fmt: skip
-_PLACES = ("device", "threads", "checkpoint_every", "work")
+_PLACES = ("device", "threads", "checkpoint_every", "work", "runner", "address")
 
 
 @click.command()
@@ -47,6 +48,14 @@ _PLACES = ("device", "threads", "checkpoint_every", "work")
     "--layer-lr-planes", type=float, default=0.01, show_default=True,
     help="layer: learning rate of latents, relative to a matrix's standard deviation.",
 )  # fmt: skip
+@click.option(
+    "--layer-inputs", type=click.Choice(["trained", "unquantized"]), default="trained", show_default=True,
+    help="layer: what a layer reads. unquantized: layers are independent of each other.",
+)  # fmt: skip
+@click.option(
+    "--finish-passes", type=int, default=1, show_default=True,
+    help="layer: with --layer-inputs unquantized, passes layer after layer, to end with.",
+)  # fmt: skip
 @click.option("--steps", type=int, default=1000, show_default=True, help="model: optimizer steps.")
 @click.option("--batch", type=int, default=16, show_default=True, help="model: windows per step.")
 @click.option("--accumulate", type=int, default=1, show_default=True, help="model: split each batch into parts.")
@@ -66,7 +75,12 @@ _PLACES = ("device", "threads", "checkpoint_every", "work")
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to train."
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: PyTorch's]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: PyTorch's; ray: 1 a layer]")
+@click.option(
+    "--runner", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+    help="Who trains independent layers: this process or a Ray cluster.",
+)  # fmt: skip
+@click.option("--address", help="ray: auto, HOST:PORT or ray://HOST:10001.  [default: RAY_ADDRESS, or this machine]")
 @click.option(
     "--checkpoint-every", type=click.IntRange(min=0),
     help="model: steps between checkpoints. 0: none.  [default: by time, at most 1/20 of the run's]",
@@ -94,6 +108,7 @@ def command(
     Examples:
       bincompress train ./Qwen2.5-0.5B ./store --text train.txt
       bincompress train ./Qwen2.5-0.5B ./store --text train.txt --planes 1 --by layer+model --device cuda
+      bincompress train ./Qwen2.5-0.5B ./store --text train.txt --layer-inputs unquantized --runner ray
       bincompress train ./Qwen2.5-0.5B ./better --text train.txt --start ./store --by model --steps 500
     """
     from tqdm import tqdm
@@ -166,6 +181,11 @@ def _say_memory(source: str, layers: Any, model: Any, as_json: bool) -> None:
 def _say(found: Any) -> None:
     """Show what came of a training."""
     same = 0
+    for report in found.independent:
+        click.echo(
+            f"layer {report.layer}, by itself: held-out loss {report.held_out_start:.3f} -> {report.held_out:.3f}, "
+            f"{report.seconds:.0f} s"
+        )
     for report in found.layers:
         change = (
             f"{report.held_out_start:.3f} -> {report.held_out:.3f}, {report.flips:.1%} of the weights changed level"

@@ -106,12 +106,18 @@ class LayerSettings(Checked):
     lr_planes: float = 0.01  # share of a matrix's standard deviation that a step may move a latent
     dtype: Literal["float32", "bf16"] = "float32"
     seed: int = 0
+    inputs: Literal["trained", "unquantized"] = "trained"  # of which model's layers a layer reads the output
+    finish_passes: int = 1  # with unquantized inputs: over the windows, layer after layer, to end with
 
-    _OPTIONS: ClassVar[dict[str, str]] = {name: f"layer_{name}" for name in ("context", "batch", "lr", "lr_planes")}
+    _OPTIONS: ClassVar[dict[str, str]] = {
+        name: f"layer_{name}" for name in ("context", "batch", "lr", "lr_planes", "inputs")
+    }
 
     def __post_init__(self) -> None:
         for name in ("windows", "passes", "batch"):
             self._check(name, "at least 1", getattr(self, name) >= 1)
+        self._check("finish_passes", "at least 0", self.finish_passes >= 0)
+        self._check("inputs", "trained or unquantized", self.inputs in ("trained", "unquantized"))
         self._check("context", "at least 2", self.context >= 2)
         self._check("seed", "at least 0", self.seed >= 0)
         for name in ("lr", "lr_planes"):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from bincompress.distillation.decoder import TorchDecoder, refuse_unknown
+from bincompress.distillation.independent import LayerRunner, train_beside
+from bincompress.distillation.layer_files import check_layer_files
 from bincompress.distillation.layer_run import OnLayers, train_layers
 from bincompress.distillation.layers import LayerReport
 from bincompress.distillation.model import trained_vectors
@@ -43,13 +45,27 @@ class Trained:
     """What came of a training."""
 
     store: str
-    layers: tuple[LayerReport, ...]
+    layers: tuple[LayerReport, ...]  # layer after layer
+    independent: tuple[LayerReport, ...]  # before that, beside each other
     model: dict[str, Any]  # held-out perplexities and steps of the whole model's training; empty without one
     seconds: float
 
     def record(self) -> dict[str, Any]:
         """Return it as JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Reports:
+    """What came of the layers: trained layer after layer, and beside each other before that."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    independent: list[LayerReport] = field(default_factory=list)
+
+    @property
+    def any(self) -> bool:
+        """Whether layers were trained at all."""
+        return bool(self.layers or self.independent)
 
 
 def train(
@@ -64,6 +80,7 @@ def train(
     places: Places = DEFAULT_PLACES,
     *,
     overwrite: bool = False,
+    run_layers: LayerRunner | None = None,
     on_layers: OnLayers = lambda done, total, line: None,
     on_step: OnStep = lambda progress: None,
     on_written: OnWritten = lambda done, total: None,
@@ -72,7 +89,8 @@ def train(
 
     start: the store to begin with; None: the one that make_start makes in the folder that it is given. layers: how
     layers are trained one after the other, toward what the unquantized model's layers give; model: how all are trained
-    together, after that, toward its predictions; None leaves one of them out. An interrupted run resumes after the last
+    together, after that, toward its predictions; None leaves one of them out. run_layers: who trains layers that do not
+    read each other's output; None is this process. An interrupted run resumes after the last
     completed layer, or from the last checkpoint. Raises DistillError, StoreError, CheckpointError, DamagedError or
     UnsupportedModelError.
     """
@@ -87,23 +105,26 @@ def train(
         _refuse_other_phases(work, layers, model)
         store = open_store(start if start is not None else make_start(work))
         check_start(store, teacher, "SOURCE")
-        tensors = Tensors(store, checkpoint_config(teacher), teacher, scale_bits, keep_latents=model is not None)
+        tensors = Tensors(store, checkpoint_config(teacher), teacher, scale_bits, keep_latents=_goes_on(layers, model))
         record: dict[str, Any] = {"scale_bits": scale_bits, "start": content_of(store)}
-        reports: list[LayerReport] = []
+        reports = Reports()
         if layers is not None and windows is not None:
             record["layers"] = {"settings": layers.record(), "text": xxhash.xxh3_128_hexdigest(windows.tobytes())}
             with memory_named("the text's stream or a layer does not fit: lower --windows, or --layer-batch"):
-                reports = _layers(tensors, teacher, windows, layers, places, work, record, on_layers)
+                reports = _layers(tensors, teacher, windows, layers, places, work, record, run_layers, on_layers)
         whole = None
         if model is not None:
             with memory_named(model.advice):
-                whole = _whole(
-                    tensors, teacher, tokens, model, places, work, record, bool(reports), on_step, on_written
-                )
+                whole = _whole(tensors, teacher, tokens, model, places, work, record, reports.any, on_step, on_written)
         seconds = time.perf_counter() - begin
         _write(store, out, tensors, teacher, _records(record, reports, whole), places, seconds)
         remove_training(work)
-    return Trained(out, tuple(reports), whole.summary() if whole else {}, seconds)
+    return Trained(out, tuple(reports.layers), tuple(reports.independent), whole.summary() if whole else {}, seconds)
+
+
+def _goes_on(layers: LayerSettings | None, model: DistillSettings | None) -> bool:
+    """Return whether training goes on from the latents of layers that it has trained."""
+    return model is not None or (layers is not None and layers.inputs == "unquantized" and layers.finish_passes > 0)
 
 
 def _checked(
@@ -130,7 +151,7 @@ def _checked(
 
 def _refuse_other_phases(work: Path, layers: LayerSettings | None, model: DistillSettings | None) -> None:
     """Refuse to leave unused, and to remove, what an interrupted run of another kind has trained."""
-    for phase, kept, by in ((layers, "layer-*.safetensors", "layer"), (model, "checkpoint.pt", "model")):
+    for phase, kept, by in ((layers, "*-[0-9]*.safetensors", "layer"), (model, "checkpoint.pt", "model")):
         if phase is None and any(work.glob(kept)):
             raise DistillError(
                 f"{work}: a run with --by {by} was interrupted here; use the same options to resume it, or --overwrite "
@@ -155,12 +176,20 @@ def choose_windows(tokens: NDArray[np.int64], settings: LayerSettings) -> NDArra
 
 def _layers(
     tensors: Tensors, teacher: Checkpoint, windows: NDArray[np.int64], settings: LayerSettings, places: Places,
-    work: Path, record: dict[str, Any], on_layers: OnLayers,
-) -> list[LayerReport]:  # fmt: skip
+    work: Path, record: dict[str, Any], run_layers: LayerRunner | None, on_layers: OnLayers,
+) -> Reports:  # fmt: skip
+    check_layer_files(work, record)
+    independent: list[LayerReport] = []
+    if settings.inputs == "unquantized":
+        independent = train_beside(tensors, teacher, windows, settings, work, record, places, run_layers, on_layers)
+        if not settings.finish_passes:
+            return Reports(independent=independent)
+        settings = replace(settings, passes=settings.finish_passes)
     device = places.chosen()
     dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
     decoder = TorchDecoder(checkpoint_config(teacher), device, settings.context, dtype)
-    return train_layers(tensors, teacher, decoder, windows, settings, work, record, device, on_layers)
+    layers = train_layers(tensors, teacher, decoder, windows, settings, work, record, device, on_layers)
+    return Reports(layers, independent)
 
 
 def _whole(
@@ -176,9 +205,11 @@ def _whole(
     return found
 
 
-def _records(record: dict[str, Any], reports: list[LayerReport], whole: Whole | None) -> dict[str, Any]:
+def _records(record: dict[str, Any], reports: Reports, whole: Whole | None) -> dict[str, Any]:
     """Return what the root's attributes say of a training."""
-    training = {**record, "reports": [report.record() for report in reports]}
+    training = {**record, "reports": [report.record() for report in reports.layers]}
+    if reports.independent:
+        training["independent"] = [report.record() for report in reports.independent]
     return {"training": training} | ({"distillation": whole.record} if whole else {})
 
 

@@ -61,12 +61,16 @@ def trained_lines(attributes: Mapping[str, Any]) -> list[str]:
     """Return how a store was trained, from its root's attributes; empty where it was not."""
     training, whole = attributes.get("training"), attributes.get("distillation")
     lines = []
-    if training is not None and training["reports"]:
-        reports, settings = training["reports"], training["layers"]["settings"]
+    beside, after = (training.get(key, []) if training is not None else [] for key in ("independent", "reports"))
+    for reports, how in ((beside, "each by itself"), (after, "one after the other")):
+        if training is None or not reports:
+            continue
+        settings = training["layers"]["settings"]
+        passes = settings["finish_passes"] if beside and reports is after else settings["passes"]
         start, end = (sum(r[key] for r in reports) / len(reports) for key in ("held_out_start", "held_out"))
         lines.append(
-            f"{len(reports)} layers one after the other on {settings['windows']} windows of {settings['context']} "
-            f"tokens, each {settings['passes']} times, mean held-out loss {start:.3f} -> {end:.3f}"
+            f"{len(reports)} layers {how} on {settings['windows']} windows of {settings['context']} tokens, each "
+            f"{passes} times, mean held-out loss {start:.3f} -> {end:.3f}"
         )
     if whole is not None:
         settings, held_out = whole["settings"], whole["held_out"]

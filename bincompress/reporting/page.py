@@ -55,8 +55,9 @@ def report_page(store: Store, tensor: str | None = None) -> str:
     if distillation is not None:
         plots["distillation"] = _distillation(distillation)
     training = store.attributes.get("training")
-    if training is not None and training["reports"]:
-        plots["layers"] = _trained_layers(training["reports"])
+    trained_layers = training and (training["reports"] or training.get("independent"))
+    if trained_layers:
+        plots["layers"] = _trained_layers(trained_layers)
     return template.render(
         store=store.url, version=__version__, totals=totals(found["total"]), tensors=found["tensors"], plots=plots,
         tensor=tensor, shown=packed[tensor], distillation=distillation, trained=training is not None,
