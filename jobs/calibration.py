@@ -72,7 +72,7 @@ def run_on_ray(address: str | None, url: str, *, patience: float = PATIENCE_SECO
 def _absolute(work: Calibration) -> Calibration:
     """Return it with the driver's relative paths resolved: workers run in other folders."""
     checkpoint = work.checkpoint
-    tensors = {name: replace(one, file=absolute_url(one.file)) for name, one in checkpoint.tensors.items()}
+    tensors = {name: one.moved(absolute_url) for name, one in checkpoint.tensors.items()}
     return replace(work, checkpoint=replace(checkpoint, folder=checkpoint.folder.absolute(), tensors=tensors))
 
 

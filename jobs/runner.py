@@ -120,7 +120,7 @@ def absolute(job: Job) -> Job:
     """Return a job with the driver's relative paths resolved: workers run in other folders."""
 
     def source(tensor: TensorSource) -> TensorSource:
-        return replace(tensor, file=absolute_url(tensor.file))
+        return tensor.moved(absolute_url)
 
     shared = job.shared and replace(job.shared, members=tuple(source(member) for member in job.shared.members))
     return replace(

@@ -3,14 +3,12 @@
 import errno
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bincompress.errors import BincompressError, CheckpointError
 from bincompress.sources.assets import is_asset
-from bincompress.sources.checkpoint import INDEX, Checkpoint, open_checkpoint, read_json
-from bincompress.sources.fused import split
+from bincompress.sources.checkpoint import INDEX, Checkpoint, checkpoint_of, open_checkpoint, read_json
 from bincompress.sources.shapes import has_only_config, open_shapes
 from bincompress.tensors.weight import TensorSource
 
@@ -153,7 +151,7 @@ def _headers_from_hub(repo: str, commit: str) -> Checkpoint:
         for name, info in content.tensors.items():
             begin, end = info.data_offsets
             tensors[name] = TensorSource(name, info.dtype, tuple(info.shape), file, begin, end - begin)
-    return Checkpoint(Path(), repo, commit, config, split(config, tensors.values()))
+    return checkpoint_of(Path(), repo, commit, config, tensors)
 
 
 def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -162,6 +160,8 @@ def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
 
     digest = xxhash.xxh3_128(json.dumps(checkpoint.config, sort_keys=True).encode())
     for tensor in checkpoint.tensors.values():
-        bare = replace(tensor, file=Path(tensor.file).name)
+        bare = tensor.moved(lambda file: Path(file).name)
         digest.update(repr(bare).encode())
+        if bare.encoding is not None:
+            digest.update(repr(bare.encoding).encode())
     return {"id": checkpoint.name, "revision": checkpoint.revision, "fingerprint": digest.hexdigest()}

@@ -1,0 +1,3 @@
+"""GGUF files as a source."""
+
+DECODERS = {}
