@@ -92,7 +92,7 @@ def checkpoint_of(
 
 def _refuse_other_folder(folder: Path) -> None:
     """Raise CheckpointError for a folder that is no checkpoint, but known to be something else."""
-    if (folder / ADAPTER).exists():
+    if (folder / ADAPTER).exists() or any(folder.glob("*.gguf")):
         weight_files(folder)
     commits = sorted(path for pattern in ("snapshots/*", "models--*/snapshots/*") for path in folder.glob(pattern))
     if commits:
