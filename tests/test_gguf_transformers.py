@@ -71,10 +71,12 @@ def written(folder: Path, kind: str, quantized: str = "Q8_0") -> Path:
     own = {"partial_rotary_factor": 1.0, "sliding_window": None} if architecture == "Phi3ForCausalLM" else {}
     if architecture == "Gemma3ForCausalLM":  # transformers knows only the usual pattern of windows
         own = {"layer_types": None, "num_hidden_layers": 6}
+    if architecture == "Qwen3ForCausalLM":  # nor another size of heads
+        own = {"head_dim": 128}
     config, tensors = tiny(architecture, vocab_size=300, intermediate_size=96, **own)
     config = {key: value for key, value in config.items() if key != "layer_types" or value}
     stored = converted(config, fused(config, tensors))
-    named = {f"tokenizer.ggml.{key}": value for key, value in tokens.items()}
+    named = {f"tokenizer.ggml.{key}": value for key, value in (tokens | {"padding_token_id": 0}).items()}
     metadata = metadata_of(config) | named | {f"{metadata_of(config)['general.architecture']}.vocab_size": 300}
     folder.mkdir()
     return write_gguf(folder / "model.gguf", metadata, stored, {"blk.0.ffn_down.weight": quantized})
