@@ -43,7 +43,11 @@ def fp8(rows: int, cols: int, block: tuple[int, int], name: str = "weight_scale_
             values[row, col] = np.float32(weight[row, col]) * scale[row // block[0], col // block[1]]
     whole = block[0] >= rows and block[1] >= cols
     words = "one scale" if whole else "a scale a row" if block[0] == 1 else f"blocks of {block[0]} x {block[1]}"
-    config: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head"]}
+    config: dict[str, Any] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "modules_to_not_convert": ["lm_head"],
+    }
     config |= {"weight_block_size": list(block)} if listed else {}
     return Form(
         config, {"weight": weight, name: scale.reshape(()) if whole and not listed else scale}, values, f"FP8, {words}"

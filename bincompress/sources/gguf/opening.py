@@ -148,6 +148,8 @@ def _named(family: Family, config: dict[str, Any], tensor: GgufTensor, source: T
         heads = config["num_attention_heads"]
     elif family.permuted and ".self_attn.k_proj." in name:
         heads = config["num_key_value_heads"]
+    if heads and len(tensor.shape) == 1 and source.dtype not in PLAIN:
+        raise CheckpointError(f"{tensor.name!r}: a quantized bias of heads in another order, which is not read")
     rows = tensor.shape[0] if len(tensor.shape) == 1 and heads else math.prod(tensor.shape[:-1])
     if heads and (rows % heads or rows // heads % 2):
         raise CheckpointError(f"{tensor.name!r}: {rows} rows; expected those of {heads} heads with an even number each")

@@ -5,7 +5,8 @@ gguf_tokenizer_mapping.py and the tokenizer classes that it fills (GPT2Tokenizer
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,10 @@ def tokenizer_files(arch: str, metadata: Mapping[str, Any]) -> dict[str, bytes]:
     if f"{_KEY}model" not in metadata:
         return {}
     tokens = _texts(metadata, "tokens")
-    backend = _backend(arch, tokens, metadata)
+    with _named():
+        backend = _backend(arch, tokens, metadata)
+        _add_ends(backend, tokens, metadata)
+        made = backend.to_str()
     named = {name: _token(tokens, metadata, key) for name, key in _NAMED.items()}
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -47,12 +51,25 @@ def tokenizer_files(arch: str, metadata: Mapping[str, Any]) -> dict[str, bytes]:
         **{f"add_{end}_token": _adds(metadata, end) for end in ("bos", "eos")},
         "clean_up_tokenization_spaces": False,
     }
-    _add_ends(backend, tokens, metadata)
     files = {
-        "tokenizer.json": backend.to_str().encode(),
+        "tokenizer.json": made.encode(),
         "tokenizer_config.json": json.dumps(config, indent=2).encode(),
     }
     return files | _templates(metadata) | _ends(tokens, metadata)
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Raise CheckpointError in place of what the tokenizers library raises: bare Exceptions, and panics of its Rust."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, CheckpointError) or not (
+            isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        ):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"GGUF metadata: no tokenizer can be made of it: {reason}") from None
 
 
 def _texts(metadata: Mapping[str, Any], key: str) -> list[str]:
@@ -177,12 +194,7 @@ def _gemma(tokens: list[str], metadata: Mapping[str, Any]) -> tokenizers.Tokeniz
 
 
 def _bpe(vocab: dict[str, int], merges: list[tuple[str, str]], **options: Any) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
-    except Exception as error:  # the library raises bare Exceptions, and panics of its Rust are no better
-        raise CheckpointError(
-            f"GGUF metadata: no tokenizer can be made of it: {' '.join(str(error).split())[:200]}"
-        ) from None
+    return tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
 
 
 def _merges(
