@@ -133,7 +133,9 @@ def built(tree: Any) -> bytes:
     """Return a file of a tree, which may have been changed to anything."""
     if not isinstance(tree, dict):
         return b"GGUF" + repr(tree).encode("utf-8", "replace")[:100]
-    keys, tensors = (tree.get(name) if isinstance(tree.get(name), list) else [] for name in ("keys", "tensors"))
+    given = {name: tree.get(name) for name in ("keys", "tensors")}
+    keys: list[Any] = given["keys"] if isinstance(given["keys"], list) else []
+    tensors: list[Any] = given["tensors"] if isinstance(given["tensors"], list) else []
     counts = [tree.get(f"{name}_count", len(own)) for name, own in (("tensors", tensors), ("keys", keys))]
     head = b"GGUF" + _packed("<I", tree.get("version")) + b"".join(_packed("<Q", count) for count in counts)
     head += b"".join(_entry(entry) for entry in keys) + b"".join(_tensor(entry) for entry in tensors)

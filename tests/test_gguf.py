@@ -156,6 +156,20 @@ def test_other_scaling_is_read_or_refused_by_name(tmp_path: Path) -> None:
         make_plan(open_source(str(file)), load_recipe(None, {})).verdict.require(export_only=False)
 
 
+def test_the_factors_of_longrope_are_refused_by_name_and_exported(tmp_path: Path) -> None:
+    config, tensors = tiny("Phi3ForCausalLM", partial_rotary_factor=1.0)
+    factors = {f"rope_factors_{end}.weight": np.full(8, 1.5, np.float32) for end in ("long", "short")}
+    metadata = metadata_of(config) | TOKENS | {"phi3.rope.scaling.original_context_length": 64}
+    file = write_gguf(tmp_path / "m.gguf", metadata, converted(config, fused(config, tensors)) | factors)
+    plan = make_plan(open_source(str(file)), load_recipe(None, {}))
+    with pytest.raises(RecipeError, match="rope type 'longrope' is not supported"):
+        plan.verdict.require(export_only=False)
+    assert compress(plan, str(tmp_path / "store")).complete
+    out = json.loads((export(open_store(str(tmp_path / "store")), tmp_path / "out") / "config.json").read_text())
+    assert out["rope_scaling"]["long_factor"] == [1.5] * 8
+    assert out["original_max_position_embeddings"] == 64
+
+
 TYPES = ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "TQ1_0", "TQ2_0", "MXFP4"]
 
 
@@ -303,6 +317,8 @@ WRONG: list[tuple[bytes, str]] = [
     (raw([ARCH], [EMBEDDING]), "qwen2.embedding_length: expected a whole number, found None"),
     (raw([*OWN, entry("qwen2.attention.key_length", "x")], [EMBEDDING]), "key_length: expected a whole number"),
     (raw([*numbers("qwen2", **{"attention.head_count": 0}), ARCH], [EMBEDDING]), "head_count is 0"),
+    (raw([*OWN, *map(entry, ("qwen2.attention.key_length", "qwen2.rope.dimension_count"), (64, 32))], [EMBEDDING]),
+     "32 of 64 columns of a head; expected all"),
     (raw([*OWN, entry("tokenizer.ggml.model", "rwkv")], [EMBEDDING]), "tokenizer.ggml.tokens: expected a list"),
     (raw([*OWN, entry("tokenizer.ggml.tokens", ["a"] * 5)], [EMBEDDING]), "5 tokens; token_embd.weight has 4 rows"),
 ]  # fmt: skip

@@ -112,4 +112,5 @@ def _permuted(rows: NDArray[np.intp], head: int) -> NDArray[np.intp]:
     """Return which rows of the file these are: it has the two halves of a head's rows in turns; head: rows of one."""
     number, row = np.divmod(rows, head)
     half, place = np.divmod(row, head // 2)
-    return number * head + 2 * place + half
+    found: NDArray[np.intp] = number * head + 2 * place + half
+    return found

@@ -20,9 +20,10 @@ _GEMMA_27B = 62  # layers; the one Gemma 3 whose queries are not scaled by its h
 _LLAMA3 = (1.0, 4.0)  # low_freq_factor and high_freq_factor of all Llama 3 models
 _LLAMA3_CONTEXTS = (8192, 4096, 2048, 16384, 32768, 65536, 131072)
 _CLOSE = 1e-4
+_LONGEST_NAME = 60
 _WINDOWED = ("gemma3_text", "phi3", "mistral", "olmo2")
 # Keys of an architecture that say nothing of the arithmetic, or what is read elsewhere.
-_IDLE = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "rope.dimension_count", "block_count")
+_IDLE = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")
 
 
 @dataclass
@@ -75,11 +76,11 @@ def config_of(
     metadata: Mapping[str, Any],
     vocab: int,
     names: set[str],
-    rope_factors: NDArray[Any] | None,
+    factors: Mapping[str, NDArray[Any]],
 ) -> tuple[dict[str, Any], list[str]]:
     """Return config.json, and notes on metadata that is not read.
 
-    vocab: rows of the embedding. names: of the tensors, as the file has them. rope_factors: of rope_freqs.weight.
+    vocab: rows of the embedding. names: of the tensors, as the file has them. factors: of rotary embeddings, by tensor.
     Raises CheckpointError where a value is missing or wrong; what the decoder cannot do is said by its own reader.
     """
     fields = Fields(arch, metadata)
@@ -89,6 +90,11 @@ def config_of(
     head_dim = fields.whole("attention.key_length", _head_dim(family, fields, hidden, heads))
     if fields.whole("attention.value_length", head_dim) != head_dim:
         raise CheckpointError(f"GGUF metadata: {arch}: keys and values of different lengths are not supported")
+    rotated = fields.whole("rope.dimension_count", head_dim)
+    if rotated != head_dim and family.model_type != "phi3":
+        raise CheckpointError(
+            f"GGUF metadata: {arch}.rope.dimension_count: {rotated} of {head_dim} columns of a head; expected all"
+        )
     if fields.value("attention.causal") is False or fields.whole("pooling_type", 0):
         raise CheckpointError(f"GGUF metadata: {arch}: a model of embeddings, which writes no text, is not supported")
     config: dict[str, Any] = {
@@ -107,7 +113,7 @@ def config_of(
         "attention_bias": "blk.0.attn_q.bias" in names,
         "mlp_bias": "blk.0.ffn_up.bias" in names,
         "rope_theta": fields.number("rope.freq_base", 10000.0),
-        **_rope_scaling(fields, rope_factors, head_dim, names),
+        **_rope_scaling(fields, factors, head_dim),
         **_tokens(metadata),
         **_of_family(family, fields, head_dim),
     }
@@ -167,20 +173,24 @@ def _of_family(family: Family, fields: Fields, head_dim: int) -> dict[str, Any]:
     return found
 
 
-def _rope_scaling(fields: Fields, factors: NDArray[Any] | None, head_dim: int, names: set[str]) -> dict[str, Any]:
-    """Return rope_scaling: of a kind in the metadata, or of the factors of Llama 3."""
+def _rope_scaling(fields: Fields, factors: Mapping[str, NDArray[Any]], head_dim: int) -> dict[str, Any]:
+    """Return rope_scaling: of a kind in the metadata, or of the factors of Phi-3 or Llama 3."""
     kind, factor = fields.value("rope.scaling.type"), fields.number("rope.scaling.factor")
     context = fields.whole("rope.scaling.original_context_length", 0)
-    if "rope_factors_long.weight" in names or "rope_factors_short.weight" in names:
-        return {"rope_scaling": {"rope_type": "longrope"}}  # which config.json's reader refuses by name
-    if factors is not None:
-        return _llama3(factors, fields.number("rope.freq_base", 10000.0) or 1.0, head_dim, context)
+    both = {end: factors.get(f"rope_factors_{end}.weight") for end in ("long", "short")}
+    if any(found is not None for found in both.values()):
+        lists = {f"{end}_factor": found.tolist() for end, found in both.items() if found is not None}
+        beside = {"original_max_position_embeddings": context} if context else {}
+        return {"rope_scaling": {"type": "longrope", "rope_type": "longrope", **lists}, **beside}
+    if "rope_freqs.weight" in factors:
+        theta = fields.number("rope.freq_base", 10000.0) or 1.0
+        return _llama3(factors["rope_freqs.weight"], theta, head_dim, context)
     if factor is None:
         factor = fields.number("rope.scale_linear")  # of old files
         kind = "linear" if factor not in (None, 1.0) else kind
     if kind in (None, "none") or factor in (None, 0.0, 1.0):
         return {}
-    scaling: dict[str, Any] = {"rope_type": str(kind), "factor": factor}
+    scaling: dict[str, Any] = {"rope_type": str(kind)[:_LONGEST_NAME], "factor": factor}
     return {"rope_scaling": scaling | ({"original_max_position_embeddings": context} if context else {})}
 
 

@@ -127,16 +127,16 @@ def _sources(header: Header) -> list[tuple[GgufTensor, TensorSource]]:
     return found
 
 
-def _rope_factors(found: dict[str, tuple[GgufTensor, TensorSource]]) -> NDArray[Any] | None:
-    """Return the values of rope_freqs.weight, where it is there."""
-    if "rope_freqs.weight" not in found:
-        return None
-    tensor, source = found["rope_freqs.weight"]
-    if source.dtype != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > 1 << 16:
-        raise CheckpointError(f"rope_freqs.weight: {source.dtype} {list(tensor.shape)}; expected a short list of F32")
-    factors = map_floats(source)
-    if not np.isfinite(factors).all() or (factors <= 0).any():
-        raise CheckpointError("rope_freqs.weight: holds a factor that is not a positive number")
+def _rope_factors(found: dict[str, tuple[GgufTensor, TensorSource]]) -> dict[str, NDArray[Any]]:
+    """Return the values of the tensors of rotary embeddings that are there."""
+    factors = {}
+    for name in [name for name in ROPE if name in found]:
+        tensor, source = found[name]
+        if source.dtype != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > 1 << 16:
+            raise CheckpointError(f"{name}: {source.dtype} {list(tensor.shape)}; expected a short list of F32")
+        factors[name] = map_floats(source)
+        if not np.isfinite(factors[name]).all() or (factors[name] <= 0).any():
+            raise CheckpointError(f"{name}: holds a factor that is not a positive number")
     return factors
 
 
