@@ -35,7 +35,7 @@ from bincompress.methods.declaration import Block
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.reporting.inspection import inspect as inspect_store
-from bincompress.sources.hub import open_source
+from bincompress.sources.hub import is_checkpoint, open_source
 from bincompress.sources.text import read_text
 from bincompress.store.export import export as export_store
 from bincompress.store.store import open_store
@@ -316,8 +316,8 @@ def train(
 
     def make_start(folder: Path) -> str:
         made = str(folder / START)
-        # The checkpoint's own folder: a revision that moved meanwhile would be another model.
-        compress(checkpoint.folder, made, block=block, embeddings=embeddings, **of_planes(planes))
+        # The checkpoint's own place: a revision that moved meanwhile would be another model.
+        compress(checkpoint.place, made, block=block, embeddings=embeddings, **of_planes(planes))
         return made
 
     places = Places(device, threads, checkpoint_every, work)
@@ -373,7 +373,7 @@ def evaluate(
     StoreError, CheckpointError, UnsupportedModelError or PromptError.
     """
     content = read_text(Path(text))
-    if (Path(store) / "config.json").is_file():
+    if is_checkpoint(store):
         source = open_source(str(store))
         decoder, assets = load_baseline(source, threads), source.assets()
     else:

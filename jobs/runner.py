@@ -121,7 +121,7 @@ def absolute(job: Job) -> Job:
     """Return a job with the driver's relative paths resolved: workers run in other folders."""
 
     def source(tensor: TensorSource) -> TensorSource:
-        return replace(tensor, file=absolute_url(tensor.file))
+        return tensor.moved(absolute_url)
 
     shared = job.shared and replace(job.shared, members=tuple(source(member) for member in job.shared.members))
     return replace(
@@ -132,7 +132,7 @@ def absolute(job: Job) -> Job:
 
 def absolute_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint with the driver's relative paths resolved."""
-    tensors = {name: replace(one, file=absolute_url(one.file)) for name, one in checkpoint.tensors.items()}
+    tensors = {name: one.moved(absolute_url) for name, one in checkpoint.tensors.items()}
     return replace(checkpoint, folder=checkpoint.folder.absolute(), tensors=tensors)
 
 

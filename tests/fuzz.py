@@ -1,10 +1,10 @@
 """Does any input crash, hang, or take memory without end? `python -m tests.fuzz [--inputs 20000] [--kind store]`.
 
-Inputs of each kind (stores, safetensors headers, config.json, tokenizers, chat templates) are made by changing sound
-ones, and used in a process of their own. An input passes when it is used, or refused with a BincompressError of one
-line. Everything else is a finding: another exception, a crash, more than 5 s of CPU time (or 60 s of waiting), more
-than 512 MB. Exit code 1 if there are any. The same seed gives the same inputs; `--kind KIND --show NUMBER FOLDER`
-writes one into a folder.
+Inputs of each kind (stores, safetensors headers, config.json, tokenizers, chat templates, quantized checkpoints, GGUF
+files) are made by changing sound ones, and used in a process of their own. An input passes when it is used, or refused
+with a BincompressError of one line. Everything else is a finding: another exception, a crash, more than 5 s of CPU time
+(or 60 s of waiting), more than 512 MB. Exit code 1 if there are any. The same seed gives the same inputs;
+`--kind KIND --show NUMBER FOLDER` writes one into a folder.
 """
 
 import argparse

@@ -24,7 +24,7 @@ from bincompress.sources.checkpoint import open_checkpoint, read_weight
 from bincompress.store.layout import SEAL, sealed
 from bincompress.store.store import open_store
 from bincompress.store.verify import verify
-from tests import fuzz_seeds
+from tests import fuzz_seeds, fuzz_sources
 from tests.fuzz_mutations import Files, mutated_bytes, mutated_file, mutated_json, mutated_template, written
 
 TEXT = "Once upon a time, t1 t2  aaaaaaaaaaaaaaaaaaaaaaaaaaaaaab \u00e9\U0001f600 <s> 42\n"
@@ -266,6 +266,8 @@ KINDS = {
     "config": Kind(config_seeds, change_config, use_config),
     "tokenizer": Kind(lambda folder: fuzz_seeds.tokenizer_files(), change_tokenizer, use_tokenizer),
     "template": Kind(lambda folder: fuzz_seeds.templates(), change_template, use_template),
+    "quantized": Kind(fuzz_sources.quantized_seeds, fuzz_sources.change_quantized, fuzz_sources.use_source),
+    "gguf": Kind(fuzz_sources.gguf_seeds, fuzz_sources.change_gguf, fuzz_sources.use_source),
 }
 
 
@@ -289,7 +291,7 @@ def lay_out(folder: Path, files: Files, there: Files | None) -> None:
 
 def try_one(kind: str, files: Files, folder: Path, there: Files | None = None) -> str:
     """Use one input; returns what it came to, "accepted" or "refused"; any other exception goes on."""
-    lays = kind in ("store", "safetensors", "config")
+    lays = kind in ("store", "safetensors", "config", "quantized", "gguf")
     if lays and there is None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

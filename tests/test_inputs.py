@@ -83,12 +83,13 @@ QUANTIZED: list[tuple[str, str, Any, str]] = [
     ("weight", "bitsandbytes", np.zeros((2048, 1), np.uint8), "bitsandbytes, as config.json says"),
     ("weight.absmax", "", np.zeros(4, np.float32), r"bitsandbytes \(4 bits\)"),
     ("SCB", "", np.zeros(4, np.float32), r"bitsandbytes \(8 bits\)"),
-    ("qweight", "awq", np.zeros((8, 8), np.int32), "awq, as config.json says"),
+    ("W_q", "hqq", np.zeros((8, 8), np.uint8), "hqq, as config.json says"),
+    ("absmax", "bitsandbytes", np.zeros(8, np.float32), "bitsandbytes, as config.json says"),
     ("qweight", "", np.zeros((8, 8), np.int32), "GPTQ or AWQ"),
-    ("weight_packed", "compressed-tensors", np.zeros((8, 8), np.int32), "compressed-tensors"),
-    ("weight", "fp8", np.zeros((64, 64), ml_dtypes.float8_e4m3fn), "fp8, as config.json says"),
+    ("weight_packed", "", np.zeros((8, 8), np.int32), "compressed-tensors"),
+    ("weight", "", np.zeros((64, 64), ml_dtypes.float8_e4m3fn), "FP8"),
     ("weight_scale_inv", "", np.zeros((1, 1), np.float32), "FP8"),
-    ("weight_blocks", "mxfp4", np.zeros((2, 2, 2, 16), np.uint8), "mxfp4, as config.json says"),
+    ("weight_blocks", "quark", np.zeros((2, 2, 2, 16), np.uint8), "quark, as config.json says"),
     ("weight", "", np.zeros((64, 64), np.int8), "its weights are I8"),
 ]
 
@@ -103,7 +104,7 @@ def test_a_quantized_source_is_named(
     tensors = tiny_tensors(layers=1)
     del tensors["model.layers.0.mlp.up_proj.weight"]
     folder = write_model(tmp_path / "m", tensors | {f"model.layers.0.mlp.up_proj.{end}": value}, config)
-    with pytest.raises(CheckpointError, match=rf"quantized already \({message}.*\); give the unquantized model"):
+    with pytest.raises(CheckpointError, match=rf"quantized already \({message}.*\); .*give the unquantized model"):
         plan_of(folder)
 
 

@@ -58,8 +58,9 @@ def command(
 ) -> None:  # fmt: skip
     """Pack the weight matrices of SOURCE into STORE.
 
-    SOURCE is a checkpoint folder or a Hub id (owner/name, owner/name@revision); STORE is a path or an fsspec URL. The
-    same command resumes where an interrupted one stopped. For --dry-run a folder with only config.json is enough.
+    SOURCE is a checkpoint folder, a .gguf file or a Hub id (owner/name, owner/name@revision); STORE is a path or an
+    fsspec URL. Quantized checkpoints are dequantized as they are read. The same command resumes where an interrupted
+    one stopped. For --dry-run a folder with only config.json is enough.
     Exit code: 0 all done, 1 some tensors failed, 2 refused.
 
     \b
@@ -69,6 +70,7 @@ def command(
       bincompress compress ./Llama-3.2-1B ./store --stats ./stats --compensate --refine 4 --scale-bits 8
       bincompress compress ./Llama-3.2-1B ./store --stats ./stats --compensate --refine 4 --target-bits 2.25
       bincompress compress ./Llama-3.2-1B ./store --sequential wiki.txt --method xnor --compensate --refine 4
+      bincompress compress ./model-Q8_0.gguf ./store --embeddings 4bit
       bincompress compress meta-llama/Llama-3.2-1B ./store --embeddings 8bit --dry-run
       bincompress compress /shared/Llama-3.1-405B s3://bucket/store --runner ray --address auto
     """
@@ -104,8 +106,9 @@ def _show_plan(planned: Planned, rate: int | None, verbose: bool, as_json: bool)
     weights = {t.source.name: max(1, math.prod(t.source.shape)) for t in plan.tensors}
     if verbose:
         for t in plan.tensors:
+            read_from = t.source.dtype if t.source.encoding is None else t.source.encoding.format
             click.echo(
-                f"{t.source.name}  {t.source.dtype} {list(t.source.shape)}  {t.settings.method}  "
+                f"{t.source.name}  {read_from} {list(t.source.shape)}  {t.settings.method}  "
                 f"{t.expected_bytes:,} bytes, {8 * t.expected_bytes / weights[t.source.name]:.3f} bits"
             )
     for kind in ("linear", "embedding", "head", "other"):
@@ -154,6 +157,7 @@ def _plan_record(planned: Planned, estimate: dict[str, Any], collecting: int | N
                 "shape": list(t.source.shape),
                 "dtype": t.source.dtype,
                 "source_bytes": t.source.nbytes,
+                "source_format": t.source.encoding.format if t.source.encoding is not None else None,
                 "expected_bytes": t.expected_bytes,
                 "peak_memory_bytes": t.peak_memory,
             }

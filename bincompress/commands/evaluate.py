@@ -19,7 +19,9 @@ from bincompress.commands.shared import kernels_announced, print_json
 )
 @click.option("--context", type=int, default=1024, show_default=True, help="Tokens per window.")
 @click.option("--windows", type=int, help="Use at most this many windows, from the start.  [default: the whole text]")
-@click.option("--baseline", metavar="SOURCE", help="The unquantized checkpoint (folder or Hub id) to compare with.")
+@click.option(
+    "--baseline", metavar="SOURCE", help="The unquantized checkpoint (folder, .gguf file or Hub id) to compare with."
+)
 @engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(
@@ -28,7 +30,7 @@ def command(
     """Measure the perplexity of the model in STORE on a text, and compare it with the unquantized model.
 
     The whole text is tokenized once; consecutive windows are scored, each from its second token. STORE may also be an
-    unquantized checkpoint folder, which runs in float32.
+    unquantized checkpoint folder or a .gguf file, which runs in float32.
 
     \b
     Examples:
@@ -42,13 +44,13 @@ def command(
     from bincompress.inference.load import load_baseline, load_decoder
     from bincompress.model.packed_linear import ActivationSettings
     from bincompress.model.tokenizer import load_tokenizer
-    from bincompress.sources.hub import open_source
+    from bincompress.sources.hub import is_checkpoint, open_source
     from bincompress.sources.text import read_text
 
     content = read_text(text)
     settings = ActivationSettings(int(options["activation_bits"]), options["activation_scale"])
     with kernels_announced():
-        if (Path(store) / "config.json").is_file():
+        if is_checkpoint(store):
             source = open_source(store)
             decoder, assets, activations = load_baseline(source, options["threads"]), source.assets(), "float32"
         else:

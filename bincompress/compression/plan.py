@@ -191,7 +191,7 @@ def _folded(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...]) -> tuple
         if not _scales_channels(first) or any(reader.settings != first.settings for reader in readers):
             continue
         shared = Shared(tuple(reader.source for reader in readers), first.settings, config.norm_offset)
-        extra = sum(member.nbytes for member in shared.members)
+        extra = sum(member.memory for member in shared.members)
         for tensor in (norm, *readers):
             # The norm is divided by the scale, and kept in float32 then.
             size = 4 * math.prod(norm.source.shape) if tensor is norm else tensor.expected_bytes
@@ -245,7 +245,7 @@ def _planned(source: TensorSource, recipe: Recipe, kept: tuple[tuple[int, int], 
             raise RecipeError(
                 f"{source.name}: --keep-weights names single weights, but the whole tensor is kept already"
             )
-        memory = _BASE_BYTES + 2 * min(source.nbytes, 512 << 20) + source.nbytes
+        memory = _BASE_BYTES + 2 * min(source.value_bytes, 512 << 20) + source.memory
         if source.dtype not in ITEM_BYTES and source.dtype not in OTHER_DTYPES:
             raise RecipeError(
                 f"{source.name}: dtype {source.dtype} is not known; expected a checkpoint of BF16, F16 or F32"
@@ -253,7 +253,7 @@ def _planned(source: TensorSource, recipe: Recipe, kept: tuple[tuple[int, int], 
         reason = role.reason or "asked for (keep)"
         if source.dtype not in ITEM_BYTES:
             reason = f"{source.dtype}, which the decoder does not read"
-        return PlannedTensor(source, kind, settings, (), source.nbytes, memory, reason=reason)
+        return PlannedTensor(source, kind, settings, (), source.value_bytes, memory, reason=reason)
     if len(source.shape) != 2 or min(source.shape) < 1:
         raise RecipeError(
             f"{source.name}: shape {list(source.shape)}; only matrices can be packed; use --keep for this tensor"
@@ -272,7 +272,7 @@ def _planned(source: TensorSource, recipe: Recipe, kept: tuple[tuple[int, int], 
             raise RecipeError(f"{source.name}: kept weight ({row}, {col}) lies outside its shape [{rows}, {cols}]")
     expected = packed_bytes(settings, rows, cols) + 12 * len(kept)
     scratch = method_named(settings.method).scratch_bytes(settings, source.dtype) * rows * cols
-    memory = int(_BASE_BYTES + source.nbytes + 2 * expected + scratch)
+    memory = int(_BASE_BYTES + source.memory + 2 * expected + scratch)
     return PlannedTensor(source, kind, settings, kept, expected, memory)
 
 

@@ -23,6 +23,7 @@ from bincompress.sources.checkpoint import Checkpoint
 from bincompress.sources.hub import open_source
 from bincompress.sources.text import read_text
 
+_WORTH_SAYING = 1 << 20  # bytes
 _FEW_TOKENS = 16  # for each column of the widest input
 
 
@@ -111,7 +112,19 @@ def plan_batch(
 def _planned(made: Plan, export_only: bool, headers_only: bool) -> Planned:
     _check_runs(made, export_only, headers_only)
     against = () if made.verdict.runs else (made.verdict.line(),)
-    return Planned(made, notes=(*made.verdict.notes, *against))
+    return Planned(made, notes=(*made.verdict.notes, *_widened(made), *against))
+
+
+def _widened(made: Plan) -> tuple[str, ...]:
+    """Return what to say of tensors that a quantized source has in fewer bytes than the store will have."""
+    kept = [tensor for tensor in made.tensors if not tensor.packed and tensor.source.encoding is not None]
+    before, after = sum(tensor.source.nbytes for tensor in kept), sum(tensor.expected_bytes for tensor in kept)
+    if after - before < _WORTH_SAYING:
+        return ()
+    return (
+        f"tensors that stay unpacked are stored dequantized: {after:,} bytes, {before:,} in the source; "
+        "--embeddings 8bit or 4bit packs embeddings and head",
+    )
 
 
 def _check_runs(made: Plan, export_only: bool, headers_only: bool) -> None:

@@ -91,7 +91,7 @@ def roles_of(checkpoint: Checkpoint) -> Roles:
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError where tensors are those of a checkpoint that another program has quantized."""
+    """Raise CheckpointError where tensors are those of a checkpoint quantized in a way that is not read."""
     declared = checkpoint.config.get("quantization_config")
     method = str(declared.get("quant_method", "")) if isinstance(declared, dict) else ""
     for name, tensor in checkpoint.tensors.items():
@@ -103,8 +103,10 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
         integers = tensor.dtype in ("U8", "I8", "I32") and len(tensor.shape) == 2 and name.endswith(".weight")
         if made_by or integers:
             by = f"{method}, as config.json says" if method else made_by or f"its weights are {tensor.dtype}"
+            # What is read has been taken for what it stands for when the checkpoint was opened.
+            read = "" if method else "without quantization_config in config.json its numbers cannot be understood; "
             raise CheckpointError(
-                f"{name}: {tensor.dtype} {list(tensor.shape)}: the checkpoint is quantized already ({by}); "
+                f"{name}: {tensor.dtype} {list(tensor.shape)}: the checkpoint is quantized already ({by}); {read}"
                 "give the unquantized model it was made from, or dequantize it first (transformers: "
                 "model.dequantize(), then save_pretrained)"
             )

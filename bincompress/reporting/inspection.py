@@ -1,5 +1,6 @@
 """What is in a store, tensor by tensor and as a whole, in numbers that a machine or a table can show?"""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ from bincompress.methods import KEEP, METHODS
 from bincompress.store.store import Store
 
 _LONGEST = 1e9  # seconds
+_LONGEST_NAME = 80
 _SUMS = ("squared_error", "squared_norm", "stored_bytes", "weights")
 
 
@@ -54,7 +56,14 @@ def _total(store: Store, reports: list[dict[str, Any]]) -> dict[str, Any]:
         "additions_saved": _additions_saved(packed),
         "seconds": sum(report["seconds"] or 0.0 for report in done),
         "trained": trained_lines(attributes),
+        "source_formats": _source_formats(done),
     }
+
+
+def _source_formats(reports: list[dict[str, Any]]) -> dict[str, int]:
+    """Return how many tensors were dequantized from each format of a quantized source."""
+    named = (report["source_format"] for report in reports if isinstance(report.get("source_format"), str))
+    return dict(sorted(Counter(" ".join(name.split())[:_LONGEST_NAME] for name in named).items()))
 
 
 def trained_lines(attributes: Mapping[str, Any]) -> list[str]:
@@ -163,6 +172,9 @@ def totals(total: dict[str, Any]) -> list[str]:
     if total["status"] != "complete":
         missing = total["tensors"] - total["complete"]
         lines.append(f"NOT COMPLETE: {missing} tensors missing; run the same `bincompress compress` again to finish")
+    if total["source_formats"]:
+        listed = ", ".join(f"{count} tensors from {name}" for name, count in total["source_formats"].items())
+        lines.append(f"quantized source, dequantized as it was read: {listed}")
     lines += total["trained"]
     lines += [f"failed: {name}: {cause}" for name, cause in total["failures"].items()]
     return lines

@@ -6,9 +6,8 @@ of the folder.
 
 import json
 import math
-import mmap
-import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,12 @@ from bincompress.sources.files import INDEX as INDEX
 from bincompress.sources.fused import split
 from bincompress.sources.json_files import read_json as read_json
 from bincompress.sources.json_files import refuse_pointer
-from bincompress.tensors.weight import TensorSource, Weight
+from bincompress.sources.mapping import ITEM_BYTES as ITEM_BYTES
+from bincompress.sources.mapping import OTHER_DTYPES as OTHER_DTYPES
+from bincompress.sources.quantized.finding import unquantized
+from bincompress.sources.reading import read_weight as read_weight
+from bincompress.tensors.weight import TensorSource
 
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
-# Tensors of other dtypes are kept as they are where the model does not need them. (4-bit and smaller floats have no
-# whole number of bytes an item, so their sizes are not checked.)
-OTHER_DTYPES: dict[str, Any] = {
-    "BOOL": np.uint8, "I8": np.int8, "U8": np.uint8, "I16": np.int16, "U16": np.uint16, "I32": np.int32,
-    "U32": np.uint32, "I64": np.int64, "U64": np.uint64, "F64": np.float64, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8,
-}  # fmt: skip
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
 _COMPARED_AT_ONCE = 1 << 24  # bytes
 
@@ -45,10 +41,19 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorSource]
     notes: tuple[str, ...] = ()  # what a user should know of how its files are read
+    made: Mapping[str, bytes] = field(
+        default_factory=dict
+    )  # small files that are made, in place of those of the folder
+    file: Path | None = None  # where one file holds all of the model, small files too
+
+    @property
+    def place(self) -> Path:
+        """What to give to `open_source` to open the same checkpoint again."""
+        return self.folder if self.file is None else self.file
 
     def assets(self) -> dict[str, bytes]:
         """Return the small files that belong to the model (config, tokenizer, templates) by name."""
-        return read_assets(self.folder)
+        return {**(read_assets(self.folder) if self.file is None else {}), **self.made}
 
 
 def open_checkpoint(folder: Path, name: str = "", revision: str = "") -> Checkpoint:
@@ -72,14 +77,22 @@ def open_checkpoint(folder: Path, name: str = "", revision: str = "") -> Checkpo
     if not tensors:
         raise CheckpointError(f"{folder}: its safetensors files hold no tensors")
     notes += index_notes(files, tensors)
-    return Checkpoint(
-        folder, name or folder.resolve().name, revision, config, split(config, tensors.values()), tuple(notes)
-    )
+    return checkpoint_of(folder, name or folder.resolve().name, revision, config, tensors, tuple(notes))
+
+
+def checkpoint_of(
+    folder: Path, name: str, revision: str, config: dict[str, Any], tensors: dict[str, TensorSource],
+    notes: tuple[str, ...] = (),
+) -> Checkpoint:  # fmt: skip
+    """Return the checkpoint of a config.json and the tensors beside it; quantized ones become what they stand for."""
+    plain, found, more = unquantized(config, tensors)
+    made = {} if plain == config else {"config.json": json.dumps(plain, indent=2).encode()}
+    return Checkpoint(folder, name, revision, plain, split(plain, found.values()), (*notes, *more), made)
 
 
 def _refuse_other_folder(folder: Path) -> None:
     """Raise CheckpointError for a folder that is no checkpoint, but known to be something else."""
-    if (folder / ADAPTER).exists():
+    if (folder / ADAPTER).exists() or any(folder.glob("*.gguf")):
         weight_files(folder)
     commits = sorted(path for pattern in ("snapshots/*", "models--*/snapshots/*") for path in folder.glob(pattern))
     if commits:
@@ -158,37 +171,3 @@ def _tensor(path: Path, base: int, size: int, name: str, entry: Any) -> TensorSo
     if dtype in known and expected != end - begin:
         raise CheckpointError(f"{where}: {dtype} {shape} needs {expected:,} bytes, the header gives {end - begin:,}")
     return TensorSource(name, dtype, tuple(shape), str(path), base + begin, end - begin)
-
-
-def read_weight(source: TensorSource) -> Weight:
-    """Map one tensor's items into memory, read-only: floats as bit patterns; one dimension becomes one row.
-
-    Raises CheckpointError where the dtype is neither a float's nor one of OTHER_DTYPES, or the file is shorter than its
-    header said.
-    """
-    if source.dtype not in ITEM_BYTES and source.dtype not in OTHER_DTYPES:
-        known = ", ".join([*ITEM_BYTES, *OTHER_DTYPES])
-        raise CheckpointError(f"{source.name}: dtype {source.dtype}; expected one of {known}")
-    item = OTHER_DTYPES.get(source.dtype, np.uint32 if source.dtype == "F32" else np.uint16)
-    count = math.prod(source.shape)
-    if not count:
-        return Weight(np.empty((0, 0), item), source.dtype)
-    # Mapped, not read: filling new memory costs three times what the first pass over a mapped file does.
-    start = source.offset - source.offset % mmap.ALLOCATIONGRANULARITY
-    try:
-        with open(source.file, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < source.offset + source.nbytes:
-                raise CheckpointError(
-                    f"{source.name}: {source.file} has {size:,} bytes, the tensor ends at "
-                    f"{source.offset + source.nbytes:,}; has it changed since?"
-                )
-            mapped = mmap.mmap(
-                file.fileno(), source.offset - start + source.nbytes, access=mmap.ACCESS_READ, offset=start
-            )
-    except OSError as error:
-        raise CheckpointError(f"{source.name}: {source.file} not readable: {error}") from None
-    bits = np.frombuffer(mapped, np.uint8, source.nbytes, source.offset - start)
-    # Kernels want aligned items; the format does not promise them.
-    aligned = bits.view(item) if bits.ctypes.data % item().itemsize == 0 else np.frombuffer(bits.tobytes(), item)
-    return Weight(aligned.reshape(math.prod(source.shape[:-1]), source.shape[-1] if source.shape else 1), source.dtype)

@@ -80,10 +80,12 @@ def _whole_set(present: list[str]) -> list[str]:
 def _nothing(folder: Path) -> str:
     if (folder / ADAPTER).exists():
         return _adapter(folder)
-    others = sorted(path.name for pattern in ("*.bin", "*.gguf", "*.pth", "*.pt") for path in folder.glob(pattern))
-    if others:
-        return f"{folder}: no .safetensors file; other formats (.bin, .gguf) are not read; found {_named(others)}"
-    return f"{folder}: no .safetensors file; other formats (.bin, .gguf) are not read"
+    gguf = sorted(path.name for path in folder.glob("*.gguf"))
+    if gguf:
+        return f"{folder}: no .safetensors file; give the GGUF file itself: {folder / gguf[0]}"
+    others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
+    found = f"; found {_named(others)}" if others else ""
+    return f"{folder}: no .safetensors file; other formats (.bin, .pth) are not read{found}"
 
 
 def _adapter(folder: Path) -> str:

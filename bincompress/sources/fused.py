@@ -69,13 +69,18 @@ def _parts(config: Mapping[str, Any], tensor: TensorSource) -> list[TensorSource
         prefix, row_bytes = tensor.name.removesuffix(end), tensor.nbytes // rows
         starts = [sum(counts[:number]) for number in range(len(counts))]
         return [
-            replace(
-                tensor, name=prefix + part, shape=(count, cols), offset=tensor.offset + start * row_bytes,
-                nbytes=count * row_bytes,
-            )
+            _part(tensor, prefix + part, start, (count, cols), row_bytes)
             for part, start, count in zip(ends, starts, counts, strict=True)
-        ]  # fmt: skip
+        ]
     return [tensor]
+
+
+def _part(tensor: TensorSource, name: str, start: int, shape: tuple[int, int], row_bytes: int) -> TensorSource:
+    """Return the rows of a matrix from `start` on as a matrix of its own."""
+    found = replace(tensor, name=name, shape=shape, nbytes=shape[0] * row_bytes)
+    if tensor.encoding is not None:
+        return replace(found, encoding=replace(tensor.encoding, first_row=tensor.encoding.first_row + start))
+    return replace(found, offset=tensor.offset + start * row_bytes)
 
 
 def _rows(config: Mapping[str, Any], parts: int) -> list[int]:

@@ -3,14 +3,13 @@
 import errno
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bincompress.errors import BincompressError, CheckpointError
 from bincompress.sources.assets import is_asset
-from bincompress.sources.checkpoint import INDEX, Checkpoint, open_checkpoint, read_json
-from bincompress.sources.fused import split
+from bincompress.sources.checkpoint import INDEX, Checkpoint, checkpoint_of, open_checkpoint, read_json
+from bincompress.sources.gguf.opening import is_gguf, open_gguf
 from bincompress.sources.shapes import has_only_config, open_shapes
 from bincompress.tensors.weight import TensorSource
 
@@ -21,20 +20,31 @@ _OF_A_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT
 
 
 def open_source(source: str, *, headers_only: bool = False) -> Checkpoint:
-    """Return the checkpoint that `source` names: a folder, or a Hub id with an optional @revision (downloaded, cached).
+    """Return the checkpoint that `source` names: a folder, a GGUF file, or a Hub id.
+
+    A Hub id may have an @revision; the model is downloaded into the cache.
 
     headers_only: of a Hub model only config.json and the safetensors headers are fetched (its folder then has no
     weights), and of a folder that holds only config.json the tensors are those it describes. Raises CheckpointError
     where there is none or the Hub cannot be reached.
     """
+    if is_gguf(Path(source)):
+        return open_gguf(Path(source))
     if Path(source).is_dir():
         if headers_only and has_only_config(Path(source)):
             return open_shapes(Path(source))
         return open_checkpoint(Path(source))
     match = _HUB_ID.fullmatch(source)
     if match is None or Path(source).exists():
-        raise CheckpointError(f"{source}: neither a folder nor a Hub id (owner/name or owner/name@revision)")
+        raise CheckpointError(
+            f"{source}: neither a folder, a .gguf file nor a Hub id (owner/name or owner/name@revision)"
+        )
     return _from_hub(match["id"], match["revision"], headers_only)
+
+
+def is_checkpoint(place: str | Path) -> bool:
+    """Return whether a place here is a checkpoint's folder or a GGUF file, and no store."""
+    return (Path(place) / "config.json").is_file() or is_gguf(Path(place))
 
 
 def _from_hub(repo: str, revision: str | None, headers_only: bool) -> Checkpoint:
@@ -81,7 +91,9 @@ def _weights(repo: str, commit: str, names: set[str]) -> list[str]:
         return [INDEX, *sorted(set(found.values()))]
     others = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
     if not others:
-        raise CheckpointError(f"{repo}: no safetensors files there; other formats are not read")
+        gguf = next((name for name in sorted(names) if name.lower().endswith(".gguf")), None)
+        hint = f"; download one ({gguf}) and give the file" if gguf else "; other formats are not read"
+        raise CheckpointError(f"{repo}: no safetensors files there{hint}")
     return others
 
 
@@ -153,7 +165,7 @@ def _headers_from_hub(repo: str, commit: str) -> Checkpoint:
         for name, info in content.tensors.items():
             begin, end = info.data_offsets
             tensors[name] = TensorSource(name, info.dtype, tuple(info.shape), file, begin, end - begin)
-    return Checkpoint(Path(), repo, commit, config, split(config, tensors.values()))
+    return checkpoint_of(Path(), repo, commit, config, tensors)
 
 
 def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -162,6 +174,8 @@ def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
 
     digest = xxhash.xxh3_128(json.dumps(checkpoint.config, sort_keys=True).encode())
     for tensor in checkpoint.tensors.values():
-        bare = replace(tensor, file=Path(tensor.file).name)
+        bare = tensor.moved(lambda file: Path(file).name)
         digest.update(repr(bare).encode())
+        if bare.encoding is not None:
+            digest.update(repr(bare.encoding).encode())
     return {"id": checkpoint.name, "revision": checkpoint.revision, "fingerprint": digest.hexdigest()}
