@@ -40,6 +40,7 @@ class PlannedTensor:
     inputs_hash: str = ""  # of the statistics that its settings need
     shared: Shared | None = None  # where a transformation is folded into a norm: of the norm and its readers
     reason: str = ""  # why it is kept; empty where it is packed
+    fallback: Settings | None = None  # in place of settings that give every weight exactly, where they cannot
 
     @property
     def packed(self) -> bool:
@@ -245,7 +246,7 @@ def _planned(source: TensorSource, recipe: Recipe, kept: tuple[tuple[int, int], 
             raise RecipeError(
                 f"{source.name}: --keep-weights names single weights, but the whole tensor is kept already"
             )
-        memory = _BASE_BYTES + 2 * min(source.nbytes, 512 << 20) + source.nbytes
+        memory = _BASE_BYTES + 2 * min(source.value_bytes, 512 << 20) + source.memory
         if source.dtype not in ITEM_BYTES and source.dtype not in OTHER_DTYPES:
             raise RecipeError(
                 f"{source.name}: dtype {source.dtype} is not known; expected a checkpoint of BF16, F16 or F32"
@@ -253,7 +254,7 @@ def _planned(source: TensorSource, recipe: Recipe, kept: tuple[tuple[int, int], 
         reason = role.reason or "asked for (keep)"
         if source.dtype not in ITEM_BYTES:
             reason = f"{source.dtype}, which the decoder does not read"
-        return PlannedTensor(source, kind, settings, (), source.nbytes, memory, reason=reason)
+        return PlannedTensor(source, kind, settings, (), source.value_bytes, memory, reason=reason)
     if len(source.shape) != 2 or min(source.shape) < 1:
         raise RecipeError(
             f"{source.name}: shape {list(source.shape)}; only matrices can be packed; use --keep for this tensor"
@@ -271,9 +272,13 @@ def _planned(source: TensorSource, recipe: Recipe, kept: tuple[tuple[int, int], 
         if row >= rows or col >= cols:
             raise RecipeError(f"{source.name}: kept weight ({row}, {col}) lies outside its shape [{rows}, {cols}]")
     expected = packed_bytes(settings, rows, cols) + 12 * len(kept)
-    scratch = method_named(settings.method).scratch_bytes(settings, source.dtype) * rows * cols
-    memory = int(_BASE_BYTES + source.nbytes + 2 * expected + scratch)
-    return PlannedTensor(source, kind, settings, kept, expected, memory)
+    return PlannedTensor(source, kind, settings, kept, expected, peak_memory(source, settings, expected))
+
+
+def peak_memory(source: TensorSource, settings: Settings, expected: int) -> int:
+    """Return the bytes of memory of a job without calibration; expected: bytes of what it writes."""
+    scratch = method_named(settings.method).scratch_bytes(settings, source.dtype) * math.prod(source.shape)
+    return int(_BASE_BYTES + source.memory + 2 * expected + scratch)
 
 
 def packed_bytes(settings: Settings, rows: int, cols: int) -> int:

@@ -22,8 +22,10 @@ def tensor_report(
 
     nbytes: of its arrays in the store. not_finite: what of a kept tensor is not; empty where all of it is.
     """
+    encoding = job.source.encoding
+    read_from = {} if encoding is None else {"source_format": encoding.format}
     if isinstance(written, Weight):
-        return _kept_report(written, nbytes, not_finite, job.shared)
+        return {**_kept_report(written, nbytes, not_finite, job.shared), **read_from}
     nbytes += _terms_bytes(written.tensor)
     relative = written.squared_error / written.squared_norm if written.squared_norm else 0.0
     return {
@@ -37,6 +39,7 @@ def tensor_report(
         "squared_norm": six_digits(written.squared_norm),
         "weights": weight.bits.size,
         **written.notes,
+        **read_from,
         "histogram": sample_histogram(weight),
     }
 
