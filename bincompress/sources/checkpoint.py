@@ -6,8 +6,6 @@ of the folder.
 
 import json
 import math
-import mmap
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +15,17 @@ import numpy as np
 from bincompress.errors import CheckpointError
 from bincompress.sources.assets import ASSETS as ASSETS
 from bincompress.sources.assets import read_assets
+from bincompress.sources.bitnet import ternary
 from bincompress.sources.files import ADAPTER, FILE_NAME, index_notes, weight_files
 from bincompress.sources.files import INDEX as INDEX
 from bincompress.sources.fused import split
 from bincompress.sources.json_files import read_json as read_json
 from bincompress.sources.json_files import refuse_pointer
-from bincompress.tensors.weight import TensorSource, Weight
+from bincompress.sources.mapping import ITEM_BYTES as ITEM_BYTES
+from bincompress.sources.mapping import OTHER_DTYPES as OTHER_DTYPES
+from bincompress.sources.reading import read_weight as read_weight
+from bincompress.tensors.weight import TensorSource
 
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
-# Tensors of other dtypes are kept as they are where the model does not need them. (4-bit and smaller floats have no
-# whole number of bytes an item, so their sizes are not checked.)
-OTHER_DTYPES: dict[str, Any] = {
-    "BOOL": np.uint8, "I8": np.int8, "U8": np.uint8, "I16": np.int16, "U16": np.uint16, "I32": np.int32,
-    "U32": np.uint32, "I64": np.int64, "U64": np.uint64, "F64": np.float64, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8,
-}  # fmt: skip
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
 _COMPARED_AT_ONCE = 1 << 24  # bytes
 
@@ -72,6 +67,8 @@ def open_checkpoint(folder: Path, name: str = "", revision: str = "") -> Checkpo
     if not tensors:
         raise CheckpointError(f"{folder}: its safetensors files hold no tensors")
     notes += index_notes(files, tensors)
+    tensors, more = ternary(config, tensors)
+    notes += more
     return Checkpoint(
         folder, name or folder.resolve().name, revision, config, split(config, tensors.values()), tuple(notes)
     )
@@ -158,37 +155,3 @@ def _tensor(path: Path, base: int, size: int, name: str, entry: Any) -> TensorSo
     if dtype in known and expected != end - begin:
         raise CheckpointError(f"{where}: {dtype} {shape} needs {expected:,} bytes, the header gives {end - begin:,}")
     return TensorSource(name, dtype, tuple(shape), str(path), base + begin, end - begin)
-
-
-def read_weight(source: TensorSource) -> Weight:
-    """Map one tensor's items into memory, read-only: floats as bit patterns; one dimension becomes one row.
-
-    Raises CheckpointError where the dtype is neither a float's nor one of OTHER_DTYPES, or the file is shorter than its
-    header said.
-    """
-    if source.dtype not in ITEM_BYTES and source.dtype not in OTHER_DTYPES:
-        known = ", ".join([*ITEM_BYTES, *OTHER_DTYPES])
-        raise CheckpointError(f"{source.name}: dtype {source.dtype}; expected one of {known}")
-    item = OTHER_DTYPES.get(source.dtype, np.uint32 if source.dtype == "F32" else np.uint16)
-    count = math.prod(source.shape)
-    if not count:
-        return Weight(np.empty((0, 0), item), source.dtype)
-    # Mapped, not read: filling new memory costs three times what the first pass over a mapped file does.
-    start = source.offset - source.offset % mmap.ALLOCATIONGRANULARITY
-    try:
-        with open(source.file, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < source.offset + source.nbytes:
-                raise CheckpointError(
-                    f"{source.name}: {source.file} has {size:,} bytes, the tensor ends at "
-                    f"{source.offset + source.nbytes:,}; has it changed since?"
-                )
-            mapped = mmap.mmap(
-                file.fileno(), source.offset - start + source.nbytes, access=mmap.ACCESS_READ, offset=start
-            )
-    except OSError as error:
-        raise CheckpointError(f"{source.name}: {source.file} not readable: {error}") from None
-    bits = np.frombuffer(mapped, np.uint8, source.nbytes, source.offset - start)
-    # Kernels want aligned items; the format does not promise them.
-    aligned = bits.view(item) if bits.ctypes.data % item().itemsize == 0 else np.frombuffer(bits.tobytes(), item)
-    return Weight(aligned.reshape(math.prod(source.shape[:-1]), source.shape[-1] if source.shape else 1), source.dtype)

@@ -9,6 +9,7 @@ from typing import Any
 
 from bincompress.errors import BincompressError, CheckpointError
 from bincompress.sources.assets import is_asset
+from bincompress.sources.bitnet import ternary
 from bincompress.sources.checkpoint import INDEX, Checkpoint, open_checkpoint, read_json
 from bincompress.sources.fused import split
 from bincompress.sources.shapes import has_only_config, open_shapes
@@ -153,7 +154,8 @@ def _headers_from_hub(repo: str, commit: str) -> Checkpoint:
         for name, info in content.tensors.items():
             begin, end = info.data_offsets
             tensors[name] = TensorSource(name, info.dtype, tuple(info.shape), file, begin, end - begin)
-    return Checkpoint(Path(), repo, commit, config, split(config, tensors.values()))
+    tensors, notes = ternary(config, tensors)
+    return Checkpoint(Path(), repo, commit, config, split(config, tensors.values()), notes)
 
 
 def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
