@@ -30,5 +30,9 @@ class TensorError(BincompressError):
     """One tensor cannot be packed; the others can."""
 
 
+class LossError(TensorError):
+    """A method that gives every weight exactly cannot for this tensor: the message says which weight, and why."""
+
+
 class DamagedError(StoreError):
     """Bytes in the store are not those that were written."""

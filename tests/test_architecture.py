@@ -45,7 +45,7 @@ LATER_FOR_TYPES = {
 LONGEST = {"bincompress": 60, "cpu_kernels": 100, "jobs": 60}
 LONGER: dict[str, str] = {}
 
-METHODS = ("xnor", "wgm", "billm", "dbellquant", "dbllm", "uniform")
+METHODS = ("xnor", "wgm", "billm", "dbellquant", "dbllm", "uniform", "lossless")
 
 When = Literal["import", "function", "types"]
 
@@ -176,7 +176,8 @@ def names_of_methods(name: str, path: Path) -> Iterator[str]:
     tree = tree_of(path)
     documents = documentation(tree)
     # "uniform" is a word of its own, so it counts only where it is all that the string says.
-    named = re.compile(rf"^uniform$|\b({'|'.join(method for method in METHODS if method != 'uniform')})\b")
+    words = ("uniform", "lossless")  # which are plain English, too; and reports say of a tensor that it is lossless
+    named = re.compile(rf"^uniform$|\b({'|'.join(method for method in METHODS if method not in words)})\b")
     for node in ast.walk(tree):
         if not isinstance(node, ast.Constant) or not isinstance(node.value, str) or id(node) in documents:
             continue

@@ -13,7 +13,7 @@ from bincompress.model.cache import KvCache, cache_bytes
 from bincompress.model.config import parse
 from bincompress.model.errors import PromptError
 from cpu_kernels.decoder.attention import ATTEND, BLOCK, NO_WINDOW, padded, scratch_size, work_items
-from cpu_kernels.decoder.norms import GATES, PLACE, add_norm, add_normed, norm_queries_keys
+from cpu_kernels.decoder.norms import GATES, PLACE, add_norm, add_normed, norm_queries_keys, norm_rows
 from cpu_kernels.reference import attention as reference
 
 FLOAT32, FLOAT16 = np.dtype(np.float32), np.dtype(np.uint16)
@@ -129,9 +129,19 @@ def test_norm_queries_keys(queries: int, keys: int, values: int) -> None:
     assert np.array_equal(qkv[4], before[4])
 
 
+@pytest.mark.parametrize("width", [1, 31, 64, 77])
+def test_norm_rows(width: int) -> None:
+    rng = np.random.default_rng(9)
+    values, weight = rng.standard_normal((5, width)).astype(np.float32), rng.standard_normal(width).astype(np.float32)
+    before = values.copy()
+    norm_rows(values, weight, 1e-5, 1, 4)
+    assert np.abs(values[1:4] - reference.rms_norm(before[1:4], weight, 1e-5)).max() < 1e-5
+    assert np.array_equal(values[[0, 4]], before[[0, 4]])
+
+
 @pytest.mark.parametrize("activation", GATES)
 def test_gate(activation: str) -> None:
-    twin = {"silu": reference.gate, "gelu_tanh": reference.gelu_gate}[activation]
+    twin = {"silu": reference.gate, "gelu_tanh": reference.gelu_gate, "relu2": reference.relu2_gate}[activation]
     rng = np.random.default_rng(3)
     gate_up = (rng.standard_normal((3, 74)) * 20).astype(np.float32)
     gate_up[0, :6] = [-1000, 1000, -88, 88, 0, -86.9]
@@ -139,6 +149,9 @@ def test_gate(activation: str) -> None:
     result = np.zeros((3, 37), np.float32)
     GATES[activation](gate_up, bias, 0, 3, result)
     assert np.allclose(result, twin(gate_up, bias), rtol=1e-5, atol=1e-6)
+    gate_up[1, 3] = np.nan  # which no activation may hide
+    GATES[activation](gate_up, bias, 0, 3, result)
+    assert np.isnan(result[1, 3])
 
 
 @pytest.mark.parametrize("kind", [FLOAT32, FLOAT16])

@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "logits_scaling": 4.0,
     },
     "Phi3ForCausalLM": {"sliding_window": 7, "partial_rotary_factor": 0.75},
+    "BitNetForCausalLM": {},
 }
 WORDS = " ".join(f"t{word}" for word in np.random.default_rng(0).integers(2, 96, 400))
 FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}

@@ -159,6 +159,18 @@ BEYOND_LLAMA: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 50, "intermediate_size": 67, "num_attention_heads": 5, "num_key_value_heads": 1},
     ),
     "granite rope": ("Granite", {"rope_parameters": LLAMA3, "residual_multiplier": 0.5}),
+    "bitnet": ("BitNet", {}),
+    "bitnet bias tied odd": (
+        "BitNet",
+        {
+            "hidden_size": 50,
+            "intermediate_size": 67,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 1,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 

@@ -65,7 +65,7 @@ def test_later_overrides_win_and_options_win_over_defaults(tiny_model: Path) -> 
         ("not toml", "not readable as TOML"),
         (
             "[defaults]\nmethod = 'wgn'",
-            "unknown method 'wgn'; known: billm, dbellquant, dbllm, keep, uniform, wgm, xnor",
+            "unknown method 'wgn'; known: billm, dbellquant, dbllm, keep, lossless, uniform, wgm, xnor",
         ),
         ("[defaults]\ngroups = 0", "groups: expected 1 to 32768, found 0"),
         ("[defaults]\ngroups = 32769", "groups: expected 1 to 32768, found 32769"),
@@ -73,7 +73,7 @@ def test_later_overrides_win_and_options_win_over_defaults(tiny_model: Path) -> 
         ("[defaults]\nlambda = -1.0", "lambda: expected at least 0, found -1.0"),
         ("[defaults]\nsolver = 'best'", "solver: expected one of exact, greedy, windowed, found 'best'"),
         ("[defaults]\nsolver = 'windowed'", r"window 512: 2 groups in a block of 128 weights need a window of 1 to 64"),
-        ("[defaults]\nembeddings = '3bit'", "embeddings: expected one of keep, 4bit, 8bit"),
+        ("[defaults]\nembeddings = '3bit'", "embeddings: expected one of keep, 4bit, 8bit, lossless"),
         ("[[tensor]]\npattern = '*.norm.weight'\nmethod = 'wgm'", "only matrices can be packed"),
         ("[[tensor]]\npattern = 'lm_head*'\nmethod = 'uniform'\nblock = 'matrix'", "1 to 8 bits per row or row-block"),
     ],

@@ -36,6 +36,7 @@ class Walk:
         elif number == 1:
             # Once more: a transformation of the matrices that read it may have been folded into the norm meanwhile.
             self.x = self._mixed(self._normed(stream, weights.input_norm), weights)
+            self._steps.norm_in_place(self.x, weights.mixed_norm)
         elif number == 2:
             self._add(stream, weights.out(self.x), weights.out_bias, weights.out_norm)
             self.x = self._normed(stream, weights.post_norm)
@@ -43,6 +44,7 @@ class Walk:
             gate_up = weights.gate_up(self._normed(stream, weights.post_norm))
             self.x = np.empty((len(stream), weights.down.cols), np.float32)
             self._steps.gate(_work(inner=self.x), gate_up, weights.gate_up_bias)
+            self._steps.norm_in_place(self.x, weights.inner_norm)
         else:
             self._add(stream, weights.down(self.x), weights.down_bias, weights.down_norm)
             self.x = _NONE

@@ -28,16 +28,18 @@ class Choice(click.ParamType[Any]):
 def method_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --method, --embeddings and an option for each setting of the methods; those not given are None."""
     binary = [method.name for method in METHODS if method.binary]
+    exact = " or ".join(method.name for method in METHODS if method.recognize is not None)
     added = [
         click.option(
             "--method",
             type=click.Choice(binary),
-            help="How matrices become planes (docs/methods.md).  " + f"[default: {METHODS[0].name}]",
+            help="How matrices become planes (docs/methods.md).  "
+            + f"[default: {exact} for few levels, else {METHODS[0].name}]",
         ),
         click.option(
             "--embeddings",
             type=click.Choice(list(embeddings())),
-            help="Embeddings and output head.  [default: keep]",
+            help=f"Embeddings and output head.  [default: {exact} for few levels, else keep]",
         ),
         *(_option(name, owners) for name, owners in options().items() if any(owner.binary for owner, _ in owners)),
     ]

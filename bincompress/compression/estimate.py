@@ -14,7 +14,7 @@ from bincompress.compression.job import run_job
 from bincompress.compression.plan import PlannedTensor
 from bincompress.compression.records import Job
 from bincompress.errors import TensorError
-from bincompress.methods import KEEP, Settings
+from bincompress.methods import KEEP, Settings, method_named
 from bincompress.sources.checkpoint import ITEM_BYTES
 from bincompress.store.store import begin_store
 from bincompress.tensors.weight import TensorSource
@@ -102,7 +102,7 @@ def _job_seconds(folder: Path, settings: Settings, dtype: str, shape: tuple[int,
     """Return the least seconds of a few equal jobs."""
     folder.mkdir()
     file = folder / "sample"
-    _write_sample(file, shape, dtype)
+    _write_sample(file, shape, dtype, settings != KEEP and method_named(settings.method).recognize is not None)
     source = TensorSource("sample.weight", dtype, shape, str(file), 0, file.stat().st_size)
     statistics = _sample_statistics(folder, shape[1]) if settings.calibrated else ""
     kind = "plain" if settings == KEEP else "packed"
@@ -131,8 +131,10 @@ def _sample_statistics(folder: Path, cols: int) -> str:
     return url
 
 
-def _write_sample(path: Path, shape: tuple[int, int], dtype: str) -> None:
+def _write_sample(path: Path, shape: tuple[int, int], dtype: str, few_levels: bool) -> None:
     values = np.random.default_rng(0).standard_normal(shape, np.float32) * np.float32(0.02)
+    if few_levels:
+        values = np.rint(values * np.float32(50)).clip(-1, 1)
     if dtype == "BF16":
         (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16).tofile(path)
     else:

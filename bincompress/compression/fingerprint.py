@@ -31,6 +31,7 @@ def fingerprint(job: Job, weight: Weight) -> dict[str, Any]:
         "bytes_version": BYTES_VERSION,
         **({"inputs": job.inputs_hash, "rounding_version": ROUNDING_VERSION} if job.inputs_hash else {}),
         **({"shared": _shared_record(shared)} if shared else {}),
+        **({"fallback": job.fallback.record()} if job.fallback else {}),
     }
 
 

@@ -4,18 +4,20 @@ import functools
 import time
 import traceback
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 from bincompress.compression.fingerprint import fingerprint
 from bincompress.compression.prepare import prepare
 from bincompress.compression.records import Job, JobReport, failed_report
 from bincompress.compression.tensor_report import tensor_report
-from bincompress.errors import BincompressError
-from bincompress.methods import KEEP
+from bincompress.errors import BincompressError, LossError
+from bincompress.methods import KEEP, Binarized
 from bincompress.process.faults import explain, stops_everything
 from bincompress.sources.checkpoint import read_weight
 from bincompress.store.report import report_problem
 from bincompress.store.store import Store, open_store
+from bincompress.tensors.weight import Weight
 
 
 def largest_first(jobs: Iterable[Job]) -> list[Job]:
@@ -54,21 +56,38 @@ def _done(job: Job) -> tuple[Literal["done", "unchanged"], dict[str, Any]]:
         and not report_problem(before.get("report"))
     ):
         return "unchanged", before["report"]
-    prepared = prepare(job, weight, mark)
+    written: Weight | Binarized
     if job.settings == KEEP:
-        plain = prepared.as_it_is()
+        written = plain = prepare(job, weight, mark).as_it_is()
         bad = store.check_plain(job.name, plain, job.source.shape, refuse=job.required)
         hashes, nbytes = store.write_plain(job.name, plain, job.source.shape, job.archive)
         attributes: dict[str, Any] = {"dtype": plain.dtype_name}
     else:
-        found, bad = prepared.binarized(), ""
+        job, found = _binarized(job, weight, mark)
+        written, bad = found, ""
         hashes, nbytes = store.write_packed(job.name, found.tensor, job.archive)
         record = {"shape": list(job.source.shape), "method": job.settings.method, "settings": job.settings.record()}
         attributes = {**record, "block": found.tensor.block, **found.tensor.attributes()}
-    report = tensor_report(job, weight, plain if job.settings == KEEP else found, nbytes, bad)
+    report = tensor_report(job, weight, written, nbytes, bad)
     store.commit(job.name, {**attributes, "hashes": hashes, "fingerprint": mark, "report": report})
     store.write_log(job.name, {"seconds": time.perf_counter() - begin})
     return "done", report
+
+
+def _binarized(job: Job, weight: Weight, mark: dict[str, Any]) -> tuple[Job, Binarized]:
+    """Return what the method makes of the tensor, and the job with the settings that were used in the end.
+
+    mark: the job's fingerprint. Where a method that gives every weight exactly cannot, the job's fallback is used, and
+    the report says so; raises LossError where there is none.
+    """
+    try:
+        return job, prepare(job, weight, mark).binarized()
+    except LossError as error:
+        if job.fallback is None:
+            raise LossError(f"{job.name}: {error}") from None
+        job, cause = replace(job, settings=job.fallback), str(error)
+    found = prepare(job, weight, mark).binarized()
+    return job, replace(found, notes={**found.notes, "not_lossless": cause})
 
 
 @functools.lru_cache(maxsize=4)

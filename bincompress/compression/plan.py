@@ -40,6 +40,7 @@ class PlannedTensor:
     inputs_hash: str = ""  # of the statistics that its settings need
     shared: Shared | None = None  # where a transformation is folded into a norm: of the norm and its readers
     reason: str = ""  # why it is kept; empty where it is packed
+    fallback: Settings | None = None  # in place of settings that give every weight exactly, where they cannot
 
     @property
     def packed(self) -> bool:
@@ -271,9 +272,13 @@ def _planned(source: TensorSource, recipe: Recipe, kept: tuple[tuple[int, int], 
         if row >= rows or col >= cols:
             raise RecipeError(f"{source.name}: kept weight ({row}, {col}) lies outside its shape [{rows}, {cols}]")
     expected = packed_bytes(settings, rows, cols) + 12 * len(kept)
-    scratch = method_named(settings.method).scratch_bytes(settings, source.dtype) * rows * cols
-    memory = int(_BASE_BYTES + source.memory + 2 * expected + scratch)
-    return PlannedTensor(source, kind, settings, kept, expected, memory)
+    return PlannedTensor(source, kind, settings, kept, expected, peak_memory(source, settings, expected))
+
+
+def peak_memory(source: TensorSource, settings: Settings, expected: int) -> int:
+    """Return the bytes of memory of a job without calibration; expected: bytes of what it writes."""
+    scratch = method_named(settings.method).scratch_bytes(settings, source.dtype) * math.prod(source.shape)
+    return int(_BASE_BYTES + source.memory + 2 * expected + scratch)
 
 
 def packed_bytes(settings: Settings, rows: int, cols: int) -> int:

@@ -17,6 +17,8 @@ from bincompress.compression.placement import Placement
 from bincompress.compression.plan import Plan, make_plan
 from bincompress.compression.progress import OnProgress, Tracker, ignore
 from bincompress.compression.recipe import Recipe, load_recipe
+from bincompress.compression.recognition import few_levels, refuse_lossy, taken, with_fallbacks, with_methods
+from bincompress.compression.recognition import remarks as few_remarks
 from bincompress.errors import BincompressError
 from bincompress.model.checkpoint_source import checkpoint_config
 from bincompress.sources.checkpoint import Checkpoint
@@ -36,10 +38,11 @@ class Planned:
     sequential_tokens: int = 0  # as many as would be collected on, where the text was not read
     notes: tuple[str, ...] = ()  # what the user should know
     kept_weights: tuple[str, ...] = ()  # a line for each single weight that was found to be kept, with the reason
+    few_levels: tuple[str, ...] = ()  # of tensors that are packed without loss, or could be
 
     def remarks(self) -> list[str]:
-        """Return what a summary says of the plan: weights that were found, tensors that are slow to run."""
-        return [*self.kept_weights, *self.plan.decoded_lines()]
+        """Return what a summary says of the plan: tensors of few levels, weights found, what is slow to run."""
+        return [*self.few_levels, *self.kept_weights, *self.plan.decoded_lines()]
 
 
 def plan(
@@ -71,6 +74,9 @@ def plan(
     _check_sequential(sequential, samples, context, stats, target_bits)
     checkpoint = open_source(str(source), headers_only=headers_only)
     sequence: dict[str, Any] | None = None if sequential is None else {}
+    asked, few = chosen, few_levels(checkpoint)
+    exact = taken(chosen, few) if sequential is None and target_bits is None else {}
+    chosen = with_methods(chosen, exact)
     kept, remarks = kept_weights(
         keep_weights,
         lambda: make_plan(checkpoint, chosen, {}, archive, statistics, sequence),
@@ -82,15 +88,18 @@ def plan(
         _check_runs(tried, export_only, headers_only)
         chosen = _spread_bits(tried, target_bits, placement, progress)
     if sequential is None:
-        found = _planned(make_plan(checkpoint, chosen, kept, archive, statistics), export_only, headers_only)
-        return replace(found, kept_weights=remarks)
+        made = make_plan(checkpoint, chosen, kept, archive, statistics)
+        refuse_lossy(made, few)
+        found = _planned(with_fallbacks(made, asked, few, exact), export_only, headers_only)
+        return replace(found, kept_weights=remarks, few_levels=few_remarks(made, few))
     number, length = samples or SAMPLES, context or CONTEXT
     text = read_text(Path(sequential))
     tokens = None
     if not headers_only or "tokenizer.json" in checkpoint.assets():
         tokens = choose_samples(checkpoint, text, number, length)
     made = make_plan(checkpoint, chosen, kept, archive, sequence={} if tokens is None else text_record(tokens))
-    found = _planned(made, export_only, headers_only)
+    refuse_lossy(made, few)
+    found = replace(_planned(made, export_only, headers_only), few_levels=few_remarks(made, few))
     if tokens is None:
         return replace(found, sequential_tokens=number * length, kept_weights=remarks)
     notes = (*found.notes, *_few_tokens(checkpoint, tokens))

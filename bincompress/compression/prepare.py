@@ -13,10 +13,9 @@ from bincompress.errors import TensorError
 from bincompress.methods import KEEP, Binarized, Inputs, Method, Settings, method_named
 from bincompress.sources.checkpoint import read_weight
 from bincompress.tensors.dequantize import dequantize_at
-from bincompress.tensors.weight import Weight
+from bincompress.tensors.weight import FINITE, Weight
 from cpu_kernels.quantize.counting import greatest_magnitude
 
-_FINITE = {"BF16": 0x7F7F, "F16": 0x7BFF, "F32": 0x7F7FFFFF}  # greatest finite magnitude
 _MOST_SCALES = 512  # one of every norm: for those of its readers that this process has
 _scales: OrderedDict[str, NDArray[np.float32]] = OrderedDict()  # by what a scale was found from
 
@@ -101,7 +100,7 @@ def _shared_scale(shared: Shared, inputs: Inputs, method: Method, key: str) -> N
 
 def check_finite(name: str, weight: Weight) -> None:
     """Raise TensorError naming the first NaN or infinity of a weight."""
-    if greatest_magnitude(weight.flat) <= _FINITE[weight.dtype]:
+    if greatest_magnitude(weight.flat) <= FINITE[weight.dtype]:
         return
     for row in range(weight.shape[0]):
         values = weight.float32(slice(row, row + 1))[0]

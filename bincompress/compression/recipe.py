@@ -49,6 +49,10 @@ class Recipe:
     values: tuple[tuple[str, Any], ...] = ()  # settings of all tensors that are packed, by name
     embeddings: str = KEEP.method
     overrides: tuple[Override, ...] = ()
+    method_given: bool = (
+        True  # or any setting of a method; where none was, matrices of few levels are packed losslessly
+    )
+    embeddings_given: bool = True
 
     def record(self) -> dict[str, Any]:
         """Return the recipe as JSON, for the store."""
@@ -108,6 +112,7 @@ def load_recipe(path: Path | None, given: Mapping[str, Any], keep: Iterable[str]
         raise RecipeError(f"{path}: expected a [defaults] table and [[tensor]] tables")
     where = f"{path or 'options'}"
     merged = {**defaults, **given}
+    embeddings_given = "embeddings" in merged
     chosen = merged.pop("embeddings", KEEP.method)
     if chosen not in embeddings():
         raise RecipeError(f"embeddings: expected one of {', '.join(embeddings())}, found {chosen!r}")
@@ -121,8 +126,9 @@ def load_recipe(path: Path | None, given: Mapping[str, Any], keep: Iterable[str]
         changes = _level({key: value for key, value in tensor.items() if key != "pattern"}, here)
         overrides.append(Override(pattern, tuple(changes.items())))
     overrides += [Override(pattern, (("method", KEEP.method),)) for pattern in keep]
+    method_given = bool(merged)
     method = str(merged.pop("method", METHODS[0].name))
-    recipe = Recipe(method, tuple(merged.items()), chosen, tuple(overrides))
+    recipe = Recipe(method, tuple(merged.items()), chosen, tuple(overrides), method_given, embeddings_given)
     _refuse_unused(recipe, where)
     return recipe
 

@@ -32,6 +32,7 @@ class Job:
     statistics: str = ""  # the store of what calibration found; empty: not needed
     inputs_hash: str = ""  # of what it found of this tensor's inputs
     shared: Shared | None = None  # of a norm and of the matrices that read it, where a transformation is folded into it
+    fallback: Settings | None = None  # where `settings` give every weight exactly and that turns out to be impossible
 
 
 @dataclass(frozen=True)

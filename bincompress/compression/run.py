@@ -100,6 +100,7 @@ def make_jobs(plan: Plan, store: str, run_id: str) -> list[Job]:
             plan.statistics if t.inputs_hash else "",
             t.inputs_hash,
             t.shared,
+            t.fallback,
         )
         for t in plan.tensors
     ]

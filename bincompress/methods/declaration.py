@@ -131,6 +131,14 @@ class Binarized:
     notes: dict[str, Any] = field(default_factory=dict)  # what a reader of the report should know
 
 
+class Recognized(NamedTuple):
+    """What a method that gives every weight exactly would make of a matrix."""
+
+    nbytes: int  # of planes and coefficients
+    planes: int
+    levels: str  # in words
+
+
 class Binarize(Protocol):
     """How a matrix becomes planes, given the method's own settings; inputs: None without calibration."""
 
@@ -160,6 +168,9 @@ class Method:
     channel_scale: Callable[[Sequence[Weight], Inputs, Any], NDArray[np.float32]] | None = None
     # What `--embeddings` offers: settings by the name of the choice.
     embeddings: Mapping[str, Settings] = field(default_factory=dict)
+    # What it makes of a matrix without any loss, from some of its rows or (if True) from all; None: it is not for it.
+    # Such a method is used where nothing else was asked for, and binarize raises LossError where a weight differs.
+    recognize: Callable[[Weight, bool], Recognized | None] | None = None
     # Whether its tensors count among the binary ones in totals (embeddings of evenly spaced levels do not).
     binary: bool = True
     # What a report says of planes (planes, rows, words) of so many columns.

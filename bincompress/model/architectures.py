@@ -9,7 +9,7 @@ from typing import Literal
 Windows = Literal["never", "every layer", "by layer_types", "by pattern", "without rope"]
 Biases = Literal["never", "always", "attention_bias"]
 QkNorm = Literal["", "head", "whole"]  # queries and keys are not normalized, or each head is, or all heads at once
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "relu2"]
 
 # What config.json calls the activations of the gate.
 ACTIVATIONS: dict[str, Activation] = {
@@ -17,6 +17,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
 }
 
 
@@ -32,6 +33,8 @@ class Names:
     post_norm: str = "post_attention_layernorm.weight"  # before the MLP
     out_norm: str = ""  # of what attention gives, before it is added to the stream
     down_norm: str = ""  # of what the MLP gives, before it is added to the stream
+    mixed_norm: str = ""  # of what attention mixes, before the matrix that reads it
+    inner_norm: str = ""  # of the gated values, before the matrix that reads them
     qkv: tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     out: str = "self_attn.o_proj"
     q_norm: str = "self_attn.q_norm.weight"
@@ -146,6 +149,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Phi3ForCausalLM": Architecture(
         "phi3", context=4096, epsilon=1e-5, windows="every layer", window=None, reads=("partial_rotary_factor",)
+    ),
+    "BitNetForCausalLM": Architecture(
+        "bitnet",
+        context=2048,
+        kv_heads=5,
+        epsilon=1e-5,
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        activation="relu2",
+        rope_theta=500000.0,
+        names=Names(mixed_norm="self_attn.attn_sub_norm.weight", inner_norm="mlp.ffn_sub_norm.weight"),
     ),
 }
 

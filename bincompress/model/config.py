@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from typing import Any
 
+from bincompress.errors import CheckpointError
 from bincompress.model.architectures import (
     ACTIVATIONS,
     ARCHITECTURES,
@@ -21,6 +22,7 @@ from bincompress.model.errors import ConfigError, UnsupportedModelError
 from bincompress.model.fields import LARGEST_POSITION, flag, number, size
 from bincompress.model.positions import Window, positions
 from bincompress.model.rope import Rope
+from bincompress.sources.bitnet import checked, is_bitnet
 
 _MOST_LAYERS = 4096
 _PRE_ATTENTION = 256  # query_pre_attn_scalar where absent
@@ -53,6 +55,7 @@ class ModelConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0  # of what attention and the MLP add to the stream
     logit_divisor: float = 1.0
+    rounds_inputs: bool = False  # of the layers' matrices: to 8 bits a token, as BitNet is trained with
     logit_cap: float | None = None  # logits become cap * tanh(logits / cap)
     names: Names = dataclass_field(default_factory=Names)  # as this model's tensors are called
     notes: tuple[str, ...] = dataclass_field(default=(), compare=False)  # what a user should know of how it is read
@@ -80,6 +83,8 @@ class ModelConfig:
             "norm weights stored as differences from 1": self.norm_offset != 0,
             "queries and keys normalized as a whole": self.qk_norm == "whole",
             f"activation {self.activation}": self.activation != "silu",
+            "norms between attention, the gate and their matrices": bool(names.mixed_norm or names.inner_norm),
+            "inputs rounded to 8 bits": self.rounds_inputs,
             "a query scale": self.query_scale is not None,
             "an embedding multiplier": self.embedding_multiplier != 1,
             "a residual multiplier": self.residual_multiplier != 1,
@@ -117,6 +122,9 @@ class ModelConfig:
             for norm in (names.input_norm, names.post_norm, names.out_norm, names.down_norm):
                 if norm:
                     shapes[names.of_layer(layer, norm)] = (self.hidden,)
+            for norm, width in ((names.mixed_norm, queries), (names.inner_norm, self.inner)):
+                if norm:
+                    shapes[names.of_layer(layer, norm)] = (width,)
             if self.qk_norm:
                 whole = self.qk_norm == "whole"
                 shapes[names.of_layer(layer, names.q_norm)] = (queries if whole else self.head_dim,)
@@ -155,7 +163,7 @@ def parse(raw: Mapping[str, Any]) -> ModelConfig:
         return number(raw, field, 1.0) if field in declared.reads else 1.0
 
     ropes, windows = positions(raw, declared, layers, head_dim, context)
-    return ModelConfig(
+    config = ModelConfig(
         architecture=name,
         vocab=size(raw, "vocab_size"),
         hidden=hidden,
@@ -180,8 +188,12 @@ def parse(raw: Mapping[str, Any]) -> ModelConfig:
         residual_multiplier=multiplier("residual_multiplier"),
         logit_divisor=multiplier("logits_scaling"),
         logit_cap=_logit_cap(raw, declared),
+        rounds_inputs=is_bitnet(raw),
         names=declared.names,
     )
+    if config.rounds_inputs and (config.qkv_bias or config.out_bias or config.mlp_bias):
+        raise UnsupportedModelError("config.json: biases of BitNet's linear layers are not supported")
+    return config
 
 
 def _architecture(raw: Mapping[str, Any]) -> str:
@@ -214,6 +226,12 @@ def _refuse_unhandled(raw: Mapping[str, Any], declared: Architecture) -> None:
     for field, neutral in UNHANDLED.items():
         value = raw.get(field)
         if field in declared.reads:
+            continue
+        if field == "quantization_config" and is_bitnet(raw):
+            try:
+                checked(raw)
+            except CheckpointError as error:
+                raise UnsupportedModelError(str(error)) from None
             continue
         if not any(value is entry or (type(value) is type(entry) and value == entry) for entry in neutral):
             shown = value.get("quant_method", "given") if isinstance(value, Mapping) else value

@@ -9,6 +9,7 @@ from bincompress.model.cache import CacheType, KvCache
 from bincompress.model.config import ModelConfig
 from bincompress.model.errors import NotFiniteError, PromptError
 from bincompress.model.linear import Embedding, Linear, WeightSource
+from bincompress.model.rounded_linear import rounding
 from bincompress.model.steps import NO_NORM, Buffers, Layer, Steps
 from bincompress.model.threads import in_turn
 from cpu_kernels.parallel.workers import Workers
@@ -125,8 +126,10 @@ class Decoder:
         for number, layer in enumerate(self.layers):
             following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
             steps.attend(work, layer, number, cache)
+            steps.norm_in_place(work.mixed, layer.mixed_norm)
             steps.add(work, layer.out(work.mixed), layer.out_bias, layer.out_norm, layer.post_norm)
             steps.gate(work, layer.gate_up(work.normed), layer.gate_up_bias)
+            steps.norm_in_place(work.inner, layer.inner_norm)
             steps.add(work, layer.down(work.inner), layer.down_bias, layer.down_norm, following)
         cache.length += n
         return work
@@ -168,7 +171,8 @@ def read_layer(config: ModelConfig, source: WeightSource, number: int) -> Layer:
     names = config.declaration.names
 
     def linear(*parts: str) -> Linear:
-        return source.linear([names.of_layer(number, part + ".weight") for part in parts])
+        found = source.linear([names.of_layer(number, part + ".weight") for part in parts])
+        return rounding(found) if config.rounds_inputs else found
 
     def norm(part: str, present: bool = True) -> Floats:
         return read_norm(config, source, names.of_layer(number, part)) if part and present else NO_NORM
@@ -195,4 +199,6 @@ def read_layer(config: ModelConfig, source: WeightSource, number: int) -> Layer:
         gate_up_bias=bias(config.mlp_bias, gate_up, *names.gate_up),
         down=down,
         down_bias=bias(config.mlp_bias, down, names.down),
+        mixed_norm=norm(names.mixed_norm),
+        inner_norm=norm(names.inner_norm),
     )

@@ -61,6 +61,11 @@ class PackedLinear:
         self._workers = workers
         self._of_token: TokenProduct | None = None  # made when the first token is written: its kernel is loaded then
 
+    def per_token(self) -> "PackedLinear":
+        """Return the same matrix with one scale for all activations of a token, as some models are trained."""
+        settings = replace(self._settings, per="token")
+        return PackedLinear(self.matrix, self._listed, settings, self._workers)
+
     def quantized(self, x: Floats) -> Activations:
         """Return the activations as this matrix multiplies them; matrices with one input share them."""
         return quantize(x, self._settings.bits, self._settings.per)

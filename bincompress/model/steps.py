@@ -1,6 +1,6 @@
 """The steps of a layer beside its matrices: norms, attention and the gate, on a block of tokens' work buffers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from bincompress.model.config import ModelConfig
 from bincompress.model.linear import Floats, Linear
 from bincompress.model.threads import over_ranges
 from cpu_kernels.decoder.attention import ATTEND, NO_WINDOW, scratch_size, work_items
-from cpu_kernels.decoder.norms import GATES, PLACE, add_norm, add_normed, norm_queries_keys
+from cpu_kernels.decoder.norms import GATES, PLACE, add_norm, add_normed, norm_queries_keys, norm_rows
 from cpu_kernels.parallel.workers import Workers
 
 NO_NORM = np.zeros(0, np.float32)  # the weight of a norm that an architecture lacks
@@ -37,6 +37,8 @@ class Layer:
     gate_up_bias: Floats
     down: Linear  # (hidden, inner)
     down_bias: Floats
+    mixed_norm: Floats = field(default_factory=lambda: NO_NORM)  # (heads * head_dim,), of what `out` reads
+    inner_norm: Floats = field(default_factory=lambda: NO_NORM)  # (inner,), of what `down` reads
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,17 @@ class Steps:
             len(gate_up),
             _ROWS_PER_THREAD,
         )
+
+    def norm_in_place(self, values: Floats, weight: Floats) -> None:
+        """Normalize what attention mixed, or the gated values; nothing where the weight is empty."""
+        if weight.size:
+            epsilon = self.config.norm_epsilon
+            over_ranges(
+                self.workers,
+                lambda start, stop, _: norm_rows(values, weight, epsilon, start, stop),
+                len(values),
+                _ROWS_PER_THREAD,
+            )
 
     def attend(self, work: Buffers, layer: Layer, number: int, cache: KvCache) -> None:
         """Let the tokens read those before them, and put their keys and values into the cache."""

@@ -54,6 +54,7 @@ def _total(store: Store, reports: list[dict[str, Any]]) -> dict[str, Any]:
         "packed": _part(packed),
         "binary": _part(linear),
         "additions_saved": _additions_saved(packed),
+        "lossless": _lossless(done, packed),
         "seconds": sum(report["seconds"] or 0.0 for report in done),
         "trained": trained_lines(attributes),
         "source_formats": _source_formats(done),
@@ -107,6 +108,32 @@ def _part(reports: list[dict[str, Any]]) -> dict[str, Any]:
         "stored_bits": _bits(reports),
         "relative_error": sums["squared_error"] / sums["squared_norm"] if sums["squared_norm"] else 0.0,
     }
+
+
+def _lossless(done: list[dict[str, Any]], packed: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return how many packed tensors give every weight exactly, whether all of the model does, and which was to."""
+    exact = sum(report.get("lossless") is True for report in packed)
+    scaled = any("transformation" in report for report in done)
+    return {
+        "tensors": exact,
+        "whole": bool(packed) and exact == len(packed) and not scaled,
+        "failed": sum("not_lossless" in report for report in packed),
+    }
+
+
+def _lossless_lines(total: Mapping[str, Any]) -> list[str]:
+    found, packed = total["lossless"], total["packed"]["tensors"]
+    lines = []
+    if found["whole"] and total["status"] == "complete":
+        lines.append("lossless       every weight has the value that it has in the source")
+    elif found["tensors"]:
+        lines.append(f"lossless       {found['tensors']} of {packed} packed tensors; the others are not")
+    if found["failed"]:
+        lines.append(
+            f"NOT LOSSLESS   {found['failed']} tensors have more levels than their sampled rows showed, and were "
+            "packed with a loss; `inspect STORE TENSOR` says where (not_lossless)"
+        )
+    return lines
 
 
 def _additions_saved(packed: list[dict[str, Any]]) -> float | None:
@@ -169,6 +196,7 @@ def totals(total: dict[str, Any]) -> list[str]:
         f"stored {total['stored_bits']:.3f} bits, "
         f"embeddings, norms and head as stored; {total['store_bytes']:,} bytes in the store"
     )
+    lines += _lossless_lines(total)
     if total["status"] != "complete":
         missing = total["tensors"] - total["complete"]
         lines.append(f"NOT COMPLETE: {missing} tensors missing; run the same `bincompress compress` again to finish")

@@ -16,6 +16,7 @@ import numpy as np
 from bincompress.errors import CheckpointError
 from bincompress.sources.assets import ASSETS as ASSETS
 from bincompress.sources.assets import read_assets
+from bincompress.sources.bitnet import ternary
 from bincompress.sources.files import ADAPTER, FILE_NAME, index_notes, weight_files
 from bincompress.sources.files import INDEX as INDEX
 from bincompress.sources.fused import split
@@ -85,9 +86,10 @@ def checkpoint_of(
     notes: tuple[str, ...] = (),
 ) -> Checkpoint:  # fmt: skip
     """Return the checkpoint of a config.json and the tensors beside it; quantized ones become what they stand for."""
+    tensors, rounded = ternary(config, tensors)
     plain, found, more = unquantized(config, tensors)
     made = {} if plain == config else {"config.json": json.dumps(plain, indent=2).encode()}
-    return Checkpoint(folder, name, revision, plain, split(plain, found.values()), (*notes, *more), made)
+    return Checkpoint(folder, name, revision, plain, split(plain, found.values()), (*notes, *rounded, *more), made)
 
 
 def _refuse_other_folder(folder: Path) -> None:

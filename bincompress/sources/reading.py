@@ -8,13 +8,15 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from bincompress.sources import gguf, quantized
+from bincompress.sources import bitnet, gguf, quantized
 from bincompress.sources.mapping import map_items
 from bincompress.sources.quantized.rows import Fill
 from bincompress.tensors.weight import TensorSource, Weight
 
 _DECODED_AT_ONCE = 1 << 18  # values: what is computed of them stays in the cache
-_DECODERS: dict[str, Callable[[TensorSource], Fill]] = {**quantized.DECODERS, **gguf.DECODERS}
+_DECODERS: dict[str, Callable[[TensorSource], Fill]] = {
+    **quantized.DECODERS, **gguf.DECODERS, **bitnet.DECODERS
+}  # fmt: skip
 
 
 def read_weight(source: TensorSource) -> Weight:

@@ -13,6 +13,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from bincompress.errors import StoreError
+from bincompress.sources import bitnet
 from bincompress.sources.checkpoint import INDEX
 from bincompress.sources.fused import fused_names
 from bincompress.store.files import LOCK
@@ -42,7 +43,7 @@ def export(store: Store, folder: Path, on_tensor: Callable[[str, int], None] = l
             partial.mkdir()
             for name, content in store.read_assets().items():
                 (partial / name).parent.mkdir(exist_ok=True)
-                (partial / name).write_bytes(content)
+                (partial / name).write_bytes(_asset(store, name, content))
             _write_shards(store, partial, on_tensor)
             _put_in_place(partial, folder)
         except OSError as error:
@@ -93,10 +94,13 @@ def _write_shards(store: Store, folder: Path, on_tensor: Callable[[str, int], No
         tensor = _joined([_tensor(store, part) for part in parts])
         if waiting and size + tensor.nbytes > _SHARD_BYTES:
             flush()
-        waiting[name] = tensor
-        where[name] = len(shards)
+        own = {name: tensor}
+        if bitnet.is_bitnet(_config(store)) and bitnet.is_layer(name, tensor.shape):
+            own[f"{name}_scale"] = np.ones(1, ml_dtypes.bfloat16)
+        waiting |= own
+        where |= dict.fromkeys(own, len(shards))
         size += tensor.nbytes
-        total += tensor.nbytes
+        total += sum(part.nbytes for part in own.values())
         on_tensor(name, tensor.nbytes)
     flush()
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
@@ -104,6 +108,13 @@ def _write_shards(store: Store, folder: Path, on_tensor: Callable[[str, int], No
         path.rename(folder / name)
     index = {"metadata": {"total_size": total}, "weight_map": {name: names[shard] for name, shard in where.items()}}
     (folder / INDEX).write_text(json.dumps(index, indent=1))
+
+
+def _asset(store: Store, name: str, content: bytes) -> bytes:
+    """Return a small file as it is written; config.json of a BitNet says how its weights are stored now."""
+    if name != "config.json" or not bitnet.is_bitnet(_config(store)):
+        return content
+    return json.dumps(bitnet.exported(_config(store)), indent=2).encode()
 
 
 def _config(store: Store) -> dict[str, Any]:

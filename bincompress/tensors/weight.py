@@ -14,8 +14,7 @@ DTYPE_NAMES = {
     "U8": "uint8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32", "I64": "int64", "U64": "uint64",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
-
-
+FINITE = {"BF16": 0x7F7F, "F16": 0x7BFF, "F32": 0x7F7FFFFF}  # the greatest finite magnitude, as a bit pattern
 _VALUE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 
 

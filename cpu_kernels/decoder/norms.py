@@ -78,6 +78,18 @@ def add_normed(
                 normed[row, i] = stream[row, i]
 
 
+@kernel(types.void(out(_F4, 2), view(_F4, 1), _F4, _SIZE, _SIZE))
+def norm_rows(values: Any, weight: Any, epsilon: float, start: int, stop: int) -> None:
+    """For rows start..stop-1: values = weight * values / rms(values), in place. values (n, width), weight (width,)."""
+    width = values.shape[1]
+    flat = values.reshape(values.size)
+    for row in range(start, stop):
+        first = row * width
+        scale = _inverse_norm(flat, first, width, epsilon)
+        for i in range(width):
+            flat[first + i] = weight[i] * (flat[first + i] * scale)
+
+
 @kernel(types.void(out(_F4, 2), view(_F4, 1), view(_F4, 1), view(_F4, 1), _F4, _SIZE, _SIZE))
 def norm_queries_keys(
     qkv: Any, bias: Any, q_norm: Any, k_norm: Any, epsilon: float, start: int, stop: int
@@ -127,7 +139,18 @@ def gelu_gate(gate_up: Any, bias: Any, start: int, stop: int, result: Any) -> No
             result[row, i] = x / (_ONE + exponential(-z)) * (gate_up[row, inner + i] + bias[inner + i])
 
 
-GATES: dict[str, Kernel] = {"silu": gate, "gelu_tanh": gelu_gate}
+@kernel(types.void(view(_F4, 2), view(_F4, 1), _SIZE, _SIZE, out(_F4, 2)))
+def relu2_gate(gate_up: Any, bias: Any, start: int, stop: int, result: Any) -> None:
+    """For rows start..stop-1: as `gate`, with the square of ReLU in place of SiLU."""
+    inner = result.shape[1]
+    for row in range(start, stop):
+        for i in range(inner):
+            x = gate_up[row, i] + bias[i]
+            x = float32(0.0) if x < float32(0.0) else x  # NaN stays
+            result[row, i] = x * x * (gate_up[row, inner + i] + bias[inner + i])
+
+
+GATES: dict[str, Kernel] = {"silu": gate, "gelu_tanh": gelu_gate, "relu2": relu2_gate}
 
 
 @inline

@@ -25,6 +25,12 @@ def gelu_gate(gate_up: Floats, bias: Floats) -> Floats:
     return np.asarray(gelu * second, dtype=np.float32)
 
 
+def relu2_gate(gate_up: Floats, bias: Floats) -> Floats:
+    """Return relu(first half) ** 2 * second half of gate_up + bias."""
+    first, second = np.split(gate_up.astype(np.float64) + bias, 2, axis=-1)
+    return np.asarray(np.maximum(first, 0.0) ** 2 * second, dtype=np.float32)
+
+
 def add_normed(
     stream: Floats, delta: Floats, delta_norm: Floats, factor: float, weight: Floats, epsilon: float
 ) -> tuple[Floats, Floats]:
