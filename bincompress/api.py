@@ -18,6 +18,7 @@ import numpy as np
 
 from bincompress.calibration.collect import CONTEXT, SAMPLES, choose_samples, run_in_threads
 from bincompress.calibration.collect import calibrate as collect
+from bincompress.calibration.expert_tokens import expert_tokens, few_tokens
 from bincompress.calibration.statistics import Statistics
 from bincompress.compression.events import EventLog
 from bincompress.compression.placement import Placement
@@ -32,6 +33,7 @@ from bincompress.inference.evaluate import evaluate as score
 from bincompress.inference.load import load, load_baseline, load_decoder, usable_threads
 from bincompress.methods import of_planes
 from bincompress.methods.declaration import Block
+from bincompress.model.checkpoint_source import checkpoint_config
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.reporting.inspection import inspect as inspect_store
@@ -84,6 +86,8 @@ class CalibrationResult:
     stats: str
     tokens: int
     inputs: dict[str, str]  # by matrix: the input that it reads
+    experts: dict[int, list[int]] = field(default_factory=dict)  # by layer: the tokens that each expert saw
+    remarks: tuple[str, ...] = ()  # which experts saw too few tokens
 
 
 @dataclass(frozen=True)
@@ -231,7 +235,10 @@ def calibrate(
     checkpoint = open_source(str(source))
     tokens = choose_samples(checkpoint, read_text(Path(text)), samples, context)
     found: Statistics = collect(checkpoint, tokens, stats, runner=run_layer, overwrite=overwrite, progress=progress)
-    return CalibrationResult(stats, int(tokens.size), found.attributes["inputs"])
+    config = checkpoint_config(checkpoint)
+    counts = expert_tokens(config, found)
+    inputs = found.attributes["inputs"]
+    return CalibrationResult(stats, int(tokens.size), inputs, counts, tuple(few_tokens(config, counts)))
 
 
 def distill(

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from bincompress.calibration.collect import CONTEXT, SAMPLES, choose_samples, text_record
-from bincompress.calibration.statistics import open_statistics
+from bincompress.calibration.expert_tokens import expert_tokens, few_tokens
+from bincompress.calibration.statistics import Statistics, open_statistics
 from bincompress.compression.allocation import run_trials, spread, spreadable, trial_jobs, trials_of
 from bincompress.compression.kept_weights import kept_weights
 from bincompress.compression.manifest import read_manifest
@@ -34,11 +35,12 @@ class Planned:
     samples: np.ndarray[Any, np.dtype[np.int64]] | None = None  # tokens (samples, context) of `sequential`
     sequential_tokens: int = 0  # as many as would be collected on, where the text was not read
     notes: tuple[str, ...] = ()  # what the user should know
+    few_tokens: tuple[str, ...] = ()  # which experts saw few tokens of the calibration
     kept_weights: tuple[str, ...] = ()  # a line for each single weight that was found to be kept, with the reason
 
     def remarks(self) -> list[str]:
         """Return what a summary says of the plan: weights that were found, tensors that are slow to run."""
-        return [*self.kept_weights, *self.plan.decoded_lines()]
+        return [*self.plan.expert_lines(), *self.few_tokens, *self.kept_weights, *self.plan.decoded_lines()]
 
 
 def plan(
@@ -82,7 +84,7 @@ def plan(
         chosen = _spread_bits(tried, target_bits, placement, progress)
     if sequential is None:
         found = _planned(make_plan(checkpoint, chosen, kept, archive, statistics), export_only, headers_only)
-        return replace(found, kept_weights=remarks)
+        return replace(found, kept_weights=remarks, few_tokens=_few_experts(found.plan, statistics))
     number, length = samples or SAMPLES, context or CONTEXT
     text = read_text(Path(sequential))
     tokens = None
@@ -143,6 +145,14 @@ def _check_sequential(
             "--target-bits spreads the bits before --sequential has collected anything: give it --stats STATS too, as "
             "`bincompress calibrate` writes them"
         )
+
+
+def _few_experts(made: Plan, statistics: Statistics | None) -> tuple[str, ...]:
+    """Return which experts saw few tokens, where the plan uses statistics of a model that has experts."""
+    config = made.verdict.config
+    if statistics is None or config is None or not made.statistics:
+        return ()
+    return tuple(few_tokens(config, expert_tokens(config, statistics)))
 
 
 def _few_tokens(checkpoint: Checkpoint, tokens: Any) -> tuple[str, ...]:

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from bincompress.model.cache import CacheType, KvCache
 from bincompress.model.config import ModelConfig
 from bincompress.model.errors import NotFiniteError, PromptError
+from bincompress.model.experts import read_experts
 from bincompress.model.linear import Embedding, Linear, WeightSource
-from bincompress.model.steps import NO_NORM, Buffers, Layer, Steps
+from bincompress.model.steps import NO_MATRIX, NO_NORM, Buffers, Layer, Steps
 from bincompress.model.threads import in_turn
 from cpu_kernels.parallel.workers import Workers
 
@@ -126,8 +127,12 @@ class Decoder:
             following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
             steps.attend(work, layer, number, cache)
             steps.add(work, layer.out(work.mixed), layer.out_bias, layer.out_norm, layer.post_norm)
-            steps.gate(work, layer.gate_up(work.normed), layer.gate_up_bias)
-            steps.add(work, layer.down(work.inner), layer.down_bias, layer.down_norm, following)
+            if layer.experts is None:
+                steps.gate(work, layer.gate_up(work.normed), layer.gate_up_bias)
+                made = layer.down(work.inner)
+            else:
+                made = layer.experts(work.normed)
+            steps.add(work, made, layer.down_bias, layer.down_norm, following)
         cache.length += n
         return work
 
@@ -140,7 +145,7 @@ def _read(config: ModelConfig, source: WeightSource, workers: Workers) -> tuple[
 
     def read(part: int) -> None:
         if part:
-            layers[part - 1] = read_layer(config, source, part - 1)
+            layers[part - 1] = read_layer(config, source, part - 1, workers)
         else:  # begun first, as it is the largest part; the embedding before a head that shares its memory
             embedding = source.embedding(names.embedding)
             ends.append((embedding, source.linear([names.embedding if config.tied else names.head])))
@@ -163,8 +168,8 @@ def read_norm(config: ModelConfig, source: WeightSource, name: str) -> Floats:
     return stored if not config.norm_offset else stored + np.float32(config.norm_offset)
 
 
-def read_layer(config: ModelConfig, source: WeightSource, number: int) -> Layer:
-    """Read one layer's weights."""
+def read_layer(config: ModelConfig, source: WeightSource, number: int, workers: Workers | None = None) -> Layer:
+    """Read one layer's weights; workers: that multiply with its experts, if it has any."""
     names = config.declaration.names
 
     def linear(*parts: str) -> Linear:
@@ -179,7 +184,10 @@ def read_layer(config: ModelConfig, source: WeightSource, number: int) -> Layer:
         return source.vector([names.of_layer(number, part + ".bias") for part in parts])
 
     qkv, out = linear(*names.qkv), linear(names.out)
-    gate_up, down = linear(*names.gate_up), linear(names.down)
+    experts = read_experts(config, source, number, workers or Workers(1))
+    gate_up = linear(*names.gate_up) if experts is None else NO_MATRIX
+    down = linear(names.down) if experts is None else NO_MATRIX
+    mlp_bias = config.mlp_bias and experts is None
     return Layer(
         input_norm=norm(names.input_norm),
         post_norm=norm(names.post_norm),
@@ -192,7 +200,8 @@ def read_layer(config: ModelConfig, source: WeightSource, number: int) -> Layer:
         out=out,
         out_bias=bias(config.out_bias, out, names.out),
         gate_up=gate_up,
-        gate_up_bias=bias(config.mlp_bias, gate_up, *names.gate_up),
+        gate_up_bias=bias(mlp_bias, gate_up, *names.gate_up),
         down=down,
-        down_bias=bias(config.mlp_bias, down, names.down),
+        down_bias=bias(mlp_bias, down, names.down) if experts is None else np.zeros(config.hidden, np.float32),
+        experts=experts,
     )

@@ -17,6 +17,7 @@ import numpy as np
 from bincompress.errors import CheckpointError
 from bincompress.sources.assets import ASSETS as ASSETS
 from bincompress.sources.assets import read_assets
+from bincompress.sources.experts import fused_experts, split_experts
 from bincompress.sources.files import ADAPTER, FILE_NAME, index_notes, weight_files
 from bincompress.sources.files import INDEX as INDEX
 from bincompress.sources.fused import split
@@ -45,6 +46,7 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorSource]
     notes: tuple[str, ...] = ()  # what a user should know of how its files are read
+    fused: tuple[str, ...] = ()  # 3-D tensors of which `tensors` has the experts' matrices
 
     def assets(self) -> dict[str, bytes]:
         """Return the small files that belong to the model (config, tokenizer, templates) by name."""
@@ -72,9 +74,11 @@ def open_checkpoint(folder: Path, name: str = "", revision: str = "") -> Checkpo
     if not tensors:
         raise CheckpointError(f"{folder}: its safetensors files hold no tensors")
     notes += index_notes(files, tensors)
+    stored = tensors.values()
     return Checkpoint(
-        folder, name or folder.resolve().name, revision, config, split(config, tensors.values()), tuple(notes)
-    )
+        folder, name or folder.resolve().name, revision, config, split(config, split_experts(config, stored)),
+        tuple(notes), fused_experts(config, stored),
+    )  # fmt: skip
 
 
 def _refuse_other_folder(folder: Path) -> None:

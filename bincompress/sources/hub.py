@@ -10,6 +10,7 @@ from typing import Any
 from bincompress.errors import BincompressError, CheckpointError
 from bincompress.sources.assets import is_asset
 from bincompress.sources.checkpoint import INDEX, Checkpoint, open_checkpoint, read_json
+from bincompress.sources.experts import fused_experts, split_experts
 from bincompress.sources.fused import split
 from bincompress.sources.shapes import has_only_config, open_shapes
 from bincompress.tensors.weight import TensorSource
@@ -153,7 +154,8 @@ def _headers_from_hub(repo: str, commit: str) -> Checkpoint:
         for name, info in content.tensors.items():
             begin, end = info.data_offsets
             tensors[name] = TensorSource(name, info.dtype, tuple(info.shape), file, begin, end - begin)
-    return Checkpoint(Path(), repo, commit, config, split(config, tensors.values()))
+    parts = split(config, split_experts(config, tensors.values()))
+    return Checkpoint(Path(), repo, commit, config, parts, fused=fused_experts(config, tensors.values()))
 
 
 def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
