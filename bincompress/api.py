@@ -352,21 +352,23 @@ def evaluate(
     activation_bits: int = 8,
     activation_scale: Literal["token", "segment"] = "segment",
     kernel: str | None = None,
+    memory: int | None = None,
     progress: OnCount = _uncounted,
 ) -> Evaluation:
     """Measure how well a model predicts a text: perplexity and, beside a baseline, what the bits cost.
 
     store: a store, or an unquantized checkpoint folder, which runs in float32. text: a UTF-8 file, tokenized as a
     whole and cut into consecutive windows of `context` tokens, of which at most `windows` are scored. baseline: the
-    unquantized checkpoint to compare with. threads, activation_bits, activation_scale, kernel: as for `load`. Raises
-    StoreError, CheckpointError, UnsupportedModelError or PromptError.
+    unquantized checkpoint to compare with. threads, activation_bits, activation_scale, kernel, memory: as for `load`.
+    Raises StoreError, CheckpointError, UnsupportedModelError or PromptError.
     """
     content = read_text(Path(text))
     if (Path(store) / "config.json").is_file():
         source = open_source(str(store))
         decoder, assets = load_baseline(source, threads), source.assets()
     else:
-        loaded = load_decoder(str(store), threads, ActivationSettings(activation_bits, activation_scale), kernel)
+        settings = ActivationSettings(activation_bits, activation_scale)
+        loaded = load_decoder(str(store), threads, settings, kernel, memory)
         decoder, assets = loaded.decoder, loaded.assets
     other = load_baseline(open_source(str(baseline)), threads) if baseline is not None else None
     tokens = np.array(load_tokenizer(assets).encode(content), np.int64)

@@ -10,6 +10,7 @@ from bincompress.model.config import ModelConfig
 from bincompress.model.errors import NotFiniteError, PromptError
 from bincompress.model.experts import read_experts
 from bincompress.model.linear import Embedding, Linear, WeightSource
+from bincompress.model.residents import Residents
 from bincompress.model.steps import NO_MATRIX, NO_NORM, Buffers, Layer, Steps
 from bincompress.model.threads import in_turn
 from cpu_kernels.parallel.workers import Workers
@@ -29,11 +30,19 @@ class Decoder:
     >>> logits = decoder.next_logits([1, 5, 9], cache)  # doctest: +SKIP
     """
 
-    def __init__(self, config: ModelConfig, source: WeightSource, workers: Workers | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: WeightSource,
+        workers: Workers | None = None,
+        residents: Residents | None = None,
+    ) -> None:
+        """residents: where experts are read as tokens choose them, which of them are in memory."""
         names = config.declaration.names
         self.config = config
         self.workers = workers or Workers(1)
-        self.layers, self.embedding, self.head = _read(config, source, self.workers)
+        self.residents = residents
+        self.layers, self.embedding, self.head = _read(config, source, self.workers, residents)
         self.norm = read_norm(config, source, names.norm)
         self._steps = Steps(config, self.workers)
         self._buffers = Buffers.for_tokens(config, 1)
@@ -137,7 +146,9 @@ class Decoder:
         return work
 
 
-def _read(config: ModelConfig, source: WeightSource, workers: Workers) -> tuple[list[Layer], Embedding, Linear]:
+def _read(
+    config: ModelConfig, source: WeightSource, workers: Workers, residents: Residents | None
+) -> tuple[list[Layer], Embedding, Linear]:
     """Read every layer, the embedding and the head, several threads a part each at a time."""
     names = config.declaration.names
     layers: dict[int, Layer] = {}
@@ -145,7 +156,7 @@ def _read(config: ModelConfig, source: WeightSource, workers: Workers) -> tuple[
 
     def read(part: int) -> None:
         if part:
-            layers[part - 1] = read_layer(config, source, part - 1, workers)
+            layers[part - 1] = read_layer(config, source, part - 1, workers, residents)
         else:  # begun first, as it is the largest part; the embedding before a head that shares its memory
             embedding = source.embedding(names.embedding)
             ends.append((embedding, source.linear([names.embedding if config.tied else names.head])))
@@ -168,8 +179,14 @@ def read_norm(config: ModelConfig, source: WeightSource, name: str) -> Floats:
     return stored if not config.norm_offset else stored + np.float32(config.norm_offset)
 
 
-def read_layer(config: ModelConfig, source: WeightSource, number: int, workers: Workers | None = None) -> Layer:
-    """Read one layer's weights; workers: that multiply with its experts, if it has any."""
+def read_layer(
+    config: ModelConfig,
+    source: WeightSource,
+    number: int,
+    workers: Workers | None = None,
+    residents: Residents | None = None,
+) -> Layer:
+    """Read one layer's weights; workers: that multiply with its experts, if it has any; residents: see `Decoder`."""
     names = config.declaration.names
 
     def linear(*parts: str) -> Linear:
@@ -184,7 +201,7 @@ def read_layer(config: ModelConfig, source: WeightSource, number: int, workers: 
         return source.vector([names.of_layer(number, part + ".bias") for part in parts])
 
     qkv, out = linear(*names.qkv), linear(names.out)
-    experts = read_experts(config, source, number, workers or Workers(1))
+    experts = read_experts(config, source, number, workers or Workers(1), residents)
     gate_up = linear(*names.gate_up) if experts is None else NO_MATRIX
     down = linear(names.down) if experts is None else NO_MATRIX
     mlp_bias = config.mlp_bias and experts is None

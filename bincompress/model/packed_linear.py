@@ -78,9 +78,12 @@ class PackedLinear:
         """Return the product where the activations are quantized already."""
         return self._with_listed(x, multiply(self.matrix, activations, pool=self._workers))
 
-    def alone(self, x: Floats) -> Floats:
-        """Return the product with x (n, cols) by the calling thread alone; other threads may multiply meanwhile."""
-        return self._with_listed(x, multiply(self.matrix, self.quantized(x)))
+    def alone(self, x: Floats, out: Floats | None = None) -> Floats:
+        """Return the product with x (n, cols) by the calling thread alone; other threads may multiply meanwhile.
+
+        out: where it is written, float32 (n, rows), C-contiguous.
+        """
+        return self._with_listed(x, multiply(self.matrix, self.quantized(x), out))
 
     def put(self, products: ChosenProducts, number: int) -> bool:
         """Put the matrix among these under a number; return False where it cannot be."""
@@ -139,6 +142,7 @@ class StackedLinear:
         self.parts = tuple(parts)
         self.rows = sum(part.rows for part in parts)
         self.cols = parts[0].cols
+        self.nbytes = sum(int(getattr(part, "nbytes", 0)) for part in parts)
 
     def __call__(self, x: Floats) -> Floats:
         """Return x (n, cols) times the transposed matrix, (n, rows)."""
