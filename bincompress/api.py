@@ -18,6 +18,7 @@ import numpy as np
 
 from bincompress.calibration.collect import CONTEXT, SAMPLES, choose_samples, run_in_threads
 from bincompress.calibration.collect import calibrate as collect
+from bincompress.calibration.expert_tokens import expert_tokens, few_tokens
 from bincompress.calibration.statistics import Statistics
 from bincompress.compression.events import EventLog
 from bincompress.compression.placement import Placement
@@ -32,6 +33,7 @@ from bincompress.inference.evaluate import evaluate as score
 from bincompress.inference.load import load, load_baseline, load_decoder, usable_threads
 from bincompress.methods import of_planes
 from bincompress.methods.declaration import Block
+from bincompress.model.checkpoint_source import checkpoint_config
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.reporting.inspection import inspect as inspect_store
@@ -85,6 +87,8 @@ class CalibrationResult:
     stats: str
     tokens: int
     inputs: dict[str, str]  # by matrix: the input that it reads
+    experts: dict[int, list[int]] = field(default_factory=dict)  # by layer: the tokens that each expert saw
+    remarks: tuple[str, ...] = ()  # which experts saw too few tokens
 
 
 @dataclass(frozen=True)
@@ -232,7 +236,10 @@ def calibrate(
     checkpoint = open_source(str(source))
     tokens = choose_samples(checkpoint, read_text(Path(text)), samples, context)
     found: Statistics = collect(checkpoint, tokens, stats, runner=run_layer, overwrite=overwrite, progress=progress)
-    return CalibrationResult(stats, int(tokens.size), found.attributes["inputs"])
+    config = checkpoint_config(checkpoint)
+    counts = expert_tokens(config, found)
+    inputs = found.attributes["inputs"]
+    return CalibrationResult(stats, int(tokens.size), inputs, counts, tuple(few_tokens(config, counts)))
 
 
 def distill(
@@ -363,21 +370,23 @@ def evaluate(
     activation_bits: int = 8,
     activation_scale: Literal["token", "segment"] = "segment",
     kernel: str | None = None,
+    memory: int | None = None,
     progress: OnCount = _uncounted,
 ) -> Evaluation:
     """Measure how well a model predicts a text: perplexity and, beside a baseline, what the bits cost.
 
     store: a store, or an unquantized checkpoint folder, which runs in float32. text: a UTF-8 file, tokenized as a
     whole and cut into consecutive windows of `context` tokens, of which at most `windows` are scored. baseline: the
-    unquantized checkpoint to compare with. threads, activation_bits, activation_scale, kernel: as for `load`. Raises
-    StoreError, CheckpointError, UnsupportedModelError or PromptError.
+    unquantized checkpoint to compare with. threads, activation_bits, activation_scale, kernel, memory: as for `load`.
+    Raises StoreError, CheckpointError, UnsupportedModelError or PromptError.
     """
     content = read_text(Path(text))
     if is_checkpoint(store):
         source = open_source(str(store))
         decoder, assets = load_baseline(source, threads), source.assets()
     else:
-        loaded = load_decoder(str(store), threads, ActivationSettings(activation_bits, activation_scale), kernel)
+        settings = ActivationSettings(activation_bits, activation_scale)
+        loaded = load_decoder(str(store), threads, settings, kernel, memory)
         decoder, assets = loaded.decoder, loaded.assets
     other = load_baseline(open_source(str(baseline)), threads) if baseline is not None else None
     tokens = np.array(load_tokenizer(assets).encode(content), np.int64)

@@ -83,6 +83,7 @@ def run_part(url: str, work: Calibration, layer: int, number: int, version: str)
     for key, part in sums.items():
         found.write_work(_name(layer, number, f"{key}-gram"), part.gram)
         found.write_work(_name(layer, number, f"{key}-absmax"), part.absmax)
+        found.write_work(_name(layer, number, f"{key}-tokens"), np.array([part.tokens], np.int64))
     found.write_work(_name(layer, number, "stream"), after)
 
 
@@ -97,7 +98,10 @@ def _take(found: Any, work: Calibration, layer: int, number: int) -> tuple[Float
             raise BincompressError(f"{found.url}: the output of part {number} of layer {layer} is missing")
         return np.asarray(values)
 
-    sums = {key: Sum(read(f"{key}-gram"), read(f"{key}-absmax")) for key in work.config.inputs_of_layer(layer)}
+    sums = {
+        key: Sum(read(f"{key}-gram"), read(f"{key}-absmax"), int(read(f"{key}-tokens")[0]))
+        for key in work.config.inputs_of_layer(layer)
+    }
     after = read("stream")
     found.remove_work(f"part-{layer}-{number}")
     return after, sums

@@ -43,6 +43,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "Phi3ForCausalLM": {"sliding_window": 7, "partial_rotary_factor": 0.75},
     "BitNetForCausalLM": {},
+    "Qwen3MoeForCausalLM": {
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 35,
+        "mlp_only_layers": [0],
+        "norm_topk_prob": True,
+    },
+    "MixtralForCausalLM": {"num_local_experts": 3, "num_experts_per_tok": 2},
 }
 WORDS = " ".join(f"t{word}" for word in np.random.default_rng(0).integers(2, 96, 400))
 FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
@@ -123,7 +131,10 @@ def test_from_a_checkpoint_to_a_store_and_back(architecture: str, tmp_path: Path
     )
     ours, theirs, exact = (decoder.logits(ids, decoder.new_cache(40)) for decoder in decoders)
     assert np.abs(ours - theirs).max() < 0.02 * np.abs(ours).max()  # bfloat16
-    assert np.abs(ours - exact).max() < 0.5 * np.abs(exact).max()  # eight groups of magnitudes
+    # Eight groups of magnitudes. A token that chooses another expert for it differs in all; half of them do not.
+    off = np.abs(ours - exact).max(axis=1)
+    worst = off.max() if ARCHITECTURES[architecture].mixture is None else np.median(off)
+    assert worst < 0.5 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma3ForCausalLM", "Olmo2ForCausalLM"])

@@ -57,6 +57,10 @@ def tiny(architecture: str, **changes: Any) -> tuple[dict[str, Any], dict[str, n
     return config, tensors
 
 
+# Refused by name: how these lie in a GGUF file is not known here.
+NOT_IN_GGUF = {"BitNetForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM"}
+
+
 def fused(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Put the matrices together that this architecture stores as one."""
     if config["model_type"] != "phi3":
@@ -91,7 +95,7 @@ def logits(checkpoint: Checkpoint) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - NOT_IN_GGUF))
 def test_every_architecture_is_the_checkpoint_that_it_was_made_from(tmp_path: Path, architecture: str) -> None:
     folder, file = both(tmp_path, architecture)
     found, expected = open_source(str(file)), open_source(str(folder))

@@ -129,7 +129,10 @@ def test_tensor_shapes() -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["Gemma2ForCausalLM"]}, "architecture Gemma2ForCausalLM is not supported; known: LlamaFor"),
-    ({"architectures": ["LlamaForCausalLM", "MixtralForCausalLM"]}, "architecture MixtralForCausalLM is not supported"),
+    (
+        {"architectures": ["LlamaForCausalLM", "MixtralForCausalLM"]},
+        "MixtralForCausalLM has model_type 'mixtral'",
+    ),
     ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM has model_type 'mistral', found 'llama'"),
     ({"architectures": ["MyForCausalLM"], "model_type": None}, "architecture MyForCausalLM is not supported"),
     ({"architectures": ["MyForCausalLM"], "model_type": "mine"}, "known: LlamaForCausalLM, "),
@@ -242,7 +245,7 @@ REFUSED_OF_OTHERS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     *(
         (LLAMA, {"architectures": [name], "model_type": kind}, f"architecture {name} is not supported; known: Llama")
         for name, kind in [
-            ("MixtralForCausalLM", "mixtral"), ("Qwen3MoeForCausalLM", "qwen3_moe"), ("GptOssForCausalLM", "gpt_oss"),
+            ("Qwen2MoeForCausalLM", "qwen2_moe"), ("OlmoeForCausalLM", "olmoe"), ("GptOssForCausalLM", "gpt_oss"),
             ("Qwen3_5ForCausalLM", "qwen3_5_text"), ("Lfm2ForCausalLM", "lfm2"), ("Gemma2ForCausalLM", "gemma2"),
             ("Olmo3ForCausalLM", "olmo3"), ("Ministral3ForCausalLM", "ministral3"),
             ("Gemma4ForCausalLM", "gemma4_text"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from numpy.typing import NDArray
 
 from bincompress.inference.chat import ChatTemplate
@@ -89,6 +90,7 @@ GEMMA3 = {
     "sliding_window": 9,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+QWEN3_MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": False}
 BEYOND_LLAMA: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3Text", GEMMA3),
     "gemma3 pattern": ("Gemma3Text", {"num_hidden_layers": 7, "head_dim": 18, "sliding_window": 5}),
@@ -158,6 +160,41 @@ BEYOND_LLAMA: dict[str, tuple[str, dict[str, Any]]] = {
         "Phi3",
         {"hidden_size": 50, "intermediate_size": 67, "num_attention_heads": 5, "num_key_value_heads": 1},
     ),
+    "qwen3-moe": ("Qwen3Moe", QWEN3_MOE),
+    "qwen3-moe normalized": ("Qwen3Moe", {**QWEN3_MOE, "norm_topk_prob": True, "tie_word_embeddings": True}),
+    "qwen3-moe dense layers": (
+        "Qwen3Moe",
+        {**QWEN3_MOE, "num_hidden_layers": 5, "decoder_sparse_step": 2, "mlp_only_layers": [3], "attention_bias": True},
+    ),
+    "qwen3-moe window": ("Qwen3Moe", {**QWEN3_MOE, "use_sliding_window": True, "sliding_window": 11}),
+    "qwen3-moe odd": (
+        "Qwen3Moe",
+        {
+            **QWEN3_MOE,
+            "hidden_size": 50,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 1,
+            "moe_intermediate_size": 19,
+            "num_experts": 7,
+            "num_experts_per_tok": 7,
+            "head_dim": 14,
+        },
+    ),
+    "qwen3-moe no experts": ("Qwen3Moe", {"num_experts": 0}),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral window": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 13}),
+    "mixtral odd": (
+        "Mixtral",
+        {
+            "hidden_size": 50,
+            "intermediate_size": 67,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 1,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 123.0},
+        },
+    ),
     "granite rope": ("Granite", {"rope_parameters": LLAMA3, "residual_multiplier": 0.5}),
     "bitnet": ("BitNet", {}),
     "bitnet bias tied odd": (
@@ -176,7 +213,8 @@ BEYOND_LLAMA: dict[str, tuple[str, dict[str, Any]]] = {
 
 def random_model(folder: Path, kind: str, options: dict[str, Any]) -> Any:
     """Save a small model whose every weight is random, norms and biases included, and return it."""
-    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **options}, attn_implementation="eager")
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # grouped products need even sizes
+    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **options, **eager})
     torch.manual_seed(7)
     model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).float().eval()
     with torch.no_grad():
@@ -205,6 +243,7 @@ def in_parts(decoder: Decoder, ids: NDArray[np.int64], parts: list[int]) -> NDAr
 
 
 ALL = {**CASES, **BEYOND_LLAMA}
+EXPERT_CASES = ["qwen3-moe dense layers", "mixtral"]
 
 
 @pytest.mark.parametrize("case", ALL)
@@ -247,7 +286,7 @@ def test_old_style_config_is_read_alike(tmp_path: Path) -> None:
     assert parse(old) == parse(new)
 
 
-@pytest.mark.parametrize("case", ["llama tied", "gemma3", "smollm3", "olmo2", "granite", "phi3"])
+@pytest.mark.parametrize("case", ["llama tied", "gemma3", "smollm3", "olmo2", "granite", "phi3", *EXPERT_CASES])
 def test_an_export_is_a_checkpoint_of_transformers(case: str, tmp_path: Path, run: Run) -> None:
     random_model(tmp_path / "model", *ALL[case])
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tiny_tokenizer(VOCAB)))
@@ -262,12 +301,35 @@ def test_an_export_is_a_checkpoint_of_transformers(case: str, tmp_path: Path, ru
     assert distance(ours, their_logits(theirs.eval(), ids)) < TOLERANCE
 
 
+@pytest.mark.parametrize("case", EXPERT_CASES)
+def test_experts_in_one_tensor_are_those_of_transformers(case: str, tmp_path: Path, run: Run) -> None:
+    """As a model of transformers 5 has them in memory: read, packed, and written in this form for it to load."""
+    theirs = random_model(tmp_path / "model", *ALL[case])
+    folder = tmp_path / "model"
+    (folder / "tokenizer.json").write_text(json.dumps(tiny_tokenizer(VOCAB)))
+    ids = np.random.default_rng(10).integers(0, VOCAB, 40)
+    plain = in_parts(load_checkpoint(folder), ids, [40])
+    (folder / "model.safetensors").unlink()
+    tensors = {name: value.numpy() for name, value in theirs.state_dict().items()}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    assert any(name.endswith(".mlp.experts.gate_up_proj") for name in tensors)
+    assert np.array_equal(in_parts(load_checkpoint(folder), ids, [40]), plain)
+    assert run("compress", folder, tmp_path / "store", "--groups", 8, "--block", 64)[0] == 0
+    assert run("export", tmp_path / "store", tmp_path / "back")[0] == 0
+    again, found = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "back", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours = in_parts(load_checkpoint(tmp_path / "back"), ids, [40])
+    assert distance(ours, their_logits(again.eval(), ids)) < TOLERANCE
+
+
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 2": ("Gemma2", {}),
     "OLMo 3": ("Olmo3", {}),
-    "Mixtral": ("Mixtral", EXPERTS),
-    "Qwen3-MoE": ("Qwen3Moe", EXPERTS),
+    "OLMoE": ("Olmoe", EXPERTS),
+    "Qwen2-MoE": ("Qwen2Moe", EXPERTS),
     "LFM2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"]}),
     "Phi-4-mini": (
         "Phi3",

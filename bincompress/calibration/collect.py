@@ -40,6 +40,7 @@ class Sum:
 
     gram: Floats  # (cols, cols): the sum of x x^T
     absmax: Floats  # (cols,)
+    tokens: int  # that reached it: of an expert's input those that chose the expert
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _calibrate(work: Calibration, url: str, runner: LayerRunner, overwrite: bool
     total = pieces * work.config.layers
     progress(pieces * first, total)
     for layer in range(first, work.config.layers):
-        sums: dict[str, list[NDArray[Any]]] = {}
+        sums: dict[str, _Total] = {}
         after = np.empty_like(stream)
         for number, (part, (streamed, partial)) in enumerate(
             zip(work.parts, runner(work, layer, stream), strict=True), 1
@@ -147,7 +148,7 @@ def _calibrate(work: Calibration, url: str, runner: LayerRunner, overwrite: bool
             after[part] = streamed
             _add(sums, partial)
             progress(pieces * layer + number, total)
-        _write(found, groups[layer], sums, work.samples.size)
+        _write(found, groups[layer], sums)
         stream = after
         found.write_work(f"stream-{layer + 1}", stream)
         found.remove_work(f"stream-{layer}")
@@ -162,23 +163,34 @@ def _resumed(work: Calibration, found: Statistics, groups: Sequence[dict[str, li
     return (0, work.embed()) if stream is None else (layer, stream)
 
 
-def _add(sums: dict[str, list[NDArray[Any]]], partial: dict[str, Sum]) -> None:
+@dataclass
+class _Total:
+    """The sums of all parts, in float64."""
+
+    gram: NDArray[np.float64]
+    absmax: Floats
+    tokens: int
+
+
+def _add(sums: dict[str, _Total], partial: dict[str, Sum]) -> None:
     for key, part in partial.items():
         if key in sums:
-            sums[key][0] += part.gram
-            np.maximum(sums[key][1], part.absmax, out=sums[key][1])
+            total = sums[key]
+            total.gram += part.gram
+            np.maximum(total.absmax, part.absmax, out=total.absmax)
+            total.tokens += part.tokens
         else:
-            sums[key] = [part.gram.astype(np.float64), part.absmax.copy()]
+            sums[key] = _Total(part.gram.astype(np.float64), part.absmax.copy(), part.tokens)
 
 
-def _write(found: Statistics, groups: dict[str, list[str]], sums: dict[str, list[NDArray[Any]]], tokens: int) -> None:
+def _write(found: Statistics, groups: dict[str, list[str]], sums: dict[str, _Total]) -> None:
     for key, tensors in groups.items():
-        gram, absmax = sums.pop(key)
-        gram /= tokens
-        hessian = gram.astype(np.float32)
-        if not np.isfinite(hessian).all() or not np.isfinite(absmax).all():
+        total = sums.pop(key)
+        total.gram /= max(1, total.tokens)  # an expert that no token chose has a Hessian of zeros
+        hessian = total.gram.astype(np.float32)
+        if not np.isfinite(hessian).all() or not np.isfinite(total.absmax).all():
             raise TensorError(f"{key}: its inputs are not finite on this text; is the checkpoint damaged?")
-        found.write(key, tensors, tokens, {"hessian": hessian, "absmax": absmax})
+        found.write(key, tensors, total.tokens, {"hessian": hessian, "absmax": total.absmax})
 
 
 def run_in_threads(threads: int) -> LayerRunner:
@@ -208,14 +220,16 @@ class PartRunner:
     def __call__(self, stream: Floats) -> tuple[Floats, dict[str, Sum]]:
         """Return the stream (samples, context, hidden) after the layer, and the sums over its tokens."""
         walk = Walk(self._work.config, self._layer, stream)
-        sums = {}
-        for number, key in enumerate(self._work.config.inputs_of_layer(self._layer)):
+        sums: dict[str, Sum] = {}
+        for number, keys in enumerate(self._work.config.stages_of_layer(self._layer)):
             walk.go_on(number, self._weights)
-            sums[key] = _sum(walk.x)
+            sums |= {key: _sum(x) for key, x in zip(keys, walk.inputs(), strict=True)}
         walk.go_on(INPUTS, self._weights)
         return walk.stream, sums
 
 
 def _sum(x: Floats) -> Sum:
+    if not len(x):
+        return Sum(np.zeros((x.shape[1], x.shape[1]), np.float32), np.zeros(x.shape[1], np.float32), 0)
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused by name when all are summed
-        return Sum(x.T @ x, np.maximum(x.max(axis=0), -x.min(axis=0)))
+        return Sum(x.T @ x, np.maximum(x.max(axis=0), -x.min(axis=0)), len(x))

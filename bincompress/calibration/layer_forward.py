@@ -3,11 +3,14 @@
 Between them others may look at what the matrices read, and change those that come later.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from bincompress.model.cache import KvCache
 from bincompress.model.config import ModelConfig
 from bincompress.model.decoder import PREFILL_BLOCK
+from bincompress.model.experts import ExpertLayer, by_expert
 from bincompress.model.linear import Floats
 from bincompress.model.steps import NO_NORM, Buffers, Layer, Steps
 from cpu_kernels.parallel.workers import Workers
@@ -19,7 +22,8 @@ _NONE = np.empty((0, 0), np.float32)
 class Walk:
     """The residual stream (samples, context, hidden) before a layer, and then what `inputs_of_layer` names in turn.
 
-    stream: at last, that after the layer. x: (tokens, cols), what the next matrices read.
+    stream: at last, that after the layer. x: (tokens, cols), what the next matrices read; of a layer of experts the
+    rows belong to its experts in turn, each of them to one of its tokens (see `inputs`).
     """
 
     def __init__(self, config: ModelConfig, layer: int, stream: Floats) -> None:
@@ -27,6 +31,15 @@ class Walk:
         self._steps = Steps(self._config, Workers(1))
         self.stream = stream.copy()
         self.x = _NONE
+        self._routed: _Routed | None = None
+
+    def inputs(self) -> Iterator[Floats]:
+        """Yield x in the order of the inputs that a step has: whole, or the rows of each expert, which may be none."""
+        if self._routed is None:
+            yield self.x
+            return
+        for rows in self._routed.rows:
+            yield self.x[rows]
 
     def go_on(self, number: int, weights: Layer) -> None:
         """Go from one input to the next; number: of the one to arrive at, or INPUTS for the end of the layer."""
@@ -40,14 +53,20 @@ class Walk:
         elif number == 2:
             self._add(stream, weights.out(self.x), weights.out_bias, weights.out_norm)
             self.x = self._normed(stream, weights.post_norm)
+            if weights.experts is not None:
+                self._routed = _Routed(weights.experts, self.x)
+                self.x = self.x[self._routed.tokens]
+        elif number == 3 and self._routed is not None:
+            self.x = self._routed.gated(self.x)
         elif number == 3:
             gate_up = weights.gate_up(self._normed(stream, weights.post_norm))
             self.x = np.empty((len(stream), weights.down.cols), np.float32)
             self._steps.gate(_work(inner=self.x), gate_up, weights.gate_up_bias)
             self._steps.norm_in_place(self.x, weights.inner_norm)
         else:
-            self._add(stream, weights.down(self.x), weights.down_bias, weights.down_norm)
-            self.x = _NONE
+            made = weights.down(self.x) if self._routed is None else self._routed.down(self.x, len(stream))
+            self._add(stream, made, weights.down_bias, weights.down_norm)
+            self.x, self._routed = _NONE, None
 
     def _add(self, stream: Floats, delta: Floats, bias: Floats, delta_norm: Floats) -> None:
         """Add to the stream what a matrix gave."""
@@ -75,6 +94,41 @@ class Walk:
                 self._steps.attend(_work(normed=x[block], mixed=mixed[block]), weights, 0, cache)
                 cache.length += block.stop - block.start
         return mixed
+
+
+class _Routed:
+    """The tokens of a layer's experts, those of the first expert first.
+
+    rows: of each expert, which may be none; tokens: which token each row belongs to.
+    """
+
+    def __init__(self, experts: ExpertLayer, x: Floats) -> None:
+        self._experts = experts
+        chosen, weights = experts.choose(x)
+        groups = by_expert(chosen)
+        counts = np.bincount(chosen.reshape(-1), minlength=experts.count)
+        ends = np.cumsum(counts)
+        self.rows = [slice(int(end - count), int(end)) for end, count in zip(ends, counts, strict=True)]
+        order = np.concatenate([group for _, group in groups])
+        self.tokens = order // chosen.shape[1]
+        self._weights = weights.reshape(-1)[order]
+
+    def gated(self, x: Floats) -> Floats:
+        """Return what the experts' down matrices read."""
+        inner = np.empty((len(x), self._experts.inner), np.float32)
+        for expert, rows in self._used():
+            inner[rows] = self._experts.gated(expert, x[rows])
+        return inner
+
+    def down(self, inner: Floats, tokens: int) -> Floats:
+        """Return what the layer's experts give for each token, (tokens, hidden)."""
+        result = np.zeros((tokens, self._experts.hidden), np.float32)
+        for expert, rows in self._used():
+            result[self.tokens[rows]] += self._experts.down(expert, inner[rows]) * self._weights[rows, None]
+        return result
+
+    def _used(self) -> Iterator[tuple[int, slice]]:
+        return ((expert, rows) for expert, rows in enumerate(self.rows) if rows.stop > rows.start)
 
 
 def _work(stream: Floats = _NONE, normed: Floats = _NONE, mixed: Floats = _NONE, inner: Floats = _NONE) -> Buffers:

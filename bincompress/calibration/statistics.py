@@ -62,6 +62,11 @@ class Statistics:
         """Return whether a tensor's inputs were calibrated."""
         return tensor in self.attributes["inputs"]
 
+    def tokens(self, tensor: str) -> int:
+        """Return how many tokens reached a tensor's input; raises StoreError where it was not calibrated."""
+        found = self._group(tensor).attrs.get("tokens")
+        return found if isinstance(found, int) else 0
+
     def hash_of(self, tensor: str) -> str:
         """Return a hash of all that is known of a tensor's input; raises StoreError where it was not calibrated."""
         return "".join(self._hashes(self._group(tensor)).values())

@@ -32,7 +32,7 @@ def command(store: str, prompt: int, tokens: int, repeats: int, verbose: bool, a
 
     settings = ActivationSettings(int(options["activation_bits"]), options["activation_scale"])
     with decoding_announced():
-        loaded = load_decoder(store, options["threads"], settings, options["kernel"])
+        loaded = load_decoder(store, options["threads"], settings, options["kernel"], options["memory"])
         tests = bool(prompt) + bool(tokens)
         with tqdm(total=tests * (repeats + 1), desc="bench", unit="run", disable=True if as_json else None) as bar:
 
@@ -41,13 +41,14 @@ def command(store: str, prompt: int, tokens: int, repeats: int, verbose: bool, a
                 bar.update()
 
             speeds = measure(loaded.decoder, prompt, tokens, repeats, on_test)
-    threads = loaded.decoder.workers.threads
+    threads, residents, config = loaded.decoder.workers.threads, loaded.decoder.residents, loaded.decoder.config
     activations = "float32" if settings.bits == 16 else f"{settings.bits} bits per {settings.per}"
     if as_json:
         print_json(
             {
                 "store": store, "bytes": loaded.nbytes, "threads": threads, "activations": activations,
                 "paths": loaded.paths, "tests": {s.test: {"mean": s.mean, "spread": s.spread} for s in speeds},
+                **({} if residents is None else {"experts_chosen": residents.asked, "experts_read": residents.read}),
             }
         )  # fmt: skip
         return
@@ -58,6 +59,8 @@ def command(store: str, prompt: int, tokens: int, repeats: int, verbose: bool, a
             f"| {store[-20:]:20s} | {loaded.nbytes / 1e6:7.1f} MB | {threads:7d} | {activations:18s} "
             f"| {speed.test:6s} | {speed.mean:9.2f} +- {speed.spread:5.2f} |"
         )
+    if residents is not None and config.experts is not None:
+        click.echo(residents.line(config.experts.count * sum(config.experts.layers)))
     for path, count in Counter(loaded.paths.values()).most_common():
         click.echo(f"{count} tensors: {path}")
     if verbose:

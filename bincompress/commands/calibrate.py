@@ -61,9 +61,12 @@ def command(
             overwrite=overwrite, progress=on_part,
         )  # fmt: skip
     if as_json:
-        print_json({"stats": stats, "tokens": found.tokens, "tensors": len(found.inputs), "inputs": found.inputs})
+        record = {"stats": stats, "tokens": found.tokens, "tensors": len(found.inputs), "inputs": found.inputs}
+        print_json({**record, "experts": found.experts} if found.experts else record)
         return
     click.echo(
         f"{stats}: inputs of {len(found.inputs)} matrices ({len(set(found.inputs.values()))} distinct) over "
         f"{found.tokens:,} tokens"
     )
+    for line in found.remarks:
+        click.echo(line)

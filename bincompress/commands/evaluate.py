@@ -54,7 +54,7 @@ def command(
             source = open_source(store)
             decoder, assets, activations = load_baseline(source, options["threads"]), source.assets(), "float32"
         else:
-            loaded = load_decoder(store, options["threads"], settings, options["kernel"])
+            loaded = load_decoder(store, options["threads"], settings, options["kernel"], options["memory"])
             decoder, assets = loaded.decoder, loaded.assets
             activations = "float32" if settings.bits == 16 else f"{settings.bits} bits per {settings.per}"
         other = load_baseline(open_source(baseline), options["threads"]) if baseline else None

@@ -10,8 +10,9 @@ from bincompress.commands.shared import print_json
 @click.command()
 @click.argument("store")
 @click.argument("tensor", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def command(store: str, tensor: str | None, as_json: bool) -> None:
+@click.option("--experts", is_flag=True, help="A line for each expert's matrices, not one for all of a layer.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON: every tensor.")
+def command(store: str, tensor: str | None, experts: bool, as_json: bool) -> None:
     """Show what is in STORE, or everything about one TENSOR.
 
     \b
@@ -26,7 +27,7 @@ def command(store: str, tensor: str | None, as_json: bool) -> None:
     opened = open_store(store)
     if tensor is None:
         found = inspect(opened)
-        print_json(found) if as_json else click.echo(table(found))
+        print_json(found) if as_json else click.echo(table(found, experts))
         return
     attributes = {**opened.complete_attributes(tensor), **opened.read_log(tensor)}
     if as_json:

@@ -5,11 +5,13 @@ from typing import Any
 
 import click
 
+from bincompress.commands.running import Size
+
 Command = Callable[..., Any]
 
 
 def engine_options(command: Command) -> Command:
-    """Add --threads, --activation-bits, --activation-scale and --kernel."""
+    """Add --threads, --memory, --activation-bits, --activation-scale and --kernel."""
     for option in (
         click.option("--kernel", help="Force a kernel: lookup, lookup-avx2, popcount, ...  [default: the CPU's best]"),
         click.option(
@@ -25,6 +27,11 @@ def engine_options(command: Command) -> Command:
             default="8",
             show_default=True,
             help="Bits of activations. 16: float32 activations on decoded weights (slow).",
+        ),
+        click.option(
+            "--memory",
+            type=Size(),
+            help="Most memory, such as 4GB: experts that do not fit are read when they are chosen.  [default: all fit]",
         ),
         click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: all usable CPUs]"),
     ):
@@ -76,5 +83,6 @@ def load_with(store: str, options: dict[str, Any]) -> Any:
         activation_bits=int(options["activation_bits"]),
         activation_scale=options["activation_scale"],
         kernel=options["kernel"],
+        memory=options["memory"],
         sampling=_sampling_given(options),
     )

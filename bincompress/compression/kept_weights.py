@@ -28,6 +28,12 @@ def kept_weights(
     if str(given) != AUTO:
         return load_kept_weights(Path(given)), ()
     plan = bare()
+    config = plan.verdict.config
+    if config is not None and config.experts is not None:
+        raise RecipeError(
+            f"--keep-weights auto does not know mixtures of experts yet ({config.architecture}); give a file that "
+            "lists the weights, or leave --keep-weights out"
+        )
     if headers_only:
         return {}, ("kept exactly: --keep-weights auto runs the model to find them, and a dry run does not",)
     if not plan.verdict.runs:

@@ -2,6 +2,7 @@
 
 import fnmatch
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from bincompress.tensors.weight import TensorSource
 if TYPE_CHECKING:
     from bincompress.calibration.statistics import Statistics
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _BASE_BYTES = 250 << 20  # Python, NumPy, Numba and Zarr, kernels loaded
 
 
@@ -75,6 +77,21 @@ class Plan:
             "kernel multiplies; the engine decodes their weights for every product"
         ]
 
+    def expert_lines(self) -> list[str]:
+        """Return a line where the model has mixtures of experts, and one where some saw too few tokens."""
+        config = self.verdict.config
+        if config is None or config.experts is None:
+            return []
+        experts, sparse = config.experts, sum(config.experts.layers)
+        packed = sum(
+            t.packed and t.kind == "linear" and _EXPERT.search(t.source.name) is not None for t in self.tensors
+        )
+        return [
+            f"{config.architecture}: {sparse} of {config.layers} layers have {experts.count} experts each, "
+            f"{experts.chosen} for each token; {packed:,} of {3 * experts.count * sparse:,} matrices of experts are "
+            "packed, each on its own; routers are kept"
+        ]
+
     @property
     def expected_bytes(self) -> int:
         """Bytes of all arrays to be written, before an archive's coding."""
@@ -99,6 +116,8 @@ class Plan:
             "keep_weights": {t.source.name: [list(place) for place in t.kept] for t in self.tensors if t.kept},
             "archive": self.archive,
             "tensors": {t.source.name: "packed" if t.packed else "plain" for t in self.tensors},
+            # Named only where there are any, so that other stores stay as they are, byte for byte.
+            **({"fused": list(self.checkpoint.fused)} if self.checkpoint.fused else {}),
             "statistics": dict(self.sequence) if self.sequence else _digest(t.inputs_hash for t in self.tensors),
         }
 
@@ -138,6 +157,11 @@ def make_plan(
 def _decoder_linears(checkpoint: Checkpoint) -> frozenset[str]:
     """Return the matrices whose inputs a run layer after layer collects."""
     config = checkpoint_config(checkpoint)
+    if config.experts is not None:
+        raise RecipeError(
+            f"--sequential does not know mixtures of experts yet ({config.architecture}): run `bincompress calibrate "
+            "SOURCE STATS --text FILE` and give --stats STATS"
+        )
     return frozenset(
         tensor for layer in range(config.layers) for group in config.inputs_of_layer(layer).values() for tensor in group
     )
@@ -217,6 +241,8 @@ def _norms_with_readers(
         for layer in range(config.layers)
         for norm, parts in ((names.input_norm, names.qkv), (names.post_norm, names.gate_up))
         if norm  # else they read the residual stream itself, into which nothing can be folded
+        # A router reads what the experts read, and stays as it is.
+        if parts == names.qkv or config.experts_of(layer) is None
     ]
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from bincompress.calibration.collect import CONTEXT, SAMPLES, choose_samples, text_record
-from bincompress.calibration.statistics import open_statistics
+from bincompress.calibration.expert_tokens import expert_tokens, few_tokens
+from bincompress.calibration.statistics import Statistics, open_statistics
 from bincompress.compression.allocation import run_trials, spread, spreadable, trial_jobs, trials_of
 from bincompress.compression.kept_weights import kept_weights
 from bincompress.compression.manifest import read_manifest
@@ -37,12 +38,14 @@ class Planned:
     samples: np.ndarray[Any, np.dtype[np.int64]] | None = None  # tokens (samples, context) of `sequential`
     sequential_tokens: int = 0  # as many as would be collected on, where the text was not read
     notes: tuple[str, ...] = ()  # what the user should know
+    few_tokens: tuple[str, ...] = ()  # which experts saw few tokens of the calibration
     kept_weights: tuple[str, ...] = ()  # a line for each single weight that was found to be kept, with the reason
     few_levels: tuple[str, ...] = ()  # of tensors that are packed without loss, or could be
 
     def remarks(self) -> list[str]:
-        """Return what a summary says of the plan: tensors of few levels, weights found, what is slow to run."""
-        return [*self.few_levels, *self.kept_weights, *self.plan.decoded_lines()]
+        """Return what a summary says of the plan: experts, tensors of few levels, weights found, what runs slowly."""
+        experts = [*self.plan.expert_lines(), *self.few_tokens]
+        return [*experts, *self.few_levels, *self.kept_weights, *self.plan.decoded_lines()]
 
 
 def plan(
@@ -91,7 +94,8 @@ def plan(
         made = make_plan(checkpoint, chosen, kept, archive, statistics)
         refuse_lossy(made, few)
         found = _planned(with_fallbacks(made, asked, few, exact), export_only, headers_only)
-        return replace(found, kept_weights=remarks, few_levels=few_remarks(made, few))
+        few_tokens = _few_experts(found.plan, statistics)
+        return replace(found, kept_weights=remarks, few_levels=few_remarks(made, few), few_tokens=few_tokens)
     number, length = samples or SAMPLES, context or CONTEXT
     text = read_text(Path(sequential))
     tokens = None
@@ -165,6 +169,14 @@ def _check_sequential(
             "--target-bits spreads the bits before --sequential has collected anything: give it --stats STATS too, as "
             "`bincompress calibrate` writes them"
         )
+
+
+def _few_experts(made: Plan, statistics: Statistics | None) -> tuple[str, ...]:
+    """Return which experts saw few tokens, where the plan uses statistics of a model that has experts."""
+    config = made.verdict.config
+    if statistics is None or config is None or not made.statistics:
+        return ()
+    return tuple(few_tokens(config, expert_tokens(config, statistics)))
 
 
 def _few_tokens(checkpoint: Checkpoint, tokens: Any) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from bincompress.model.decoder import Decoder
 from bincompress.model.errors import ConfigError, SamplingError
 from bincompress.model.files import json_object
 from bincompress.model.packed_linear import ActivationSettings
+from bincompress.model.residents import Residents
 from bincompress.model.store_source import StoreSource, store_config
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.process.blas import one_blas_thread
@@ -60,6 +61,7 @@ def load(
     activation_bits: int = 8,
     activation_scale: str = "segment",
     kernel: str | None = None,
+    memory: int | None = None,
     sampling: Mapping[str, Any] | None = None,
 ) -> Model:
     """Load a finished store as a model.
@@ -73,15 +75,17 @@ def load(
     for that. A generation is for one thread at a time, and one that is suspended or dropped holds nothing up. A process
     forked after loading may use the model: it starts threads of its own. NumPy's BLAS keeps the threads that it has.
 
-    kernel: "lookup", "lookup-avx2", "popcount", ... (the best of this CPU if not given). sampling: values by name
-    ("temperature", "top_k", ...) that come before those of generation_config.json.
+    memory: bytes that the process may take: of a mixture of experts those used last are in memory, as many as fit, and
+    the others are read from the store when a token chooses them. sampling: values by name ("temperature", "top_k", ...)
+    that come before those of generation_config.json.
     Raises StoreError, DamagedError, UnsupportedModelError, TokenizerError or TooLittleMemoryError.
 
     >>> model = load("store")  # doctest: +SKIP
     >>> for piece in model.stream("The kernel"):  # doctest: +SKIP
     ...     print(piece, end="")
     """
-    loaded = load_decoder(store, threads, ActivationSettings(activation_bits, activation_scale), kernel)  # type: ignore[arg-type]
+    settings = ActivationSettings(activation_bits, activation_scale)  # type: ignore[arg-type]
+    loaded = load_decoder(store, threads, settings, kernel, memory)
     if "tokenizer.json" not in loaded.assets:
         raise StoreError(f"{store}: has no tokenizer.json, so it cannot read or write text; add it to the checkpoint")
     chosen = default_sampling(loaded.assets, sampling)
@@ -125,7 +129,13 @@ def _from_file(found: Mapping[str, Any], key: str) -> Any:
     return 0 if key == "top_k" and value == -1 else kind(value)  # -1 is how some files say that it is off
 
 
-def load_decoder(url: str, threads: int | None, settings: ActivationSettings, kernel: str | None = None) -> Loaded:
+def load_decoder(
+    url: str,
+    threads: int | None,
+    settings: ActivationSettings,
+    kernel: str | None = None,
+    memory: int | None = None,
+) -> Loaded:
     """Load the decoder of a store; `load` without the tokenizer."""
     if settings.bits not in (6, 8, 16) or settings.per not in ("token", "segment"):
         raise BincompressError(
@@ -139,11 +149,16 @@ def load_decoder(url: str, threads: int | None, settings: ActivationSettings, ke
     assets = store.read_assets()
     config = store_config(store, assets)
     workers = Workers(threads or usable_threads())
-    source = StoreSource(store, config, settings, workers, kernel)
-    check_memory(url, _needed(store, config), free_memory())
+    experts = _expert_names(config)
+    residents = None if memory is None else _residents(store, config, experts, memory, workers.threads)
+    source = StoreSource(store, config, settings, workers, kernel, frozenset(experts if residents is not None else ()))
+    needed = _needed(store, config)
+    check_memory(url, needed if memory is None else min(needed, memory), free_memory())
+    if residents is not None:
+        store.forget(experts)
     # The engine shares rows among its own threads; BLAS must not start more in each of them.
     with one_blas_thread():
-        decoder = Decoder(config, source, workers)
+        decoder = Decoder(config, source, workers, residents)
     return Loaded(decoder, source.paths, source.nbytes, assets)
 
 
@@ -154,11 +169,50 @@ def load_baseline(checkpoint: Checkpoint, threads: int | None) -> Decoder:
     return load_checkpoint(checkpoint, Workers(threads or usable_threads()))
 
 
-def _needed(store: Store, config: ModelConfig) -> int:
+def _residents(
+    store: Store, config: ModelConfig, experts: dict[str, tuple[int, int]], memory: int, threads: int
+) -> Residents | None:
+    """Return what holds the experts to what the rest of the model leaves of so many bytes; None where all fit.
+
+    Raises TooLittleMemoryError where the rest does not fit, or not beside it the experts that are used at a time.
+    """
+    needed = _needed(store, config)
+    if needed <= memory:
+        return None
+    sizes: dict[tuple[int, int], int] = {}
+    for name, place in experts.items():
+        sizes[place] = sizes.get(place, 0) + _stored_bytes(store, name)
+    rest = needed - sum(sizes.values())
+    at_a_time = (config.experts.chosen + threads if config.experts is not None else 0) * max(sizes.values(), default=0)
+    if rest + at_a_time > memory:
+        beside = f" and {at_a_time / 1e6:,.0f} MB for the experts that are used at a time" if sizes else ""
+        raise TooLittleMemoryError(
+            f"{store.url}: --memory {memory / 1e6:,.0f} MB is too little: {'without its experts ' if sizes else ''}the "
+            f"model needs about {rest / 1e6:,.0f} MB{beside}"
+        )
+    return Residents(memory - rest)
+
+
+def _expert_names(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Return the layer and the number of the expert that each matrix of an expert belongs to."""
+    found: dict[str, tuple[int, int]] = {}
+    for layer in range(config.layers):
+        experts = config.experts_of(layer)
+        for expert in range(experts.count if experts is not None else 0):
+            gate_up, down = config.names.of_expert(layer, expert)
+            found |= dict.fromkeys((*gate_up, down), (layer, expert))
+    return found
+
+
+def _stored_bytes(store: Store, name: str) -> int:
     try:
-        matrices = sum(int(store.report(name)["stored_bytes"]) for name in config.tensors())
+        return int(store.report(name)["stored_bytes"])
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise DamagedError(f"{store.url}: a tensor's attributes lack its stored bytes ({error!r})") from None
+
+
+def _needed(store: Store, config: ModelConfig) -> int:
+    matrices = sum(_stored_bytes(store, name) for name in config.tensors())
     return matrices + cache_bytes(config, min(config.context, _USUAL_CONTEXT), "float16") + _BASE_BYTES
 
 

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-# Which layers see a window of positions: where layer_types does not say, every layer, those from max_window_layers on
-# (if use_sliding_window), all but every sixth (sliding_window_pattern), or those without rotary embedding (if
-# use_sliding_window).
-Windows = Literal["never", "every layer", "by layer_types", "by pattern", "without rope"]
+# Which layers see a window of positions: where layer_types does not say, every layer (always, or if
+# use_sliding_window), those from max_window_layers on (if use_sliding_window), all but every sixth
+# (sliding_window_pattern), or those without rotary embedding (if use_sliding_window).
+Windows = Literal["never", "every layer", "every layer if used", "by layer_types", "by pattern", "without rope"]
 Biases = Literal["never", "always", "attention_bias"]
 QkNorm = Literal["", "head", "whole"]  # queries and keys are not normalized, or each head is, or all heads at once
 Activation = Literal["silu", "gelu_tanh", "relu2"]
@@ -41,10 +41,30 @@ class Names:
     k_norm: str = "self_attn.k_norm.weight"
     gate_up: tuple[str, str] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
+    router: str = "mlp.gate"  # of a mixture of experts; an expert's matrices are completed with its number
+    expert_gate_up: tuple[str, str] = ("mlp.experts.{expert}.gate_proj", "mlp.experts.{expert}.up_proj")
+    expert_down: str = "mlp.experts.{expert}.down_proj"
 
     def of_layer(self, layer: int, part: str) -> str:
         """Return the full name of a layer's tensor."""
         return self.layer.format(layer=layer) + part
+
+    def of_expert(self, layer: int, expert: int) -> tuple[tuple[str, str], str]:
+        """Return the full names of an expert's gate and up matrices, and of its down matrix."""
+        gate, up = (self.of_layer(layer, f"{part.format(expert=expert)}.weight") for part in self.expert_gate_up)
+        return (gate, up), self.of_layer(layer, f"{self.expert_down.format(expert=expert)}.weight")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How an architecture's layers choose among experts: the softmax over all of them, and the largest `chosen`."""
+
+    count: int  # num_experts or num_local_experts, where absent
+    chosen: int  # num_experts_per_tok where absent
+    inner_field: str  # which field has the rows of an expert's gate
+    inner: int  # that field where absent
+    normalized: bool | None = None  # whether the chosen weights sum to one; None: as norm_topk_prob says
+    dense_layers: bool = False  # whether mlp_only_layers and decoder_sparse_step give some layers a dense MLP
 
 
 @dataclass(frozen=True)
@@ -71,6 +91,19 @@ class Architecture:
     window: int | None = 4096  # sliding_window where absent
     reads: tuple[str, ...] = ()  # fields of UNHANDLED that are obeyed
     names: Names = Names()
+    other_names: tuple[Names, ...] = ()  # that checkpoints of another form have
+    mixture: Mixture | None = None
+
+
+# The fields of `UNHANDLED` that a mixture of experts obeys.
+_EXPERT_FIELDS = ("num_experts", "num_local_experts", "num_experts_per_tok")
+_MIXTRAL = ("experts.{expert}.w1", "experts.{expert}.w3", "experts.{expert}.w2")
+
+
+def _mixtral_names(block: str) -> Names:
+    """Return names where the experts are in this block of a layer."""
+    gate, up, down = (f"{block}.{part}" for part in _MIXTRAL)
+    return Names(router=f"{block}.gate", expert_gate_up=(gate, up), expert_down=down)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -161,6 +194,30 @@ ARCHITECTURES: dict[str, Architecture] = {
         rope_theta=500000.0,
         names=Names(mixed_norm="self_attn.attn_sub_norm.weight", inner_norm="mlp.ffn_sub_norm.weight"),
     ),
+    "Qwen3MoeForCausalLM": Architecture(
+        "qwen3_moe",
+        context=32768,
+        kv_heads=4,
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        qk_norm="head",
+        windows="every layer if used",
+        reads=_EXPERT_FIELDS,
+        mixture=Mixture(128, 8, "moe_intermediate_size", 768, dense_layers=True),
+    ),
+    "MixtralForCausalLM": Architecture(
+        "mixtral",
+        context=131072,
+        kv_heads=8,
+        epsilon=1e-5,
+        rope_theta=1000000.0,
+        windows="every layer",
+        window=None,
+        reads=_EXPERT_FIELDS,
+        names=_mixtral_names("block_sparse_moe"),
+        other_names=(_mixtral_names("mlp"),),  # of transformers 5, where experts are stored as 3-D tensors
+        mixture=Mixture(8, 2, "intermediate_size", 14336, normalized=True),
+    ),
 }
 
 # How names of classes begin that are of other families: with a known model_type they contradict it, while a name that
@@ -196,5 +253,8 @@ UNHANDLED: dict[str, tuple[object, ...]] = {
     "num_experts": (None, 0, 1),
     "num_local_experts": (None, 0, 1),
     "n_routed_experts": (None, 0, 1),
+    "n_shared_experts": (None, 0),
+    "shared_expert_intermediate_size": (None, 0),
+    "routed_scaling_factor": (None, 1, 1.0),
     "num_experts_per_tok": (None, 0, 1),
 }

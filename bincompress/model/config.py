@@ -15,17 +15,30 @@ from bincompress.model.architectures import (
     Activation,
     Architecture,
     Biases,
+    Mixture,
     Names,
     QkNorm,
 )
 from bincompress.model.errors import ConfigError, UnsupportedModelError
-from bincompress.model.fields import LARGEST_POSITION, flag, number, size
+from bincompress.model.fields import LARGEST_POSITION, count, flag, number, size
 from bincompress.model.positions import Window, positions
 from bincompress.model.rope import Rope
 from bincompress.sources.bitnet import checked, is_bitnet
 
 _MOST_LAYERS = 4096
+_MOST_EXPERTS = 4096
 _PRE_ATTENTION = 256  # query_pre_attn_scalar where absent
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixtures of experts of a model's layers."""
+
+    count: int
+    chosen: int  # for each token
+    inner: int  # rows of an expert's gate
+    normalized: bool  # whether the weights of the chosen ones are made to sum to one
+    layers: tuple[bool, ...]  # per layer: whether it has them, and no dense MLP
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,7 @@ class ModelConfig:
     architecture: str
     vocab: int
     hidden: int
-    inner: int  # intermediate_size
+    inner: int  # rows of the gate of the dense layers, or of the experts where there are none
     layers: int
     heads: int
     kv_heads: int
@@ -56,6 +69,7 @@ class ModelConfig:
     residual_multiplier: float = 1.0  # of what attention and the MLP add to the stream
     logit_divisor: float = 1.0
     rounds_inputs: bool = False  # of the layers' matrices: to 8 bits a token, as BitNet is trained with
+    experts: Experts | None = None
     logit_cap: float | None = None  # logits become cap * tanh(logits / cap)
     names: Names = dataclass_field(default_factory=Names)  # as this model's tensors are called
     notes: tuple[str, ...] = dataclass_field(default=(), compare=False)  # what a user should know of how it is read
@@ -72,7 +86,12 @@ class ModelConfig:
 
     def of_layer(self, layer: int) -> "ModelConfig":
         """Return the config of a model that has this layer alone."""
-        return replace(self, layers=1, ropes=(self.ropes[layer],), windows=(self.windows[layer],))
+        experts = self.experts and replace(self.experts, layers=(self.experts.layers[layer],))
+        return replace(self, layers=1, ropes=(self.ropes[layer],), windows=(self.windows[layer],), experts=experts)
+
+    def experts_of(self, layer: int) -> Experts | None:
+        """Return the mixture of experts that a layer has in place of a dense MLP, if it has one."""
+        return self.experts if self.experts is not None and self.experts.layers[layer] else None
 
     def beyond_llama(self) -> list[str]:
         """Return, in words, the parts that are neither Llama's nor Qwen3's: for programs that know only those."""
@@ -91,16 +110,31 @@ class ModelConfig:
             "scaled logits": self.logit_divisor != 1,
             "a soft cap of logits": self.logit_cap is not None,
             "rotary embeddings that differ by layer": len(set(self.ropes)) > 1,
+            "a mixture of experts": self.experts is not None,
             "partial rotary embeddings": any(rope.share != 1 for rope in self.ropes),
         }
         return [part for part, has in parts.items() if has]
 
     def inputs_of_layer(self, layer: int) -> dict[str, list[str]]:
         """Return a layer's distinct inputs in their order, by the first matrix that reads each: its readers."""
-        names = self.declaration.names
-        members = (names.qkv, (names.out,), names.gate_up, (names.down,))
-        groups = [[names.of_layer(layer, f"{part}.weight") for part in group] for group in members]
-        return {group[0]: group for group in groups}
+        return {key: readers for stage in self.stages_of_layer(layer) for key, readers in stage.items()}
+
+    def stages_of_layer(self, layer: int) -> list[dict[str, list[str]]]:
+        """Return `inputs_of_layer` in the four steps of a layer: of qkv, out, gate and up, and down.
+
+        Each expert has inputs of its own in the last two: those of the tokens that chose it.
+        """
+        names, experts = self.names, self.experts_of(layer)
+        qkv, out = ([names.of_layer(layer, f"{part}.weight") for part in group] for group in (names.qkv, (names.out,)))
+        if experts is None:
+            mlp = [
+                [[names.of_layer(layer, f"{part}.weight") for part in group]]
+                for group in (names.gate_up, (names.down,))
+            ]
+        else:
+            found = [names.of_expert(layer, expert) for expert in range(experts.count)]
+            mlp = [[list(gate_up) for gate_up, _ in found], [[down] for _, down in found]]
+        return [{group[0]: group for group in stage} for stage in ([qkv], [out], *mlp)]
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Return the name and shape of every tensor that the decoder reads."""
@@ -129,7 +163,12 @@ class ModelConfig:
                 whole = self.qk_norm == "whole"
                 shapes[names.of_layer(layer, names.q_norm)] = (queries if whole else self.head_dim,)
                 shapes[names.of_layer(layer, names.k_norm)] = (keys if whole else self.head_dim,)
+            experts = self.experts_of(layer)
+            if experts is not None:
+                shapes |= self._expert_tensors(experts, layer)
             for part, (rows, cols, bias) in matrices.items():
+                if experts is not None and part in (gate, up, names.down):
+                    continue
                 shapes[names.of_layer(layer, part + ".weight")] = (rows, cols)
                 if bias:
                     shapes[names.of_layer(layer, part + ".bias")] = (rows,)
@@ -137,6 +176,18 @@ class ModelConfig:
         if not self.tied:
             shapes[names.head] = (self.vocab, self.hidden)
         return shapes
+
+    def _expert_tensors(self, experts: Experts, layer: int) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {self.router_of(layer): (experts.count, self.hidden)}
+        for expert in range(experts.count):
+            (gate, up), down = self.names.of_expert(layer, expert)
+            shapes |= {gate: (experts.inner, self.hidden), up: (experts.inner, self.hidden)}
+            shapes[down] = (self.hidden, experts.inner)
+        return shapes
+
+    def router_of(self, layer: int) -> str:
+        """Return the name of the matrix that chooses a layer's experts."""
+        return self.names.of_layer(layer, f"{self.names.router}.weight")
 
 
 def parse(raw: Mapping[str, Any]) -> ModelConfig:
@@ -163,11 +214,12 @@ def parse(raw: Mapping[str, Any]) -> ModelConfig:
         return number(raw, field, 1.0) if field in declared.reads else 1.0
 
     ropes, windows = positions(raw, declared, layers, head_dim, context)
+    experts = _experts(raw, declared.mixture, layers) if declared.mixture is not None else None
     config = ModelConfig(
         architecture=name,
         vocab=size(raw, "vocab_size"),
         hidden=hidden,
-        inner=size(raw, "intermediate_size"),
+        inner=size(raw, "intermediate_size") if experts is None or not all(experts.layers) else experts.inner,
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
@@ -187,10 +239,13 @@ def parse(raw: Mapping[str, Any]) -> ModelConfig:
         embedding_multiplier=math.sqrt(hidden) if declared.embedding_scaled else multiplier("embedding_multiplier"),
         residual_multiplier=multiplier("residual_multiplier"),
         logit_divisor=multiplier("logits_scaling"),
+        experts=experts,
         logit_cap=_logit_cap(raw, declared),
         rounds_inputs=is_bitnet(raw),
         names=declared.names,
     )
+    if config.rounds_inputs and config.experts is not None:
+        raise UnsupportedModelError("config.json: quantization_config = 'bitnet' is not supported for experts")
     if config.rounds_inputs and (config.qkv_bias or config.out_bias or config.mlp_bias):
         raise UnsupportedModelError("config.json: biases of BitNet's linear layers are not supported")
     return config
@@ -236,6 +291,44 @@ def _refuse_unhandled(raw: Mapping[str, Any], declared: Architecture) -> None:
         if not any(value is entry or (type(value) is type(entry) and value == entry) for entry in neutral):
             shown = value.get("quant_method", "given") if isinstance(value, Mapping) else value
             raise UnsupportedModelError(f"config.json: {field} = {shown!r} is not supported; only {neutral[0]!r} is")
+
+
+def _experts(raw: Mapping[str, Any], mixture: Mixture, layers: int) -> Experts | None:
+    """Return the layers' mixture of experts; None where every layer has a dense MLP."""
+    # transformers takes either name for the number.
+    given = {field: raw[field] for field in ("num_experts", "num_local_experts") if raw.get(field) is not None}
+    if len(given) == 2 and len(set(map(repr, given.values()))) == 2:
+        raise ConfigError(
+            f"config.json: num_experts {given['num_experts']!r} contradicts num_local_experts "
+            f"{given['num_local_experts']!r}"
+        )
+    field = next(iter(given), "num_experts")
+    number_of = count(raw, field, mixture.count)
+    if number_of > _MOST_EXPERTS:
+        raise ConfigError(f"config.json: {field}: expected at most {_MOST_EXPERTS}, found {number_of}")
+    sparse = [number_of > 0] * layers
+    if mixture.dense_layers:
+        step, dense = size(raw, "decoder_sparse_step", 1), _dense_layers(raw)
+        sparse = [number_of > 0 and layer not in dense and (layer + 1) % step == 0 for layer in range(layers)]
+    elif not number_of:
+        raise ConfigError(f"config.json: {field}: expected 1 to {_MOST_EXPERTS}, found 0")
+    if not any(sparse):
+        return None
+    chosen = size(raw, "num_experts_per_tok", mixture.chosen)
+    if chosen > number_of:
+        raise ConfigError(
+            f"config.json: num_experts_per_tok {chosen} is more than the {number_of} experts that {field} gives"
+        )
+    normalized = flag(raw, "norm_topk_prob") if mixture.normalized is None else mixture.normalized
+    return Experts(number_of, chosen, size(raw, mixture.inner_field, mixture.inner), normalized, tuple(sparse))
+
+
+def _dense_layers(raw: Mapping[str, Any]) -> list[int]:
+    found = raw.get("mlp_only_layers")
+    listed = [] if found is None else found
+    if not isinstance(listed, list) or not all(type(layer) is int for layer in listed):
+        raise ConfigError(f"config.json: mlp_only_layers: expected a list of numbers of layers, found {found!r:.80}")
+    return listed
 
 
 def _activation(raw: Mapping[str, Any], declared: Architecture) -> Activation:

@@ -8,9 +8,11 @@ from numpy.typing import NDArray
 from bincompress.model.cache import CacheType, KvCache
 from bincompress.model.config import ModelConfig
 from bincompress.model.errors import NotFiniteError, PromptError
+from bincompress.model.experts import read_experts
 from bincompress.model.linear import Embedding, Linear, WeightSource
+from bincompress.model.residents import Residents
 from bincompress.model.rounded_linear import rounding
-from bincompress.model.steps import NO_NORM, Buffers, Layer, Steps
+from bincompress.model.steps import NO_MATRIX, NO_NORM, Buffers, Layer, Steps
 from bincompress.model.threads import in_turn
 from cpu_kernels.parallel.workers import Workers
 
@@ -29,11 +31,19 @@ class Decoder:
     >>> logits = decoder.next_logits([1, 5, 9], cache)  # doctest: +SKIP
     """
 
-    def __init__(self, config: ModelConfig, source: WeightSource, workers: Workers | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: WeightSource,
+        workers: Workers | None = None,
+        residents: Residents | None = None,
+    ) -> None:
+        """residents: where experts are read as tokens choose them, which of them are in memory."""
         names = config.declaration.names
         self.config = config
         self.workers = workers or Workers(1)
-        self.layers, self.embedding, self.head = _read(config, source, self.workers)
+        self.residents = residents
+        self.layers, self.embedding, self.head = _read(config, source, self.workers, residents)
         self.norm = read_norm(config, source, names.norm)
         self._steps = Steps(config, self.workers)
         self._buffers = Buffers.for_tokens(config, 1)
@@ -128,14 +138,20 @@ class Decoder:
             steps.attend(work, layer, number, cache)
             steps.norm_in_place(work.mixed, layer.mixed_norm)
             steps.add(work, layer.out(work.mixed), layer.out_bias, layer.out_norm, layer.post_norm)
-            steps.gate(work, layer.gate_up(work.normed), layer.gate_up_bias)
-            steps.norm_in_place(work.inner, layer.inner_norm)
-            steps.add(work, layer.down(work.inner), layer.down_bias, layer.down_norm, following)
+            if layer.experts is None:
+                steps.gate(work, layer.gate_up(work.normed), layer.gate_up_bias)
+                steps.norm_in_place(work.inner, layer.inner_norm)
+                made = layer.down(work.inner)
+            else:
+                made = layer.experts(work.normed)
+            steps.add(work, made, layer.down_bias, layer.down_norm, following)
         cache.length += n
         return work
 
 
-def _read(config: ModelConfig, source: WeightSource, workers: Workers) -> tuple[list[Layer], Embedding, Linear]:
+def _read(
+    config: ModelConfig, source: WeightSource, workers: Workers, residents: Residents | None
+) -> tuple[list[Layer], Embedding, Linear]:
     """Read every layer, the embedding and the head, several threads a part each at a time."""
     names = config.declaration.names
     layers: dict[int, Layer] = {}
@@ -143,7 +159,7 @@ def _read(config: ModelConfig, source: WeightSource, workers: Workers) -> tuple[
 
     def read(part: int) -> None:
         if part:
-            layers[part - 1] = read_layer(config, source, part - 1)
+            layers[part - 1] = read_layer(config, source, part - 1, workers, residents)
         else:  # begun first, as it is the largest part; the embedding before a head that shares its memory
             embedding = source.embedding(names.embedding)
             ends.append((embedding, source.linear([names.embedding if config.tied else names.head])))
@@ -166,8 +182,14 @@ def read_norm(config: ModelConfig, source: WeightSource, name: str) -> Floats:
     return stored if not config.norm_offset else stored + np.float32(config.norm_offset)
 
 
-def read_layer(config: ModelConfig, source: WeightSource, number: int) -> Layer:
-    """Read one layer's weights."""
+def read_layer(
+    config: ModelConfig,
+    source: WeightSource,
+    number: int,
+    workers: Workers | None = None,
+    residents: Residents | None = None,
+) -> Layer:
+    """Read one layer's weights; workers: that multiply with its experts, if it has any; residents: see `Decoder`."""
     names = config.declaration.names
 
     def linear(*parts: str) -> Linear:
@@ -183,7 +205,10 @@ def read_layer(config: ModelConfig, source: WeightSource, number: int) -> Layer:
         return source.vector([names.of_layer(number, part + ".bias") for part in parts])
 
     qkv, out = linear(*names.qkv), linear(names.out)
-    gate_up, down = linear(*names.gate_up), linear(names.down)
+    experts = read_experts(config, source, number, workers or Workers(1), residents)
+    gate_up = linear(*names.gate_up) if experts is None else NO_MATRIX
+    down = linear(names.down) if experts is None else NO_MATRIX
+    mlp_bias = config.mlp_bias and experts is None
     return Layer(
         input_norm=norm(names.input_norm),
         post_norm=norm(names.post_norm),
@@ -196,9 +221,10 @@ def read_layer(config: ModelConfig, source: WeightSource, number: int) -> Layer:
         out=out,
         out_bias=bias(config.out_bias, out, names.out),
         gate_up=gate_up,
-        gate_up_bias=bias(config.mlp_bias, gate_up, *names.gate_up),
+        gate_up_bias=bias(mlp_bias, gate_up, *names.gate_up),
         down=down,
-        down_bias=bias(config.mlp_bias, down, names.down),
+        down_bias=bias(mlp_bias, down, names.down) if experts is None else np.zeros(config.hidden, np.float32),
         mixed_norm=norm(names.mixed_norm),
         inner_norm=norm(names.inner_norm),
+        experts=experts,
     )

@@ -7,6 +7,7 @@ prefix, and a tied pair may be stored as either of its two or, wrongly, as two t
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from bincompress.model.architectures import ARCHITECTURES
 from bincompress.model.config import ModelConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -25,15 +26,16 @@ def settle(config: ModelConfig, found: Shapes, same: Callable[[str, str], bool])
 
 def _with_prefix(config: ModelConfig, found: Shapes) -> ModelConfig:
     """Return the config with the prefix under which most of the decoder's tensors are; the usual one where none is."""
-    known = [_prefixed(config, prefix, found) for prefix in _PREFIXES]
+    forms = [config, *(replace(config, names=names) for names in ARCHITECTURES[config.architecture].other_names)]
+    known = [_prefixed(form, prefix, found) for form in forms for prefix in _PREFIXES]
     missing = [sum(name not in found for name in tried.tensors()) for tried in known]
     if min(missing):
         end = config.names.of_layer(0, f"{config.names.out}.weight").removeprefix(_ROOT)
         for prefix in sorted(name.removesuffix(end) for name in found if name.endswith(f".{end}")):
-            tried = _prefixed(config, prefix, found)
-            # A prefix that nobody knows has to fit in all, since a tower beside the decoder may look like one.
-            if all(found.get(name) == shape for name, shape in tried.tensors().items()):
-                return tried
+            for tried in (_prefixed(form, prefix, found) for form in forms):
+                # A prefix that nobody knows has to fit in all, since a tower beside the decoder may look like one.
+                if all(found.get(name) == shape for name, shape in tried.tensors().items()):
+                    return tried
     return known[missing.index(min(missing))]
 
 

@@ -79,6 +79,10 @@ class DenseLinear:
             over_ranges(self._workers, work, self.rows, _ROWS_PER_THREAD)
         return result
 
+    def alone(self) -> "DenseLinear":
+        """Return the same matrix, multiplied by the calling thread alone."""
+        return DenseLinear(self._weight)
+
     def rows_of(self, ids: NDArray[np.int64]) -> Floats:
         """Return these rows, (n, cols), as float32."""
         return np.array(widened(self._weight[ids]))

@@ -13,6 +13,7 @@ from bincompress.process.blas import one_blas_thread
 from bincompress.tensors.dequantize import dequantize
 from bincompress.tensors.packed import PackedTensor
 from cpu_kernels.matmul.activations import Activations, Per, quantize
+from cpu_kernels.matmul.chosen import ChosenProducts
 from cpu_kernels.matmul.prepacking import PackedMatrix
 from cpu_kernels.matmul.products import TokenProduct, multiply
 from cpu_kernels.parallel.workers import Workers
@@ -82,6 +83,17 @@ class PackedLinear:
         """Return the product where the activations are quantized already."""
         return self._with_listed(x, multiply(self.matrix, activations, pool=self._workers))
 
+    def alone(self, x: Floats, out: Floats | None = None) -> Floats:
+        """Return the product with x (n, cols) by the calling thread alone; other threads may multiply meanwhile.
+
+        out: where it is written, float32 (n, rows), C-contiguous.
+        """
+        return self._with_listed(x, multiply(self.matrix, self.quantized(x), out))
+
+    def put(self, products: ChosenProducts, number: int) -> bool:
+        """Put the matrix among these under a number; return False where it cannot be."""
+        return not self._listed and products.put(number, self.matrix, self._settings.bits, self._settings.per)
+
     def _with_listed(self, x: Floats, result: Floats) -> Floats:
         for first_row, part in self._listed:
             part.add(x, result, first_row)
@@ -135,6 +147,7 @@ class StackedLinear:
         self.parts = tuple(parts)
         self.rows = sum(part.rows for part in parts)
         self.cols = parts[0].cols
+        self.nbytes = sum(int(getattr(part, "nbytes", 0)) for part in parts)
 
     def __call__(self, x: Floats) -> Floats:
         """Return x (n, cols) times the transposed matrix, (n, rows)."""

@@ -11,6 +11,7 @@ from bincompress.model.rope import Rope, rotated
 _ROPE_KINDS = ("default", "linear", "llama3")
 _PATTERN = 6  # sliding_window_pattern where absent
 _KINDS = ("full_attention", "sliding_attention")
+_IF_USED = ("by layer_types", "without rope", "every layer if used")  # where use_sliding_window decides
 
 Window = int | None  # positions that a token sees, None for all
 
@@ -124,7 +125,7 @@ def _windows(raw: Mapping[str, Any], declared: Architecture, turned: list[bool])
     window = declared.window
     if rule != "never" and "sliding_window" in raw:
         window = None if raw["sliding_window"] is None else size(raw, "sliding_window", limit=LARGEST_POSITION)
-    if rule == "never" or (rule in ("by layer_types", "without rope") and not flag(raw, "use_sliding_window")):
+    if rule == "never" or (rule in _IF_USED and not flag(raw, "use_sliding_window")):
         window = None
     sliding = [window is not None] * layers
     if window is not None and rule == "by layer_types" and raw.get("layer_types") is None:
@@ -139,7 +140,7 @@ def _windows(raw: Mapping[str, Any], declared: Architecture, turned: list[bool])
         raise UnsupportedModelError("config.json: sliding_window = None is not supported; most layers have a window")
     if raw.get("layer_types") is not None:
         stated = _layer_kinds(raw["layer_types"], layers)
-        if rule not in ("never", "every layer") and window is not None:
+        if rule not in ("never", "every layer", "every layer if used") and window is not None:
             sliding = stated
         elif stated != sliding:
             raise UnsupportedModelError("config.json: layer_types contradict the sliding window; not supported")

@@ -6,12 +6,25 @@ import numpy as np
 
 from bincompress.model.cache import KvCache
 from bincompress.model.config import ModelConfig
+from bincompress.model.experts import ExpertLayer
 from bincompress.model.linear import Floats, Linear
 from bincompress.model.threads import over_ranges
 from cpu_kernels.decoder.attention import ATTEND, NO_WINDOW, scratch_size, work_items
 from cpu_kernels.decoder.norms import GATES, PLACE, add_norm, add_normed, norm_queries_keys, norm_rows
 from cpu_kernels.parallel.workers import Workers
 
+
+class _NoMatrix:
+    """The dense MLP's matrices where a layer has experts."""
+
+    rows = cols = 0
+
+    def __call__(self, x: Floats) -> Floats:
+        """Raise: nothing may multiply with it."""
+        raise RuntimeError("a layer of experts has no dense MLP")
+
+
+NO_MATRIX: Linear = _NoMatrix()
 NO_NORM = np.zeros(0, np.float32)  # the weight of a norm that an architecture lacks
 
 # Handing work to another thread costs some 30 microseconds, so small work stays on the calling thread.
@@ -39,6 +52,7 @@ class Layer:
     down_bias: Floats
     mixed_norm: Floats = field(default_factory=lambda: NO_NORM)  # (heads * head_dim,), of what `out` reads
     inner_norm: Floats = field(default_factory=lambda: NO_NORM)  # (inner,), of what `down` reads
+    experts: ExpertLayer | None = None  # in place of gate_up and down, which are NO_MATRIX then
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,12 @@ class StoreSource:
         settings: ActivationSettings,
         workers: Workers,
         kernel: str | None = None,
+        apart: frozenset[str] = frozenset(),
     ) -> None:
-        """Check that the store is finished and has every tensor of the decoder in its shape; nothing is read yet."""
+        """Check that the store is finished and has every tensor of the decoder in its shape; nothing is read yet.
+
+        apart: matrices that may be read more than once, and whose memory is given back with each of them.
+        """
         _check_complete(store)
         kinds = store.tensors()
         for name, shape in config.tensors().items():
@@ -62,10 +66,11 @@ class StoreSource:
         self._settings = settings
         self._workers = workers
         self._kernel = kernel
+        self._apart = apart
         self._tables: dict[str, Embedding] = {}
         self._lock = threading.Lock()
         self.paths: dict[str, str] = {}  # by tensor: which kernel multiplies it
-        self.nbytes = 0  # of all matrices as they are laid out
+        self.nbytes = 0  # of all matrices as they are laid out, without those that are `apart`
 
     def vector(self, names: Sequence[str]) -> Floats:
         """Return one-dimensional tensors, one after the other."""
@@ -82,6 +87,8 @@ class StoreSource:
     def linear(self, names: Sequence[str]) -> Linear:
         """Return matrices with the same input as one, rows one below the other."""
         parts = [part for part in self._forms(names) if part is not None]
+        if self._apart:
+            self._store.forget(name for name in names if name in self._apart)
         return parts[0] if len(parts) == 1 else StackedLinear(parts)
 
     def embedding(self, name: str) -> Embedding:
@@ -122,6 +129,7 @@ class StoreSource:
             entries[0][1].shape[1] if entries[0][1] is not None else 0,
             plane_weights=lowered[0].plane_weights,
             kernel=self._kernel,
+            own_pages=entries[0][0] in self._apart,
         )
         listed, row = [], 0
         for _, packed, _ in entries:
@@ -145,7 +153,7 @@ class StoreSource:
     def _noted(self, names: Sequence[str], linear: PackedLinear | ScaledLinear | DecodedLinear | DenseLinear) -> Linear:
         with self._lock:
             self.paths |= dict.fromkeys(names, linear.path)
-            self.nbytes += linear.nbytes
+            self.nbytes += 0 if names[0] in self._apart else linear.nbytes
         return linear
 
 

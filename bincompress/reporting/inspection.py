@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bincompress.methods import KEEP, METHODS
+from bincompress.reporting.experts import by_kind
 from bincompress.store.store import Store
 
 _LONGEST = 1e9  # seconds
@@ -143,12 +144,17 @@ def _additions_saved(packed: list[dict[str, Any]]) -> float | None:
     return sum(report["additions_saved"] * report["weights"] for report in known) / weights if weights else None
 
 
-def table(found: dict[str, Any]) -> str:
-    """Return an inspection as text: a line a tensor, then the whole."""
+def table(found: dict[str, Any], experts: bool = False) -> str:
+    """Return an inspection as text: a line a tensor, then the whole.
+
+    experts: a line for each expert's matrices; else one for a kind of all experts of a layer.
+    """
     lines = [("tensor", "shape", "method", "groups", "nominal", "stored", "rel. error", "time")]
-    for name, report in found["tensors"].items():
+    tensors = found["tensors"] if experts else by_kind(found["tensors"])
+    for name, report in tensors.items():
         if report["status"] != "complete":
-            lines.append((name, "", "missing", "", "", "", "", ""))
+            count = f"{report['missing']} of {report['experts']} " if "experts" in report else ""
+            lines.append((name, "", f"{count}missing", "", "", "", "", ""))
             continue
         seconds = report["seconds"]
         kept = report["method"] == KEEP.method
@@ -172,7 +178,19 @@ def table(found: dict[str, Any]) -> str:
         )
         for line in lines
     ]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:], "", *totals(found["total"])])
+    worst = [_worst_expert(tensors)] if len(tensors) < len(found["tensors"]) else []
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:], "", *worst, *totals(found["total"])])
+
+
+def _worst_expert(kinds: dict[str, dict[str, Any]]) -> str:
+    """Return a line that says what * stands for, and which expert's matrix has the greatest error."""
+    done = {name: kind for name, kind in kinds.items() if "worst_error" in kind}
+    note = "* stands for every expert of a layer (--experts: a line for each)"
+    if not done:
+        return note
+    name = max(done, key=lambda name: (done[name]["worst_error"], name))
+    matrix = name.replace("*", str(done[name]["worst_expert"]))
+    return f"{note}; greatest error of one: {matrix}, {done[name]['worst_error']:.3g}"
 
 
 def totals(total: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from bincompress import __version__
 from bincompress.errors import BincompressError, StoreError
 from bincompress.methods import KEEP, METHODS
+from bincompress.reporting.experts import by_kind
 from bincompress.reporting.inspection import inspect, totals
 from bincompress.store.store import Store
 from bincompress.tensors.dequantize import dequantize
@@ -42,11 +43,12 @@ def report_page(store: Store, tensor: str | None = None) -> str:
         raise StoreError(f"{store.url}: no packed tensor {tensor!r}; `bincompress inspect` lists them")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string((files("bincompress.reporting") / "report.html.jinja").read_text("utf-8"))
-    calibrated = {name: report for name, report in packed.items() if "output_error" in report}
+    kinds = {name: kind for name, kind in by_kind(packed).items() if kind["status"] == "complete"}
+    calibrated = {name: report for name, report in kinds.items() if "output_error" in report}
     plots = {
-        "error": _by_layer(packed, "relative_error", "relative squared error"),
+        "error": _by_layer(kinds, "relative_error", "relative squared error"),
         "outputs": _by_layer(calibrated, "output_error", "relative squared error of outputs") if calibrated else "",
-        "bits": _by_layer(packed, "stored_bits", "stored bits per weight"),
+        "bits": _by_layer(kinds, "stored_bits", "stored bits per weight"),
         "times": _times(packed),
         "histogram": _histogram(store, tensor),
         "transformation": "".join(_histograms(store.report(tensor))),
@@ -59,8 +61,8 @@ def report_page(store: Store, tensor: str | None = None) -> str:
     if trained_layers:
         plots["layers"] = _trained_layers(trained_layers)
     return template.render(
-        store=store.url, version=__version__, totals=totals(found["total"]), tensors=found["tensors"], plots=plots,
-        tensor=tensor, shown=packed[tensor], distillation=distillation, trained=training is not None,
+        store=store.url, version=__version__, totals=totals(found["total"]), tensors=by_kind(found["tensors"]),
+        plots=plots, tensor=tensor, shown=packed[tensor], distillation=distillation, trained=training is not None,
         recipe=_settings(store.attributes), source=found["total"]["source"],
     )  # fmt: skip
 
@@ -90,7 +92,8 @@ def _by_layer(packed: dict[str, dict[str, Any]], key: str, title: str) -> str:
     for name, report in packed.items():
         match = _LAYER.search(name)
         if match:
-            lines[match[2].split(".")[-1]].append((int(match[1]), report[key]))
+            kind = "experts " if "experts" in report else ""
+            lines[kind + match[2].split(".")[-1]].append((int(match[1]), report[key]))
         else:
             axes.axhline(report[key], ls="--", lw=1, color="gray")
             axes.annotate(

@@ -17,6 +17,7 @@ from bincompress.errors import CheckpointError
 from bincompress.sources.assets import ASSETS as ASSETS
 from bincompress.sources.assets import read_assets
 from bincompress.sources.bitnet import ternary
+from bincompress.sources.experts import fused_experts, split_experts
 from bincompress.sources.files import ADAPTER, FILE_NAME, index_notes, weight_files
 from bincompress.sources.files import INDEX as INDEX
 from bincompress.sources.fused import split
@@ -51,6 +52,8 @@ class Checkpoint:
     def place(self) -> Path:
         """What to give to `open_source` to open the same checkpoint again."""
         return self.folder if self.file is None else self.file
+
+    fused: tuple[str, ...] = ()  # 3-D tensors of which `tensors` has the experts' matrices
 
     def assets(self) -> dict[str, bytes]:
         """Return the small files that belong to the model (config, tokenizer, templates) by name."""
@@ -89,7 +92,9 @@ def checkpoint_of(
     tensors, rounded = ternary(config, tensors)
     plain, found, more = unquantized(config, tensors)
     made = {} if plain == config else {"config.json": json.dumps(plain, indent=2).encode()}
-    return Checkpoint(folder, name, revision, plain, split(plain, found.values()), (*notes, *rounded, *more), made)
+    parts = split(plain, split_experts(plain, found.values()))
+    fused = fused_experts(plain, found.values())
+    return Checkpoint(folder, name, revision, plain, parts, (*notes, *rounded, *more), made, fused=fused)
 
 
 def _refuse_other_folder(folder: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from bincompress.errors import StoreError
 from bincompress.sources import bitnet
 from bincompress.sources.checkpoint import INDEX
+from bincompress.sources.experts import experts_of
 from bincompress.sources.fused import fused_names
 from bincompress.store.files import LOCK
 from bincompress.store.lock import exclusive
@@ -90,8 +91,12 @@ def _write_shards(store: Store, folder: Path, on_tensor: Callable[[str, int], No
         waiting.clear()
         size = 0
 
-    for name, parts in fused_names(_config(store), store.tensors()).items():
+    experts = _experts(store)
+    for name, parts in _stored_as(store, experts).items():
         tensor = _joined([_tensor(store, part) for part in parts])
+        if name in experts:
+            count = len({part.rsplit(".", 3)[1] for part in parts})
+            tensor = tensor.reshape(count, len(tensor) // count, -1)
         if waiting and size + tensor.nbytes > _SHARD_BYTES:
             flush()
         own = {name: tensor}
@@ -120,6 +125,19 @@ def _asset(store: Store, name: str, content: bytes) -> bytes:
 def _config(store: Store) -> dict[str, Any]:
     config = store.attributes.get("config")
     return config if isinstance(config, dict) else {}
+
+
+def _experts(store: Store) -> dict[str, list[str]]:
+    """Return the parts of each 3-D tensor of experts that the checkpoint had."""
+    fused = store.attributes.get("fused")
+    return experts_of(_config(store), fused if isinstance(fused, list) else [], store.tensors())
+
+
+def _stored_as(store: Store, experts: dict[str, list[str]]) -> dict[str, Sequence[str]]:
+    """Return the names that the checkpoint had, each with the tensors of the store that it is made of."""
+    parts = {part for names in experts.values() for part in names}
+    others = fused_names(_config(store), [name for name in store.tensors() if name not in parts])
+    return dict(sorted({**experts, **others}.items()))
 
 
 def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:

@@ -1,6 +1,6 @@
 """How is a store read? Attributes, arrays and assets, each held against its hash and the format."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,6 +132,11 @@ class StoreReader:
             )
         self._complete[name] = node
         return node
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Let go of what is remembered of some tensors' metadata; it is read again when it is needed."""
+        for name in names:
+            self._complete.pop(name, None)
 
     def hashes(self, name: str) -> dict[str, str]:
         """Return the hashes of a complete tensor's arrays by their names; empty where there are none."""

@@ -27,11 +27,11 @@ def aligned(size: int, zero: bool = False) -> NDArray[np.uint8]:
     return found[start : start + size]
 
 
-def allocate(size: int) -> NDArray[np.uint8]:
-    """Return zeros, uint8 (size,), that begin with a cache line: the next part of an arena."""
+def allocate(size: int, own_pages: bool = False) -> NDArray[np.uint8]:
+    """Return zeros, uint8 (size,), that begin with a cache line: the next part of an arena, or pages of their own."""
     global _arena, _used
     whole = -(-size // _LINE) * _LINE
-    if whole > _ARENA // 2:
+    if own_pages or whole > _ARENA // 2:
         return _fresh(whole)[:size]
     with _lock:
         arena = _arena() if _arena else None

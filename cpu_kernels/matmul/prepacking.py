@@ -167,8 +167,12 @@ def prepack_rows(
     plane_weights: Sequence[float] | None = None,
     kernel: str | None = None,
     pool: Pool | None = None,
+    own_pages: bool = False,
 ) -> PackedMatrix:
-    """Lay out several matrices, one below the other, as one: products with the same input (q, k, v) in one go."""
+    """Lay out several matrices, one below the other, as one: products with the same input (q, k, v) in one go.
+
+    own_pages: in memory that no other matrix shares, which is given back as soon as this one is no longer used.
+    """
     name, code = choose(kernel)
     whole_row = block >= cols
     if not whole_row and block % 64:
@@ -190,7 +194,7 @@ def prepack_rows(
         k_tile_words=k_tile_words,
     )
     _check_parts(parts, tiling, plane_weights is not None, -(-cols // 64))
-    stream, multipliers, half = _stream_begun(parts, tiling, pool)
+    stream, multipliers, half = _stream_begun(parts, tiling, pool, own_pages)
     _write_tiles(parts, tiling, half, layout.packer(int(name == "lookup"), tiling.tile), stream, pool)
     return PackedMatrix(
         rows=tiling.rows,
@@ -225,7 +229,7 @@ def _check_parts(parts: Sequence[Part], tiling: _Tiling, shared: bool, words: in
 
 
 def _stream_begun(
-    parts: Sequence[Part], tiling: _Tiling, pool: Pool | None
+    parts: Sequence[Part], tiling: _Tiling, pool: Pool | None, own_pages: bool
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], int]:
     """Return a stream, the rows' multipliers and whether its scales are float16.
 
@@ -247,10 +251,11 @@ def _stream_begun(
         multipliers[row:end] = np.ldexp(1.0, exponents[row:end] - 127 - layout.TOP)
         singles += found
     size = tiling.tiles * tiling.tile_bytes(half=1)
-    stream = aligned(size, zero=True) if singles else allocate(size)  # in an arena it could not be given back
+    # In an arena it could not be given back.
+    stream = aligned(size, zero=True) if singles else allocate(size, own_pages)
     if all(_write_singles(*piece, exponents, tiling, 1, stream, pool) == 0 for piece in singles):
         return stream, multipliers, 1
-    stream = allocate(tiling.tiles * tiling.tile_bytes(half=0))
+    stream = allocate(tiling.tiles * tiling.tile_bytes(half=0), own_pages)
     for part, row in zip(parts, edges[:-1], strict=True):
         for piece in _placed(part, row):
             _write_singles(*piece, exponents, tiling, 0, stream, pool)

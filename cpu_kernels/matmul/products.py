@@ -105,7 +105,7 @@ class TokenProduct:
         check_settings(bits, per)
         self.matrix = matrix
         self._workers = workers
-        self._run = product_kernel(matrix.code, bits, matrix.k_tile_words, matrix.half)
+        self.kernel = product_kernel(matrix.code, bits, matrix.k_tile_words, matrix.half)
         jobs = []
         for thread in range(workers.threads):
             # New arrays for each product would be new pages each time: 20 microseconds for 8192 columns.
@@ -117,8 +117,8 @@ class TokenProduct:
             own = {**quantizing(activations, per), **scratch.operands, "accumulators": sums.ctypes.data}
             quantizer = address(quantize_tokens) if NATIVE_CALLS else 0
             jobs.append(_job({**matrix.operands, **own, "quantize": quantizer}))
-        self._jobs = np.stack(jobs)
-        self._address = self._jobs.ctypes.data
+        self.jobs = np.stack(jobs)  # int64 (threads, fields)
+        self._address = self.jobs.ctypes.data
 
     def __call__(self, x: NDArray[np.float32], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Return the product (1, rows) with x (1, cols), C-contiguous; `out` may be given."""
@@ -128,15 +128,15 @@ class TokenProduct:
         result = np.empty((1, matrix.rows), np.float32) if out is None else out
         if result.shape != (1, matrix.rows):
             raise ValueError(f"out: {result.shape}; expected {(1, matrix.rows)}")
-        _set_operands(self._jobs, x, result)
-        run = self._run if NATIVE_CALLS else self._quantize_and_run
-        self._workers.run_kernel(run, self._address, self._jobs.strides[0], matrix.tiles)
+        _set_operands(self.jobs, x, result)
+        run = self.kernel if NATIVE_CALLS else self._quantize_and_run
+        self._workers.run_kernel(run, self._address, self.jobs.strides[0], matrix.tiles)
         return result
 
     def _quantize_and_run(self, job: int, first: int, last: int) -> None:
         """Do from Python what the kernel does where it can call another one."""
         quantize_tokens(job + 8 * _QUANTIZING, 0, 1)
-        self._run(job, first, last)
+        self.kernel(job, first, last)
 
 
 _QUANTIZING = FIELDS.index(QUANTIZING[0])

@@ -1,0 +1,202 @@
+"""A mixture of experts: which experts the tokens choose, and the products with the chosen ones alone."""
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bincompress.model.config import Experts, ModelConfig
+from bincompress.model.linear import DenseLinear, Floats, Linear, WeightSource
+from bincompress.model.packed_linear import PackedLinear
+from bincompress.model.residents import ColdPairs, Pair, Residents
+from bincompress.model.threads import in_turn, over_ranges
+from cpu_kernels.decoder.norms import GATES
+from cpu_kernels.decoder.routing import choose_experts, mix_experts
+from cpu_kernels.matmul.chosen import ChosenProducts
+from cpu_kernels.parallel.workers import Workers
+
+_TOKENS_PER_THREAD = 16  # whose experts are chosen, and whose outputs are added up
+_EXPERTS_PER_THREAD = 2  # from so many on a thread takes the next expert; else all of them share each product
+Numbers = NDArray[np.int64]
+
+
+class ExpertLayer:
+    """What a layer has in place of a dense MLP: a router (experts, hidden) and a pair of matrices an expert.
+
+    For one caller at a time, who holds the workers' lock.
+    """
+
+    def __init__(
+        self, config: ModelConfig, experts: Experts, router: Linear, pairs: Sequence[Pair], workers: Workers
+    ) -> None:
+        self.router, self.pairs = router, pairs
+        self.hidden, self.inner, self.count = config.hidden, experts.inner, experts.count
+        self._chosen, self._normalized = experts.chosen, int(experts.normalized)
+        self._gate = GATES[config.activation]
+        self._no_bias = np.zeros(2 * experts.inner, np.float32)
+        self._workers = workers
+        # Of one token: handing a router's few rows to other threads takes longer than multiplying them.
+        self._router_alone = router.alone() if isinstance(router, DenseLinear) else router
+        self._gate_ups = ChosenProducts(experts.count, 2 * experts.inner, config.hidden, workers)
+        self._downs = ChosenProducts(experts.count, config.hidden, experts.inner, workers)
+        self._put: dict[int, Pair] = {}  # experts that were put into both, or cannot be: their matrices stay with them
+        self._places = np.arange(experts.chosen)[None]
+        if isinstance(pairs, ColdPairs):
+            pairs.forget = self._forget
+
+    def __call__(self, x: Floats) -> Floats:
+        """Return what the chosen experts make of x (n, hidden), (n, hidden): each expert's weights are read once."""
+        chosen, weights = self.choose(x)
+        if len(x) == 1:
+            made, places = self._of_token(chosen[0], x), self._places
+        else:
+            made, places = self._of_tokens(chosen, x)
+        result = np.empty((len(x), self.hidden), np.float32)
+        over_ranges(
+            self._workers,
+            lambda start, stop, _: mix_experts(made, places, weights, start, stop, result),
+            len(x),
+            _TOKENS_PER_THREAD,
+        )
+        return result
+
+    def choose(self, x: Floats) -> tuple[Numbers, Floats]:
+        """Return each token's experts (n, chosen), by ascending number, and their weights."""
+        logits = self.router(x) if len(x) > 1 else self._router_alone(x)
+        chosen = np.empty((len(x), self._chosen), np.int64)
+        weights = np.empty((len(x), self._chosen), np.float32)
+        over_ranges(
+            self._workers,
+            lambda start, stop, _: choose_experts(logits, self._normalized, start, stop, chosen, weights),
+            len(x),
+            _TOKENS_PER_THREAD,
+        )
+        return chosen, weights
+
+    def gated(self, expert: int, x: Floats) -> Floats:
+        """Return what an expert's down matrix reads where its gate and up matrices read x."""
+        return self.gate(self.pairs[expert][0](x))
+
+    def gate(self, gate_up: Floats, out: Floats | None = None) -> Floats:
+        """Return the gated values (n, inner) of gate_up (n, 2 * inner); `out` may be given."""
+        inner = np.empty((len(gate_up), self.inner), np.float32) if out is None else out
+        self._gate(gate_up, self._no_bias, 0, len(gate_up), inner)
+        return inner
+
+    def down(self, expert: int, inner: Floats) -> Floats:
+        """Return the products of an expert's down matrix."""
+        return self.pairs[expert][1](inner)
+
+    def _of_token(self, numbers: Numbers, x: Floats) -> Floats:
+        """Return what these experts make of one token, (experts, hidden)."""
+        if isinstance(self.pairs, ColdPairs):
+            absent = self.pairs.missing(numbers.tolist())
+            if len(absent) > 1:
+                in_turn(self._workers, lambda item: self.pairs[absent[item]], len(absent))
+        given = {number: self.pairs[number] for number in numbers.tolist()}
+        for number, pair in given.items():
+            if self._put.get(number) is not pair:
+                self._put_in(number, pair)
+        if self._gate_ups.has(numbers) and self._downs.has(numbers):
+            made = self._downs(numbers, self.gate(self._gate_ups(numbers, x)))
+        else:
+            made = np.concatenate([down(self.gate(gate_up(x))) for gate_up, down in given.values()])
+        if isinstance(self.pairs, ColdPairs):
+            for number in self.pairs.missing(list(given)):  # dropped for another one of these
+                self._forget(number)
+        return made
+
+    def _put_in(self, number: int, pair: Pair) -> None:
+        """Put an expert's matrices where one call multiplies several, if they can be."""
+        for products, linear in zip((self._gate_ups, self._downs), pair, strict=True):
+            products.remove(number)
+            if isinstance(linear, PackedLinear):
+                linear.put(products, number)
+        self._put[number] = pair
+
+    def _forget(self, number: int) -> None:
+        """Take out the matrices of an expert that is no longer in memory."""
+        self._gate_ups.remove(number)
+        self._downs.remove(number)
+        self._put.pop(number, None)
+
+    def _of_tokens(self, chosen: Numbers, x: Floats) -> tuple[Floats, Numbers]:
+        """Return what the experts make of the tokens, one after the other, and the row of each token's experts."""
+        groups = by_expert(chosen)
+        order = np.concatenate([group for _, group in groups])
+        ends = np.cumsum([len(group) for _, group in groups])
+        places = np.empty(chosen.size, np.int64)
+        places[order] = np.arange(chosen.size)
+        made = self._room("made", chosen.size, self.hidden)
+        rest: list[int] = []
+
+        def alone(item: int) -> None:
+            group, (gate_up, down) = groups[item][1], self._pair(groups[item][0])
+            if not (isinstance(gate_up, PackedLinear) and isinstance(down, PackedLinear)):
+                rest.append(item)
+                return
+            n = len(group)
+            read = self._room("read", n, self.hidden)
+            np.take(x, group // chosen.shape[1], axis=0, out=read)
+            first = gate_up.alone(read, self._room("gate_up", n, 2 * self.inner))
+            down.alone(self.gate(first, self._room("inner", n, self.inner)), made[ends[item] - n : ends[item]])
+
+        if len(groups) >= _EXPERTS_PER_THREAD * self._workers.threads:
+            in_turn(self._workers, alone, len(groups))
+        else:
+            rest += range(len(groups))
+        for item in rest:
+            group, (gate_up, down) = groups[item][1], self._pair(groups[item][0])
+            inner = self.gate(gate_up(x[group // chosen.shape[1]]))
+            made[ends[item] - len(group) : ends[item]] = down(inner)
+        return made, places.reshape(chosen.shape)
+
+    def _room(self, name: str, rows: int, cols: int) -> Floats:
+        """Return an array (rows, cols) of this thread, which is there until it is asked for again.
+
+        New memory for each would be new pages each time.
+        """
+        key = "experts", name, threading.get_ident()
+        kept = self._workers.scratch.get(key)
+        if kept is None or kept.size < rows * cols:
+            kept = self._workers.scratch[key] = np.empty(rows * cols, np.float32)
+        found: Floats = kept[: rows * cols].reshape(rows, cols)
+        return found
+
+    def _pair(self, expert: int) -> Pair:
+        """Return an expert's matrices, and note that they are used."""
+        if isinstance(self.pairs, ColdPairs):
+            self.pairs.missing([expert])
+        return self.pairs[expert]
+
+
+def by_expert(chosen: Numbers) -> list[tuple[int, Numbers]]:
+    """Return each expert that any token chose, by ascending number, with the items of `chosen` (flat) that are it."""
+    order = np.argsort(chosen, axis=None, kind="stable")
+    found, starts = np.unique(chosen.reshape(-1)[order], return_index=True)
+    return [(int(expert), group) for expert, group in zip(found, np.split(order, starts[1:]), strict=True)]
+
+
+def read_experts(
+    config: ModelConfig, source: WeightSource, layer: int, workers: Workers, residents: Residents | None = None
+) -> ExpertLayer | None:
+    """Read a layer's mixture of experts; None where it has a dense MLP.
+
+    residents: of all layers, where experts are read as they are chosen.
+    """
+    experts = config.experts_of(layer)
+    if experts is None:
+        return None
+
+    def read(expert: int) -> Pair:
+        gate_up, down = config.names.of_expert(layer, expert)
+        return source.linear(gate_up), source.linear([down])
+
+    router = source.linear([config.router_of(layer)])
+    pairs: Sequence[Pair]
+    if residents is None:
+        pairs = [read(expert) for expert in range(experts.count)]
+    else:
+        pairs = ColdPairs(read, experts.count, layer, residents)
+    return ExpertLayer(config, experts, router, pairs, workers)
