@@ -10,7 +10,7 @@ Every function raises a subclass of `bincompress.errors.BincompressError` for wh
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,6 +38,9 @@ from bincompress.reporting.inspection import inspect as inspect_store
 from bincompress.sources.hub import open_source
 from bincompress.sources.text import read_text
 from bincompress.store.export import export as export_store
+from bincompress.store.pack import OnStage, Packed, beside, check_target, untold
+from bincompress.store.pack import pack as pack_store
+from bincompress.store.pack import unpack as unpack_store
 from bincompress.store.store import open_store
 from bincompress.store.verify import verify as verify_store
 
@@ -49,8 +52,8 @@ if TYPE_CHECKING:
     from bincompress.distillation.train_run import Trained
 
 __all__ = [
-    "CalibrationResult", "CompressionResult", "Placement", "VerifyResult", "batch", "calibrate", "compress", "distill",
-    "evaluate", "export", "inspect", "load", "plan", "plan_batch", "train", "verify",
+    "CalibrationResult", "CompressionResult", "Packed", "Placement", "VerifyResult", "batch", "calibrate", "compress",
+    "distill", "evaluate", "export", "inspect", "load", "pack", "plan", "plan_batch", "train", "unpack", "verify",
 ]  # fmt: skip
 
 
@@ -75,6 +78,7 @@ class CompressionResult:
     kept: tuple[str, ...] = ()  # a line for each group of tensors that stayed unpacked, with the reason
     notes: tuple[str, ...] = ()  # what the user should know of how the model was read
     remarks: tuple[str, ...] = ()  # single weights that were found to be kept and why; tensors that are slow to run
+    packed: str | None = None  # the one file that the store was written to as well
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ def compress(
     target_bits: float | None = None,
     archive: bool = False,
     export_only: bool = False,
+    pack: bool = False,
     overwrite: bool = False,
     placement: Placement = Placement(),
     progress: OnProgress = ignore,
@@ -127,8 +132,9 @@ def compress(
     found by running it. stats: statistics of the inputs, as `calibrate` collects them; sequential: in their place a
     text on which each layer is calibrated as those before it have become, in `samples` windows of `context` tokens.
     target_bits: stored bits a weight that are spread over the matrices by what errors cost. archive: arrays are
-    compressed with zstd. export_only: a store that would not run here is made all the same, to be exported. overwrite:
-    a store made with other settings is replaced.
+    compressed with zstd. export_only: a store that would not run here is made all the same, to be exported. pack: the
+    finished store is also written as one file beside it, STORE.bincompress.zip. overwrite: a store made with other
+    settings is replaced.
     Raises RecipeError, CheckpointError or StoreError before work begins; tensors that fail are in `failures`.
     """
     made = plan(
@@ -136,19 +142,25 @@ def compress(
         samples=samples, context=context, target_bits=target_bits, archive=archive, export_only=export_only,
         headers_only=False, placement=placement, progress=progress, **settings,
     )  # fmt: skip
-    return carry_out(made, str(store), overwrite=overwrite, placement=placement, progress=progress)
+    return carry_out(made, str(store), pack=pack, overwrite=overwrite, placement=placement, progress=progress)
 
 
 def carry_out(
     planned: Planned,
     store: str,
     *,
+    pack: bool = False,
     overwrite: bool = False,
     placement: Placement = Placement(),
     progress: OnProgress = ignore,
 ) -> CompressionResult:
-    """Do what `plan` with headers_only=False has planned."""
-    return carry_out_all({store: planned}, overwrite=overwrite, placement=placement, progress=progress)[store]
+    """Do what `plan` with headers_only=False has planned; pack: as for `compress`."""
+    if pack:  # before the work
+        check_target(beside(store), store, overwrite=True)
+    done = carry_out_all({store: planned}, overwrite=overwrite, placement=placement, progress=progress)[store]
+    if not pack or not done.complete:
+        return done
+    return replace(done, packed=pack_store(store, beside(store), overwrite=overwrite).file)
 
 
 def carry_out_all(
@@ -381,6 +393,20 @@ def verify(store: str | Path, *, progress: OnCount = _uncounted) -> VerifyResult
             problems[name] = problem
         progress(number, total)
     return VerifyResult(str(store), problems)
+
+
+def pack(store: str | Path, file: str | Path, *, overwrite: bool = False, progress: OnStage = untold) -> Packed:
+    """Write a finished store as one file, which every function that reads a store reads as well.
+
+    file: a path or an fsspec URL that ends in ".zip". overwrite: another packed store there is replaced; nothing else
+    ever is. progress is called with what is being done and how much of it. Raises StoreError or DamagedError.
+    """
+    return pack_store(str(store), str(file), overwrite=overwrite, on_stage=progress)
+
+
+def unpack(file: str | Path, store: str | Path, *, overwrite: bool = False, progress: OnStage = untold) -> Packed:
+    """Write a packed file as a folder again, with the same bytes; raises StoreError or DamagedError."""
+    return unpack_store(str(file), str(store), overwrite=overwrite, on_stage=progress)
 
 
 def export(

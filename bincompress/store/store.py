@@ -22,11 +22,12 @@ _LOG = logging.getLogger(__name__)
 
 
 def open_store(url: str, run_id: str | None = None) -> Store:
-    """Open a store for reading; raises StoreError where there is none or another version wrote it.
+    """Open a store for reading, a folder, a URL or one packed file; raises StoreError where there is none.
 
     run_id: of the run that writes it, for writing: a store that is no local folder refuses what another run writes.
     """
-    return Store(url, read_root(url), run_id)
+    attributes, files = read_root(url)
+    return Store(url, attributes, run_id, files)
 
 
 def begin_store(url: str, plan: Mapping[str, Any], assets: Mapping[str, bytes], run_id: str, overwrite: bool) -> Store:

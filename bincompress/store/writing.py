@@ -8,7 +8,7 @@ import numpy as np
 
 from bincompress.errors import DamagedError, StoreError, TensorError
 from bincompress.store.arrays import write_array, write_chunks
-from bincompress.store.files import is_local
+from bincompress.store.files import Files, is_local
 from bincompress.store.layout import (
     NODES,
     SEAL,
@@ -30,8 +30,10 @@ _LOG = logging.getLogger(__name__)
 class Store(StoreReader):
     """A bincompress store, open for reading or writing."""
 
-    def __init__(self, url: str, attributes: dict[str, Any], run_id: str | None = None) -> None:
-        super().__init__(url, attributes)
+    def __init__(
+        self, url: str, attributes: dict[str, Any], run_id: str | None = None, files: Files | None = None
+    ) -> None:
+        super().__init__(url, attributes, files=files)
         self._run_id = run_id
         self.refreshed: list[str] = []  # assets that a continued run has taken over anew
         self._written: dict[str, dict[str, ArrayLayout]] = {}  # arrays of tensors that this process has written
@@ -100,7 +102,7 @@ class Store(StoreReader):
         Raises StoreError where another run has taken the store over; a local one is locked for its run.
         """
         shared = self._run_id is not None and not is_local(self.url)
-        if shared and root_attributes(self.url).get("run_id") != self._run_id:
+        if shared and root_attributes(self.files).get("run_id") != self._run_id:
             raise StoreError(f"{name}: another run has taken over {self.url}; wait for it, or use another store")
         layouts = self._written[name]
         records = {key: layout.record() for key, layout in layouts.items()}
