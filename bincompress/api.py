@@ -11,6 +11,7 @@ Every function raises a subclass of `bincompress.errors.BincompressError` for wh
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,12 +19,13 @@ import numpy as np
 
 from bincompress.calibration.collect import CONTEXT, SAMPLES, choose_samples, run_in_threads
 from bincompress.calibration.collect import calibrate as collect
-from bincompress.calibration.statistics import Statistics
+from bincompress.calibration.statistics import Statistics, open_statistics
 from bincompress.compression.events import EventLog
 from bincompress.compression.placement import Placement
 from bincompress.compression.planning import Planned, plan, plan_batch
 from bincompress.compression.progress import OnProgress, Tracker, ignore
 from bincompress.compression.recipe import Recipe
+from bincompress.compression.recompute import Proof, compare, plan_proof
 from bincompress.compression.run import Outcome, compress_all
 from bincompress.compression.sequential import in_sequence
 from bincompress.errors import BincompressError
@@ -41,7 +43,7 @@ from bincompress.store.export import export as export_store
 from bincompress.store.pack import OnStage, Packed, beside, check_target, untold
 from bincompress.store.pack import pack as pack_store
 from bincompress.store.pack import unpack as unpack_store
-from bincompress.store.store import open_store
+from bincompress.store.store import Store, open_store
 from bincompress.store.verify import verify as verify_store
 
 if TYPE_CHECKING:
@@ -96,6 +98,7 @@ class VerifyResult:
 
     store: str
     problems: dict[str, str]
+    recomputed: tuple[str, ...] = ()  # tensors that were made from the source once more, and compared
 
     @property
     def ok(self) -> bool:
@@ -383,16 +386,46 @@ def inspect(store: str | Path) -> dict[str, Any]:
     return inspect_store(open_store(str(store)))
 
 
-def verify(store: str | Path, *, progress: OnCount = _uncounted) -> VerifyResult:
-    """Read every byte of a store and compare it with its hash and the format; raises StoreError where there is none."""
+def verify(
+    store: str | Path,
+    *,
+    source: str | Path | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    statistics: str | None = None,
+    progress: OnCount = _uncounted,
+) -> VerifyResult:
+    """Read every byte of a store and compare it with its hash and the format.
+
+    source: also make tensors from this checkpoint (a folder or a Hub id) once more, as the store says that they were
+    made, and compare their bytes; `sample` of them, drawn by `seed`, or all. statistics: those that calibrated tensors
+    were made with. Raises StoreError where there is no store, and where its bytes do not follow from a source: it was
+    trained, distilled or calibrated layer after layer, or its statistics are not given.
+    """
     opened = open_store(str(store))
-    total = len(opened.tensors()) + 1
-    problems = {}
-    for number, (name, problem) in enumerate(verify_store(opened), 1):
+    proof = prove(opened, source, sample, seed, statistics)
+    jobs = proof.jobs if proof is not None else ()
+    total = len(opened.tensors()) + 2 + len(jobs)
+    problems: dict[str, str] = {}
+    results = chain(verify_store(opened), compare(proof) if proof is not None else ())
+    for number, (name, problem) in enumerate(results, 1):
         if problem:
-            problems[name] = problem
+            problems.setdefault(name, problem)
         progress(number, total)
-    return VerifyResult(str(store), problems)
+    known = proof.problems if proof is not None else {}
+    return VerifyResult(str(store), {**known, **problems}, tuple(job.name for job in jobs))
+
+
+def prove(
+    store: Store, source: str | Path | None, sample: int | None, seed: int, statistics: str | None
+) -> Proof | None:
+    """Return what `verify` is to make from a source once more, None where none is given; raises as it does."""
+    if source is None:
+        if sample is not None or statistics is not None:
+            raise BincompressError("--sample and --statistics are for --source MODEL")
+        return None
+    found = open_statistics(statistics) if statistics is not None else None
+    return plan_proof(store, open_source(str(source)), found, sample, seed)
 
 
 def pack(store: str | Path, file: str | Path, *, overwrite: bool = False, progress: OnStage = untold) -> Packed:

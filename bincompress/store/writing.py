@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bincompress.errors import DamagedError, StoreError, TensorError
 from bincompress.store.arrays import write_array, write_chunks
@@ -25,6 +26,12 @@ from bincompress.tensors.packed import PackedTensor
 from bincompress.tensors.weight import Weight
 
 _LOG = logging.getLogger(__name__)
+
+
+def plain_values(weight: Weight, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return the array as which a tensor that is kept is stored."""
+    values = weight.bits.reshape(shape)
+    return values.view(np.float32) if weight.dtype == "F32" else values
 
 
 class Store(StoreReader):
@@ -88,9 +95,7 @@ class Store(StoreReader):
         self, name: str, weight: Weight, shape: tuple[int, ...], archive: bool
     ) -> tuple[dict[str, str], int]:
         """Write a tensor as it is; returns its hash and stored bytes. `commit` makes it count."""
-        values = weight.bits.reshape(shape)
-        if weight.dtype == "F32":
-            values = values.view(np.float32)
+        values = plain_values(weight, shape)
         self.remove(name)
         stored = write_chunks(self.files, self._path(name), values, archive)
         self._written[name] = {"array": layout_of(values, archive)}
