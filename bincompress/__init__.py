@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         load,
         pack,
         plan,
+        push,
         train,
         unpack,
         verify,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "__version__", "batch", "calibrate", "compress", "distill", "evaluate", "export", "inspect", "load", "pack",
-    "plan", "train", "unpack", "verify",
+    "plan", "push", "train", "unpack", "verify",
 ]  # fmt: skip
 
 

@@ -52,10 +52,12 @@ if TYPE_CHECKING:
     from bincompress.distillation.settings import DistillSettings, LayerSettings
     from bincompress.distillation.train import OnStep
     from bincompress.distillation.train_run import Trained
+    from bincompress.reporting.publish import Pushed
 
 __all__ = [
     "CalibrationResult", "CompressionResult", "Packed", "Placement", "VerifyResult", "batch", "calibrate", "compress",
-    "distill", "evaluate", "export", "inspect", "load", "pack", "plan", "plan_batch", "train", "unpack", "verify",
+    "distill", "evaluate", "export", "inspect", "load", "pack", "plan", "plan_batch", "push", "train", "unpack",
+    "verify",
 ]  # fmt: skip
 
 
@@ -440,6 +442,33 @@ def pack(store: str | Path, file: str | Path, *, overwrite: bool = False, progre
 def unpack(file: str | Path, store: str | Path, *, overwrite: bool = False, progress: OnStage = untold) -> Packed:
     """Write a packed file as a folder again, with the same bytes; raises StoreError or DamagedError."""
     return unpack_store(str(file), str(store), overwrite=overwrite, on_stage=progress)
+
+
+def push(
+    store: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    base_model: str | None = None,
+    licence: str | None = None,
+    evaluations: Sequence[str | Path] = (),
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: OnStage = untold,
+) -> "Pushed":
+    """Upload a store to the Hugging Face Hub: one file, config and tokenizer files, and a model card.
+
+    repo: owner/name; it is made where it is not there. base_model, licence: what the card says; by default what the
+    store and the base model's card say. evaluations: files that `bincompress evaluate --json` has printed. overwrite:
+    a card that bincompress did not write is replaced. dry_run: nothing is uploaded. Raises StoreError, DamagedError.
+    """
+    from bincompress.reporting.publish import push as push_store
+
+    return push_store(
+        str(store), repo, private=private, revision=revision, base_model=base_model, licence=licence,
+        evaluations=[Path(path) for path in evaluations], overwrite=overwrite, dry_run=dry_run, on_stage=progress,
+    )  # fmt: skip
 
 
 def export(
