@@ -16,15 +16,18 @@ if TYPE_CHECKING:
         export,
         inspect,
         load,
+        pack,
         plan,
+        push,
         train,
+        unpack,
         verify,
     )
 
 __version__ = "0.1.0"
 __all__ = [
-    "__version__", "batch", "calibrate", "compress", "distill", "evaluate", "export", "inspect", "load", "plan",
-    "train", "verify",
+    "__version__", "batch", "calibrate", "compress", "distill", "evaluate", "export", "inspect", "load", "pack",
+    "plan", "push", "train", "unpack", "verify",
 ]  # fmt: skip
 
 

@@ -10,7 +10,8 @@ Every function raises a subclass of `bincompress.errors.BincompressError` for wh
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,12 +20,13 @@ import numpy as np
 from bincompress.calibration.collect import CONTEXT, SAMPLES, choose_samples, run_in_threads
 from bincompress.calibration.collect import calibrate as collect
 from bincompress.calibration.expert_tokens import expert_tokens, few_tokens
-from bincompress.calibration.statistics import Statistics
+from bincompress.calibration.statistics import Statistics, open_statistics
 from bincompress.compression.events import EventLog
 from bincompress.compression.placement import Placement
 from bincompress.compression.planning import Planned, plan, plan_batch
 from bincompress.compression.progress import OnProgress, Tracker, ignore
 from bincompress.compression.recipe import Recipe
+from bincompress.compression.recompute import Proof, compare, plan_proof
 from bincompress.compression.run import Outcome, compress_all
 from bincompress.compression.sequential import in_sequence
 from bincompress.errors import BincompressError
@@ -40,7 +42,10 @@ from bincompress.reporting.inspection import inspect as inspect_store
 from bincompress.sources.hub import is_checkpoint, open_source
 from bincompress.sources.text import read_text
 from bincompress.store.export import export as export_store
-from bincompress.store.store import open_store
+from bincompress.store.pack import OnStage, Packed, beside, check_target, untold
+from bincompress.store.pack import pack as pack_store
+from bincompress.store.pack import unpack as unpack_store
+from bincompress.store.store import Store, open_store
 from bincompress.store.verify import verify as verify_store
 
 if TYPE_CHECKING:
@@ -50,10 +55,12 @@ if TYPE_CHECKING:
     from bincompress.distillation.settings import DistillSettings, LayerSettings
     from bincompress.distillation.train import OnStep
     from bincompress.distillation.train_run import Trained
+    from bincompress.reporting.publish import Pushed
 
 __all__ = [
-    "CalibrationResult", "CompressionResult", "Placement", "VerifyResult", "batch", "calibrate", "compress", "distill",
-    "evaluate", "export", "inspect", "load", "plan", "plan_batch", "train", "verify",
+    "CalibrationResult", "CompressionResult", "Packed", "Placement", "VerifyResult", "batch", "calibrate", "compress",
+    "distill", "evaluate", "export", "inspect", "load", "pack", "plan", "plan_batch", "push", "train", "unpack",
+    "verify",
 ]  # fmt: skip
 
 
@@ -78,6 +85,7 @@ class CompressionResult:
     kept: tuple[str, ...] = ()  # a line for each group of tensors that stayed unpacked, with the reason
     notes: tuple[str, ...] = ()  # what the user should know of how the model was read
     remarks: tuple[str, ...] = ()  # single weights that were found to be kept and why; tensors that are slow to run
+    packed: str | None = None  # the one file that the store was written to as well
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ class VerifyResult:
 
     store: str
     problems: dict[str, str]
+    recomputed: tuple[str, ...] = ()  # tensors that were made from the source once more, and compared
 
     @property
     def ok(self) -> bool:
@@ -118,6 +127,7 @@ def compress(
     target_bits: float | None = None,
     archive: bool = False,
     export_only: bool = False,
+    pack: bool = False,
     overwrite: bool = False,
     placement: Placement = Placement(),
     progress: OnProgress = ignore,
@@ -132,8 +142,9 @@ def compress(
     found by running it. stats: statistics of the inputs, as `calibrate` collects them; sequential: in their place a
     text on which each layer is calibrated as those before it have become, in `samples` windows of `context` tokens.
     target_bits: stored bits a weight that are spread over the matrices by what errors cost. archive: arrays are
-    compressed with zstd. export_only: a store that would not run here is made all the same, to be exported. overwrite:
-    a store made with other settings is replaced.
+    compressed with zstd. export_only: a store that would not run here is made all the same, to be exported. pack: the
+    finished store is also written as one file beside it, STORE.bincompress.zip. overwrite: a store made with other
+    settings is replaced.
     Raises RecipeError, CheckpointError or StoreError before work begins; tensors that fail are in `failures`.
     """
     made = plan(
@@ -141,19 +152,25 @@ def compress(
         samples=samples, context=context, target_bits=target_bits, archive=archive, export_only=export_only,
         headers_only=False, placement=placement, progress=progress, **settings,
     )  # fmt: skip
-    return carry_out(made, str(store), overwrite=overwrite, placement=placement, progress=progress)
+    return carry_out(made, str(store), pack=pack, overwrite=overwrite, placement=placement, progress=progress)
 
 
 def carry_out(
     planned: Planned,
     store: str,
     *,
+    pack: bool = False,
     overwrite: bool = False,
     placement: Placement = Placement(),
     progress: OnProgress = ignore,
 ) -> CompressionResult:
-    """Do what `plan` with headers_only=False has planned."""
-    return carry_out_all({store: planned}, overwrite=overwrite, placement=placement, progress=progress)[store]
+    """Do what `plan` with headers_only=False has planned; pack: as for `compress`."""
+    if pack:  # before the work
+        check_target(beside(store), store, overwrite=True)
+    done = carry_out_all({store: planned}, overwrite=overwrite, placement=placement, progress=progress)[store]
+    if not pack or not done.complete:
+        return done
+    return replace(done, packed=pack_store(store, beside(store), overwrite=overwrite).file)
 
 
 def carry_out_all(
@@ -398,16 +415,87 @@ def inspect(store: str | Path) -> dict[str, Any]:
     return inspect_store(open_store(str(store)))
 
 
-def verify(store: str | Path, *, progress: OnCount = _uncounted) -> VerifyResult:
-    """Read every byte of a store and compare it with its hash and the format; raises StoreError where there is none."""
+def verify(
+    store: str | Path,
+    *,
+    source: str | Path | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    statistics: str | None = None,
+    progress: OnCount = _uncounted,
+) -> VerifyResult:
+    """Read every byte of a store and compare it with its hash and the format.
+
+    source: also make tensors from this checkpoint (a folder or a Hub id) once more, as the store says that they were
+    made, and compare their bytes; `sample` of them, drawn by `seed`, or all. statistics: those that calibrated tensors
+    were made with. Raises StoreError where there is no store, and where its bytes do not follow from a source: it was
+    trained, distilled or calibrated layer after layer, or its statistics are not given.
+    """
     opened = open_store(str(store))
-    total = len(opened.tensors()) + 1
-    problems = {}
-    for number, (name, problem) in enumerate(verify_store(opened), 1):
+    proof = prove(opened, source, sample, seed, statistics)
+    jobs = proof.jobs if proof is not None else ()
+    total = len(opened.tensors()) + 2 + len(jobs)
+    problems: dict[str, str] = {}
+    results = chain(verify_store(opened), compare(proof) if proof is not None else ())
+    for number, (name, problem) in enumerate(results, 1):
         if problem:
-            problems[name] = problem
+            problems.setdefault(name, problem)
         progress(number, total)
-    return VerifyResult(str(store), problems)
+    known = proof.problems if proof is not None else {}
+    return VerifyResult(str(store), {**known, **problems}, tuple(job.name for job in jobs))
+
+
+def prove(
+    store: Store, source: str | Path | None, sample: int | None, seed: int, statistics: str | None
+) -> Proof | None:
+    """Return what `verify` is to make from a source once more, None where none is given; raises as it does."""
+    if source is None:
+        if sample is not None or statistics is not None:
+            raise BincompressError("--sample and --statistics are for --source MODEL")
+        return None
+    found = open_statistics(statistics) if statistics is not None else None
+    return plan_proof(store, open_source(str(source)), found, sample, seed)
+
+
+def pack(store: str | Path, file: str | Path, *, overwrite: bool = False, progress: OnStage = untold) -> Packed:
+    """Write a finished store as one file, which every function that reads a store reads as well.
+
+    file: a path or an fsspec URL that ends in ".zip". overwrite: another packed store there is replaced; nothing else
+    ever is. progress is called with what is being done and how much of it. Raises StoreError or DamagedError.
+    """
+    return pack_store(str(store), str(file), overwrite=overwrite, on_stage=progress)
+
+
+def unpack(file: str | Path, store: str | Path, *, overwrite: bool = False, progress: OnStage = untold) -> Packed:
+    """Write a packed file as a folder again, with the same bytes; raises StoreError or DamagedError."""
+    return unpack_store(str(file), str(store), overwrite=overwrite, on_stage=progress)
+
+
+def push(
+    store: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    base_model: str | None = None,
+    licence: str | None = None,
+    evaluations: Sequence[str | Path] = (),
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: OnStage = untold,
+) -> "Pushed":
+    """Upload a store to the Hugging Face Hub: one file, config and tokenizer files, and a model card.
+
+    repo: owner/name; it is made where it is not there. base_model, licence: what the card says; by default what the
+    store and the base model's card say. evaluations: files that `bincompress evaluate --json` has printed. overwrite:
+    a card that bincompress did not write is replaced. dry_run: nothing is uploaded. Raises StoreError, DamagedError.
+    """
+    from bincompress.reporting.publish import push as push_store
+
+    return push_store(
+        str(store), repo, private=private, revision=revision, base_model=base_model, licence=licence,
+        evaluations=[Path(path) for path in evaluations], overwrite=overwrite, dry_run=dry_run, on_stage=progress,
+    )  # fmt: skip
 
 
 def export(

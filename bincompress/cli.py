@@ -25,6 +25,10 @@ _COMMANDS = {
     "distill": "Train a store's coefficients against the unquantized model.",
     "inspect": "Show what is in a store: bits, errors, times.",
     "verify": "Check every byte of a store against its hashes and the format.",
+    "pack": "Write a store as one file, which every command reads.",
+    "unpack": "Write a packed file as a folder again.",
+    "push": "Upload a store to the Hugging Face Hub, with a model card.",
+    "models": "List or remove models in the Hub's cache.",
     "export": "Write a store as a Hugging Face folder (dequantized, bfloat16).",
     "generate": "Continue a text with the model in a store.",
     "chat": "Chat with the model in a store.",
@@ -33,7 +37,7 @@ _COMMANDS = {
     "report": "Write one self-contained HTML page about a store.",
 }
 
-_GO_ON = ("compress", "calibrate", "train", "distill", "batch")  # run again, these do what is left
+_GO_ON = ("compress", "calibrate", "train", "distill", "batch", "unpack", "push")  # run again, these do what is left
 _ANEW = ("train", "distill")  # with --overwrite, these begin again
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from bincompress.model.tokenizer import TextStream, load_tokenizer
 from bincompress.reporting.inspection import inspect, table
 from bincompress.sources.checkpoint import open_checkpoint, read_weight
 from bincompress.store.layout import SEAL, sealed
+from bincompress.store.pack import pack
 from bincompress.store.store import open_store
 from bincompress.store.verify import verify
 from tests import fuzz_seeds, fuzz_sources
@@ -125,6 +127,60 @@ def use_store(files: Files, folder: Path) -> None:
         if "\n" in line or len(line) > 1000:
             raise WrongError(f"a message of {len(line)} characters, or of several lines: {line[:200]!r}")
     table(inspect(store))
+
+
+# Packed stores
+
+PACK = "store.zip"
+
+
+def pack_seeds(folder: Path) -> list[Files]:
+    """Return the stores' files, each as one packed file."""
+    found = []
+    for number, files in enumerate(fuzz_seeds.stores(folder)):
+        place = folder / f"packed{number}"
+        lay_out(place, files, None)
+        pack(str(place), str(folder / f"{number}.zip"))
+        found.append({PACK: (folder / f"{number}.zip").read_bytes()})
+    return found
+
+
+def change_pack(chance: random.Random, files: Files) -> Files:
+    """Change the directory, mostly, field by field; else bytes anywhere, an entry's name everywhere, or the end."""
+    content = bytearray(files[PACK])
+    end = content.rfind(b"PK\5\6")
+    begin = int.from_bytes(content[end + 16 : end + 20], "little")
+    records = [found.start() for found in re.finditer(b"PK\1\2", content) if found.start() >= begin]
+    what = chance.random()
+    if what < 0.15:
+        return {PACK: mutated_bytes(chance, bytes(content))}
+    if what < 0.25:
+        return {PACK: bytes(content[: chance.randrange(len(content))])}
+    if what < 0.45:  # a chunk or a header, under a directory that is sound
+        place = chance.randrange(begin)
+        content[place] ^= 1 << chance.randrange(8)
+    elif what < 0.6:  # the end
+        place = end + chance.randrange(4, len(content) - end)
+        content[place : place + 4] = chance.choice(_FIELDS)[: len(content) - place]
+    else:
+        for _ in range(chance.choice((1, 1, 2))):
+            place = chance.choice(records)
+            size = int.from_bytes(content[place + 28 : place + 30], "little")
+            if chance.random() < 0.3:
+                name = chance.choice((b"../x/zarr.json", b"/zarr.json", b"zarr.json", b"\xff\0", b"tensors/a/c/0"))
+                content[place + 46 : place + 46 + size] = name[:size].ljust(size, b"x")
+            else:
+                field = place + chance.randrange(4, 46)
+                content[field : field + 4] = chance.choice(_FIELDS)
+    return {PACK: bytes(content)}
+
+
+_FIELDS = tuple(number.to_bytes(4, "little") for number in (0, 1, 8, 64, 0xFFFF, 1 << 20, 0x7FFFFFFF, 0xFFFFFFFF))
+
+
+def use_pack(files: Files, folder: Path) -> None:
+    """Do with a packed store what is done with a store."""
+    use_store(files, folder / PACK)
 
 
 # Checkpoints
@@ -262,6 +318,7 @@ def use_template(files: Files, folder: Path) -> None:
 
 KINDS = {
     "store": Kind(fuzz_seeds.stores, change_store, use_store),
+    "pack": Kind(pack_seeds, change_pack, use_pack),
     "safetensors": Kind(fuzz_seeds.checkpoints, change_checkpoint, use_checkpoint),
     "config": Kind(config_seeds, change_config, use_config),
     "tokenizer": Kind(lambda folder: fuzz_seeds.tokenizer_files(), change_tokenizer, use_tokenizer),
@@ -291,7 +348,7 @@ def lay_out(folder: Path, files: Files, there: Files | None) -> None:
 
 def try_one(kind: str, files: Files, folder: Path, there: Files | None = None) -> str:
     """Use one input; returns what it came to, "accepted" or "refused"; any other exception goes on."""
-    lays = kind in ("store", "safetensors", "config", "quantized", "gguf")
+    lays = kind in ("store", "pack", "safetensors", "config", "quantized", "gguf")
     if lays and there is None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

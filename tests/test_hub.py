@@ -195,7 +195,7 @@ def test_what_is_cached_is_used_without_the_hub(hub: FakeHub, tmp_path: Path, so
 def test_what_the_hub_answers_is_one_true_line(hub: FakeHub, tmp_path: Path, mode: str, words: str) -> None:
     hub.mode = mode
     code = (
-        "import sys; from bincompress.sources import hub; from bincompress import cli; hub._ANSWER_SECONDS = 1.0\n"
+        "import sys; from bincompress.sources import hub; from bincompress import cli; hub.ANSWER_SECONDS = 1.0\n"
         "sys.argv = ['bincompress', 'compress', 'team/tiny', sys.argv[1]]; cli.main()"
     )
     environment = {

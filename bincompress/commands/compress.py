@@ -51,10 +51,13 @@ _SAMPLES, _CONTEXT = 64, 512  # of --sequential; calibration.collect has the sam
     type=float,
     help="Average stored bits per weight: choose planes and blocks per matrix where errors cost most.",
 )
+@click.option(
+    "--pack", is_flag=True, help="Also write the finished store as one file beside it: STORE.bincompress.zip."
+)
 @run_options
 def command(
     source: str, store: str, placement: Placement, dry_run: bool, rate: int | None, overwrite: bool, verbose: bool,
-    as_json: bool, **options: Any,
+    as_json: bool, pack: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Pack the weight matrices of SOURCE into STORE.
 
@@ -71,6 +74,7 @@ def command(
       bincompress compress ./Llama-3.2-1B ./store --stats ./stats --compensate --refine 4 --target-bits 2.25
       bincompress compress ./Llama-3.2-1B ./store --sequential wiki.txt --method xnor --compensate --refine 4
       bincompress compress ./model-Q8_0.gguf ./store --embeddings 4bit
+      bincompress compress ./Llama-3.2-1B ./store --pack
       bincompress compress meta-llama/Llama-3.2-1B ./store --embeddings 8bit --dry-run
       bincompress compress /shared/Llama-3.1-405B s3://bucket/store --runner ray --address auto
     """
@@ -81,12 +85,19 @@ def command(
         planned = api.plan(source, headers_only=dry_run, placement=placement, progress=progress, **chosen)
         say_notes(planned)
         if not dry_run:
-            done = api.carry_out(planned, store, overwrite=overwrite, placement=placement, progress=progress)
+            done = api.carry_out(planned, store, pack=pack, overwrite=overwrite, placement=placement, progress=progress)
     if dry_run:
         _show_plan(planned, rate, verbose, as_json)
         return
     if as_json:
         print_json(asdict(done))
+    if pack:
+        click.echo(
+            f"{done.packed}: the same store as one file, read back"
+            if done.packed
+            else "not packed, as the store is not complete",
+            err=as_json,
+        )
     finish([done], quiet=as_json)
 
 

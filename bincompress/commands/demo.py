@@ -25,6 +25,7 @@ def command(store: str) -> None:
     from bincompress.commands.verify import check
     from bincompress.inference.warmup import compiling_ahead
     from bincompress.reporting.inspection import table
+    from bincompress.store.store import open_store
     from cpu_kernels.jit.compiler import announce
 
     # A second process compiles the kernels that run the model while this one compiles those that pack it.
@@ -34,7 +35,7 @@ def command(store: str) -> None:
             # sentences.
             result = api.compress(Path(folder), store, groups=8, block="matrix", embeddings="8bit", progress=progress)
         click.echo(table({"tensors": result.tensors, "total": result.total}))
-        problems = check(store, quiet=False)
+        problems = check(open_store(store), None, quiet=False)
         for name, problem in problems.items():
             click.echo(f"{name}: {problem}", err=True)
         if problems or not result.complete:

@@ -79,3 +79,26 @@ def byte_bar(total: int, title: str, hidden: bool) -> Any:
         dynamic_ncols=True,
         smoothing=0.1,
     )
+
+
+@contextlib.contextmanager
+def stage_bars(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a callback (stage, done, total) that draws a bar for each stage: over tensors of a check, else bytes."""
+    from tqdm import tqdm
+
+    bars: dict[str, Any] = {}
+
+    def on_stage(stage: str, done: int, total: int) -> None:
+        bar = bars.get(stage)
+        if bar is None or done < bar.n:  # a stage that comes again
+            if bar is not None:
+                bar.close()
+            unit = {"unit": "tensor"} if stage == "verify" else {"unit": "B", "unit_scale": True}
+            bar = bars[stage] = tqdm(total=total, desc=stage, disable=True if quiet else None, **unit)
+        bar.update(done - bar.n)
+
+    try:
+        yield on_stage
+    finally:
+        for bar in bars.values():
+            bar.close()

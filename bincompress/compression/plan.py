@@ -151,7 +151,7 @@ def make_plan(
     if sequence is not None and not any(t.settings.calibrated for t in tensors):
         raise RecipeError("--sequential needs a method that uses calibration; add --compensate")
     url = statistics.url if statistics is not None and any(t.inputs_hash for t in tensors) else ""
-    return Plan(checkpoint, recipe, archive, _folded(checkpoint, tensors), url, sequence, found)
+    return Plan(checkpoint, recipe, archive, folded(checkpoint, tensors), url, sequence, found)
 
 
 def _decoder_linears(checkpoint: Checkpoint) -> frozenset[str]:
@@ -202,7 +202,7 @@ def _with_inputs(tensor: PlannedTensor, statistics: "Statistics | None", known: 
     return replace(tensor, inputs_hash=found, peak_memory=memory)
 
 
-def _folded(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...]) -> tuple[PlannedTensor, ...]:
+def folded(checkpoint: Checkpoint, tensors: tuple[PlannedTensor, ...]) -> tuple[PlannedTensor, ...]:
     """Note for every norm into which a channel scale can be folded, and for its readers, who shares it.
 
     It can be where all matrices that read the norm have the same settings, of a method that scales channels.

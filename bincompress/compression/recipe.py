@@ -94,6 +94,11 @@ class Recipe:
         return [name for name in (self.method, embeddings()[self.embeddings].method, *named) if name]
 
 
+def not_given(name: str, value: Any) -> bool:
+    """Return whether a value in a record of a recipe stands for a setting that was not given."""
+    return name in _NOT_GIVEN and bool(_NOT_GIVEN[name] == value)
+
+
 def load_recipe(path: Path | None, given: Mapping[str, Any], keep: Iterable[str] = ()) -> Recipe:
     """Return the recipe of a TOML file (or none), with the command line's options over its defaults.
 

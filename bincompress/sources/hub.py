@@ -15,7 +15,7 @@ from bincompress.tensors.weight import TensorSource
 
 _HUB_ID = re.compile(r"(?P<id>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[\w.\-/]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_ANSWER_SECONDS = 20.0  # for the Hub to say anything
+ANSWER_SECONDS = 20.0  # for the Hub to say anything
 _OF_A_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENOENT)
 
 
@@ -47,18 +47,26 @@ def is_checkpoint(place: str | Path) -> bool:
     return (Path(place) / "config.json").is_file() or is_gguf(Path(place))
 
 
+def parts_of(name: str) -> tuple[str | None, str | None]:
+    """Return the repository and the revision of a Hub id; None and None where it is none."""
+    match = _HUB_ID.fullmatch(name)
+    if match is None or {".", ".."} & set(match["id"].split("/")):
+        return None, None
+    return match["id"], match["revision"]
+
+
 def _from_hub(repo: str, revision: str | None, headers_only: bool) -> Checkpoint:
     """Return a model of the Hub: as it is there now, or where the Hub does not answer, as it lies in the cache."""
     import huggingface_hub
 
     # Its client waits for ever by itself.
-    huggingface_hub.get_session().timeout = _ANSWER_SECONDS
+    huggingface_hub.get_session().timeout = ANSWER_SECONDS
     if revision is not None and _COMMIT.fullmatch(revision) and not headers_only:
         cached = _from_cache(repo, revision)  # what a commit names never changes
         if cached is not None:
             return cached
     try:
-        info = huggingface_hub.model_info(repo, revision=revision, timeout=_ANSWER_SECONDS)
+        info = huggingface_hub.model_info(repo, revision=revision, timeout=ANSWER_SECONDS)
         if headers_only:
             return _headers_from_hub(repo, info.sha or "")
         names = {file.rfilename for file in info.siblings or []}
@@ -74,7 +82,7 @@ def _from_hub(repo: str, revision: str | None, headers_only: bool) -> Checkpoint
         cached = None if _refused(error) else _from_cache(repo, revision)
         if cached is not None:
             return cached
-        raise CheckpointError(f"{repo}: {_reason(error)}") from None
+        raise CheckpointError(f"{repo}: {reason(error)}") from None
 
 
 def _weights(repo: str, commit: str, names: set[str]) -> list[str]:
@@ -124,13 +132,13 @@ def _status(error: Exception) -> int:
     return int(getattr(getattr(error, "response", None), "status_code", 0) or 0)
 
 
-def _reason(error: Exception) -> str:
-    """Return why a model could not be had from the Hub, and what to do."""
+def reason(error: Exception, what: str = "folder") -> str:
+    """Return why a model could not be had from the Hub, and what to do; what: that which is not here either."""
     status, text = _status(error), _line(error)
     names = {kind.__name__ for kind in type(error).__mro__}
     if status == 404 or names & {"RepositoryNotFoundError", "RevisionNotFoundError"}:
         return (
-            f"no such folder here, and the Hub says: {text}; check the name, or log in (hf auth login) for private and "
+            f"no such {what} here, and the Hub says: {text}; check the name, or log in (hf auth login) for private and "
             "gated models"
         )
     if status in (401, 403):
@@ -142,13 +150,13 @@ def _reason(error: Exception) -> str:
     if "OfflineModeIsEnabled" in names:
         return "the cache lacks the model, or a part of it, and HF_HUB_OFFLINE forbids asking the Hub"
     if names & {"TimeoutException", "TimeoutError"}:
-        return f"the Hub gave no answer within {_ANSWER_SECONDS:.0f} s, and the cache lacks the model; try again later"
+        return f"the Hub gave no answer within {ANSWER_SECONDS:.0f} s, and the cache lacks the model; try again later"
     if isinstance(error, ValueError):
         return f"what answers is not the Hub ({text}); does this network ask to sign in first? does HF_ENDPOINT fit?"
     if isinstance(error, OSError) and error.errno in _OF_A_DISK:
         where = error.filename or "HF_HOME"
         return f"the Hub's cache cannot be written: {where}: {error.strerror}; set HF_HOME to a folder with space"
-    return f"no such folder here, and the Hub could not be reached: {text}; the cache lacks the model, too"
+    return f"no such {what} here, and the Hub could not be reached: {text}; the cache lacks the model, too"
 
 
 def _line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """How do arrays become chunk files and arrays again? Sizes are held against the files before memory is taken."""
 
+import math
 import mmap
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -120,18 +120,16 @@ def _zstd() -> Any:
     return numcodecs.Zstd(level=ZSTD_LEVEL, checksum=False)
 
 
-def map_array(url: str, path: str, layout: ArrayLayout) -> NDArray[Any] | None:
-    """Map an array of a local folder, read-only and unchecked; None where it is not one uncompressed chunk."""
+def map_array(files: Files, path: str, layout: ArrayLayout) -> NDArray[Any] | None:
+    """Map an array of this machine, read-only and unchecked; None where it is not one uncompressed chunk."""
     size = layout.nbytes
     if layout.archive or layout.chunks != layout.shape or not size:
         return None
-    # Without Path and np.memmap, which take 0.3 ms an array together.
-    with open(f"{url}/{path}/{next(layout.parts())[0]}", "rb", buffering=0) as file:
-        found = os.fstat(file.fileno()).st_size
-        if found != size + CHECKSUM_BYTES:
-            raise ValueError(f"{found:,} bytes; expected {size + CHECKSUM_BYTES:,}")
-        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-    return np.frombuffer(mapped, np.dtype(layout.dtype).newbyteorder("<")).reshape(layout.shape)
+    mapped = files.mapped(f"{path}/{next(layout.parts())[0]}", size + CHECKSUM_BYTES)
+    if mapped is None:
+        return None
+    values = np.frombuffer(mapped, np.dtype(layout.dtype).newbyteorder("<"), math.prod(layout.shape))
+    return values.reshape(layout.shape)
 
 
 def let_go(values: NDArray[Any]) -> None:

@@ -3,13 +3,14 @@
 Both ask for as little as they can: an object store answers a request in a tenth of a second.
 """
 
+import mmap
 import os
 import stat
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 Bytes = bytes | memoryview
 
@@ -22,6 +23,7 @@ class Files(Protocol):
     """Bytes by their keys, names with "/" between them."""
 
     url: str
+    near: bool  # whether asking for one key costs next to nothing
 
     @property
     def is_whole_bucket(self) -> bool:
@@ -32,6 +34,9 @@ class Files(Protocol):
 
     def read_many(self, keys: Sequence[str]) -> list[bytes | None]:
         """Return the bytes of several keys, at once where that saves time."""
+
+    def mapped(self, key: str, size: int) -> Any:
+        """Map a key of so many bytes, None where it is not on this machine; raises ValueError where it has others."""
 
     def write(self, key: str, parts: Sequence[Bytes]) -> None:
         """Write a key, whole or not at all."""
@@ -84,6 +89,8 @@ def _opened(path: Path) -> BinaryIO:
 class LocalFiles:
     """The files of a folder."""
 
+    near = True
+
     def __init__(self, url: str | Path) -> None:
         self.url = str(url)
         self.root = Path(url)
@@ -105,6 +112,15 @@ class LocalFiles:
     def read_many(self, keys: Sequence[str]) -> list[bytes | None]:
         """See `Files`."""
         return [self.read(key) for key in keys]
+
+    def mapped(self, key: str, size: int) -> Any:
+        """See `Files`."""
+        # Without Path and np.memmap, which take 0.3 ms an array together.
+        with open(f"{self.url}/{key}", "rb", buffering=0) as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != size:
+                raise ValueError(f"{found:,} bytes; expected {size:,}")
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
 
     def write(self, key: str, parts: Sequence[Bytes]) -> None:
         """See `Files`."""

@@ -9,6 +9,7 @@ from filelock import FileLock, Timeout
 
 from bincompress.errors import StoreError
 from bincompress.store.files import LOCK, is_local
+from bincompress.store.pack_files import check_no_file
 
 
 @contextlib.contextmanager
@@ -21,6 +22,7 @@ def exclusive(store: str) -> Iterator[None]:
     if not is_local(store):
         yield
         return
+    check_no_file(store)
     try:
         folder = Path(store).resolve()
         made = _make(folder)

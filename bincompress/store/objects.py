@@ -25,6 +25,8 @@ def _parameters(fs: Any, method: str) -> set[str]:
 class ObjectFiles:
     """The objects below an fsspec URL."""
 
+    near = False
+
     def __init__(self, url: str) -> None:
         import fsspec
 
@@ -71,6 +73,10 @@ class ObjectFiles:
                 raise result
             found.append(bytes(result) if isinstance(result, bytes | bytearray) else None)
         return found
+
+    def mapped(self, key: str, size: int) -> Any:
+        """See `Files`."""
+        return None
 
     def write(self, key: str, parts: Sequence[Bytes]) -> None:
         """See `Files`."""

@@ -1,6 +1,6 @@
 """How is a store read? Attributes, arrays and assets, each held against its hash and the format."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from bincompress.process.faults import hinders
 from bincompress.sources.assets import is_plain
 from bincompress.sources.checkpoint import ITEM_BYTES, OTHER_DTYPES
 from bincompress.store.arrays import first_not_finite, map_array, read_array
-from bincompress.store.files import files_at, is_local
+from bincompress.store.files import Files, LocalFiles, files_at, is_local
 from bincompress.store.layout import (
     ALWAYS,
     ARRAYS,
@@ -27,6 +27,7 @@ from bincompress.store.layout import (
     parse_node,
     seal_problem,
 )
+from bincompress.store.pack_files import PackFiles, store_files
 from bincompress.store.report import report_problem
 from bincompress.tensors.packed import PackedTensor, assemble
 from bincompress.tensors.weight import DTYPE_NAMES, Weight
@@ -42,12 +43,15 @@ _SLASH = "%2F"  # in names of assets that lie in a folder: an array has no folde
 class StoreReader:
     """A store, open for reading."""
 
-    def __init__(self, url: str, attributes: dict[str, Any], trusting: bool = True) -> None:
-        """trusting: whether what a finished store says of its tensors in one place stands for what each says."""
+    def __init__(self, url: str, attributes: dict[str, Any], trusting: bool = True, files: Files | None = None) -> None:
+        """trusting: whether what a finished store says of its tensors in one place stands for what each says.
+
+        files: where they are known; those of a folder, or below a URL, if not given.
+        """
         self.url = url
         self._trusting = trusting
         self.attributes = attributes  # the root's: format, version, source, config, recipe, tensors, status, failures
-        self.files = files_at(url)
+        self.files = files_at(url) if files is None else files
         self._complete: dict[str, dict[str, Any]] = {}  # Zarr metadata of complete tensors, which does not change
 
     @property
@@ -55,7 +59,7 @@ class StoreReader:
         """The store as a zarr group."""
         from bincompress.store.zarr_access import open_root
 
-        return open_root(self.url)
+        return open_root(self.url, isinstance(self.files, PackFiles))
 
     def tensors(self) -> dict[str, str]:
         """Return the planned tensors by name: "packed" or "plain"."""
@@ -91,7 +95,7 @@ class StoreReader:
 
     def _tensor_node(self, name: str) -> dict[str, Any]:
         path = self._path(name)
-        if not is_local(self.url) and self._finished and self._trusting:
+        if not self.files.near and self._finished and self._trusting:
             known = self._finished_nodes.get(name)
             if isinstance(known, dict):
                 return {"attributes": known}
@@ -175,13 +179,16 @@ class StoreReader:
 
     # Arrays
 
-    def read_packed(self, name: str, check_hashes: bool = False) -> PackedTensor:
+    def read_packed(
+        self, name: str, check_hashes: bool = False, arrays: Mapping[str, NDArray[Any]] | None = None
+    ) -> PackedTensor:
         """Map or read a packed tensor and check that its arrays fit together; raises DamagedError naming it.
 
-        check_hashes: hold the arrays' bytes and the attributes against their hashes, too.
+        check_hashes: hold the arrays' bytes and the attributes against their hashes, too. arrays: those that were read
+        already, and are not read again.
         """
         attributes = self.complete_attributes(name)
-        arrays = {key: self._read(name, key) for key in self._keys(name)}
+        arrays = arrays or {key: self._read(name, key) for key in self._keys(name)}
         if check_hashes:
             for key, values in arrays.items():
                 self._check_hash(name, key, values)
@@ -195,13 +202,15 @@ class StoreReader:
             self.check_attributes(name)
         return packed
 
-    def read_plain(self, name: str, check_hashes: bool = False) -> tuple[Weight, tuple[int, ...]]:
-        """Map or read a tensor that was kept as it is, with its shape; `check_hashes` as for a packed one.
+    def read_plain(
+        self, name: str, check_hashes: bool = False, arrays: Mapping[str, NDArray[Any]] | None = None
+    ) -> tuple[Weight, tuple[int, ...]]:
+        """Map or read a tensor that was kept as it is, with its shape; the rest is as for a packed one.
 
         With it, a value that is not finite is refused by name, too: earlier versions wrote such tensors.
         """
         attributes = self.complete_attributes(name)
-        values = self._read(name, "array")
+        values = arrays["array"] if arrays else self._read(name, "array")
         names = {stored: dtype for dtype, stored in DTYPE_NAMES.items()}
         dtype = names.get(str(attributes.get("dtype")), "")
         if not dtype or values.dtype != np.dtype(OTHER_DTYPES.get(dtype, np.float32 if dtype == "F32" else np.uint16)):
@@ -242,7 +251,7 @@ class StoreReader:
 
     def _read_at(self, name: str, key: str, path: str, layout: ArrayLayout, mapped: bool = True) -> NDArray[Any]:
         try:
-            found = map_array(self.url, path, layout) if mapped and is_local(self.url) else None
+            found = map_array(self.files, path, layout) if mapped else None
             return read_array(self.files, path, layout, self._size) if found is None else found
         except _UNREADABLE as error:
             if hinders(error):
@@ -256,7 +265,7 @@ class StoreReader:
         arrays = seal.get("arrays") if isinstance(seal, dict) else None
         known = arrays.get(key) if isinstance(arrays, dict) else None
         try:
-            if not is_local(self.url) and known is not None and self._trusting:
+            if not self.files.near and known is not None and self._trusting:
                 return parse_layout(known)
             node = self._complete[name] if "shape" in self._complete[name] else self.node_of(path)
             if not node:
@@ -278,7 +287,7 @@ class StoreReader:
             return None
 
     def _size(self, key: str) -> int | None:
-        if is_local(self.url) or not self._finished or self._listed is None:
+        if self.files.near or not self._finished or self._listed is None:
             return self.files.size(key)
         return self._listed.get(key)
 
@@ -308,7 +317,7 @@ class StoreReader:
         return found
 
     def _asset_names(self) -> list[str]:
-        if is_local(self.url):
+        if isinstance(self.files, LocalFiles):
             paths = (Path(self.url) / "assets").glob("*/zarr.json")
             return sorted(path.parent.name.replace(_SLASH, "/") for path in paths)
         keys = self._listed if self._finished and self._listed is not None else self.files.sizes("assets")
@@ -344,9 +353,9 @@ def asset_path(name: str) -> str:
     return f"assets/{name.replace('/', _SLASH)}"
 
 
-def root_attributes(url: str) -> dict[str, Any]:
+def root_attributes(files: Files) -> dict[str, Any]:
     """Return the attributes of a store's root; raises FileNotFoundError or ValueError where there is no such group."""
-    content = files_at(url).read("zarr.json")
+    content = files.read("zarr.json")
     if content is None:
         raise FileNotFoundError("it has no zarr.json")
     node = parse_node(content)
@@ -355,13 +364,17 @@ def root_attributes(url: str) -> dict[str, Any]:
     return dict(node.get("attributes", {}))
 
 
-def read_root(url: str) -> dict[str, Any]:
-    """Return the root's attributes of a store; raises StoreError where there is none or another version wrote it."""
-    if is_local(url) and not Path(url).is_dir():
+def read_root(url: str) -> tuple[dict[str, Any], Files]:
+    """Return the root's attributes of a store, and its files: a folder's, a URL's, or those of one packed file.
+
+    Raises StoreError where there is none or another version wrote it.
+    """
+    if is_local(url) and not Path(url).exists():
         raise StoreError(f"{url}: no such store; `bincompress compress SOURCE {url}` makes one")
+    files = store_files(url)
     try:
-        attributes = root_attributes(url)
+        attributes = root_attributes(files)
     except (FileNotFoundError, KeyError, ValueError, RecursionError) as error:
         raise StoreError(f"{url}: not a Zarr v3 store: {str(error) or type(error).__name__}") from None
     check_format(url, attributes)
-    return attributes
+    return attributes, files

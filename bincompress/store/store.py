@@ -11,6 +11,7 @@ from typing import Any
 from bincompress.errors import DamagedError, StoreError
 from bincompress.store.arrays import let_go
 from bincompress.store.files import is_local
+from bincompress.store.hub import located
 from bincompress.store.layout import FORMAT, MODEL, NODES, VERSION, array_hash, check_format
 from bincompress.store.reading import read_root
 from bincompress.store.replace import Place, check_place, clear
@@ -22,11 +23,14 @@ _LOG = logging.getLogger(__name__)
 
 
 def open_store(url: str, run_id: str | None = None) -> Store:
-    """Open a store for reading; raises StoreError where there is none or another version wrote it.
+    """Open a store for reading, a folder, a URL, one packed file or a Hub id; raises StoreError where there is none.
 
     run_id: of the run that writes it, for writing: a store that is no local folder refuses what another run writes.
     """
-    return Store(url, read_root(url), run_id)
+    if run_id is None:
+        url = located(url)
+    attributes, files = read_root(url)
+    return Store(url, attributes, run_id, files)
 
 
 def begin_store(url: str, plan: Mapping[str, Any], assets: Mapping[str, bytes], run_id: str, overwrite: bool) -> Store:

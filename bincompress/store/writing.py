@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bincompress.errors import DamagedError, StoreError, TensorError
 from bincompress.store.arrays import write_array, write_chunks
-from bincompress.store.files import is_local
+from bincompress.store.files import Files, is_local
 from bincompress.store.layout import (
     NODES,
     SEAL,
@@ -27,11 +28,19 @@ from bincompress.tensors.weight import Weight
 _LOG = logging.getLogger(__name__)
 
 
+def plain_values(weight: Weight, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return the array as which a tensor that is kept is stored."""
+    values = weight.bits.reshape(shape)
+    return values.view(np.float32) if weight.dtype == "F32" else values
+
+
 class Store(StoreReader):
     """A bincompress store, open for reading or writing."""
 
-    def __init__(self, url: str, attributes: dict[str, Any], run_id: str | None = None) -> None:
-        super().__init__(url, attributes)
+    def __init__(
+        self, url: str, attributes: dict[str, Any], run_id: str | None = None, files: Files | None = None
+    ) -> None:
+        super().__init__(url, attributes, files=files)
         self._run_id = run_id
         self.refreshed: list[str] = []  # assets that a continued run has taken over anew
         self._written: dict[str, dict[str, ArrayLayout]] = {}  # arrays of tensors that this process has written
@@ -86,9 +95,7 @@ class Store(StoreReader):
         self, name: str, weight: Weight, shape: tuple[int, ...], archive: bool
     ) -> tuple[dict[str, str], int]:
         """Write a tensor as it is; returns its hash and stored bytes. `commit` makes it count."""
-        values = weight.bits.reshape(shape)
-        if weight.dtype == "F32":
-            values = values.view(np.float32)
+        values = plain_values(weight, shape)
         self.remove(name)
         stored = write_chunks(self.files, self._path(name), values, archive)
         self._written[name] = {"array": layout_of(values, archive)}
@@ -100,7 +107,7 @@ class Store(StoreReader):
         Raises StoreError where another run has taken the store over; a local one is locked for its run.
         """
         shared = self._run_id is not None and not is_local(self.url)
-        if shared and root_attributes(self.url).get("run_id") != self._run_id:
+        if shared and root_attributes(self.files).get("run_id") != self._run_id:
             raise StoreError(f"{name}: another run has taken over {self.url}; wait for it, or use another store")
         layouts = self._written[name]
         records = {key: layout.record() for key, layout in layouts.items()}

@@ -50,6 +50,8 @@ def zarr_store(url: str) -> Any:
     return zarr.storage.FsspecStore.from_url(url, storage_options=options_of(url))
 
 
-def open_root(url: str) -> zarr.Group:
-    """Open the root group of a store; raises what zarr raises where there is none."""
+def open_root(url: str, packed: bool = False) -> zarr.Group:
+    """Open the root group of a store; raises what zarr raises where there is none. packed: it is one local file."""
+    if packed:
+        return zarr.open_group(zarr.storage.ZipStore(url, mode="r"), mode="r", zarr_format=3)
     return zarr.open_group(zarr_store(url), mode="r+", zarr_format=3)

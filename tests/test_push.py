@@ -1,0 +1,279 @@
+"""Does a store go to the Hub and come back, with real huggingface_hub calls, against a server that answers as it?"""
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bincompress
+from bincompress.compression.recipe import load_recipe
+from bincompress.errors import BincompressError
+from bincompress.reporting.card import read_evaluation, recipe_toml
+from bincompress.store.hub import FILE, located
+from bincompress.store.store import open_store
+from tests.conftest import tiny_config, tiny_tensors, write_model
+from tests.test_hub import bincompress as run_with_hub
+
+BASE = "team/base"
+
+
+class UploadHub(ThreadingHTTPServer):
+    """Keeps repositories in memory: files by name, commits by number."""
+
+    daemon_threads = True
+    repos: dict[str, dict[str, bytes]]
+    private: dict[str, bool]
+    branches: list[str]
+    large: dict[str, bytes]  # by SHA-256
+    asked: list[str]
+    fails = 0  # so many uploads are cut off
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def sha(self, repo: str) -> str:
+        return hashlib.sha1(repr(sorted(self.repos[repo].items())).encode()).hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: UploadHub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def answer(self, status: int, found: Any = None, headers: dict[str, str] | None = None) -> None:
+        body = found if isinstance(found, bytes) else json.dumps(found or {}).encode()
+        self.send_response(status)
+        for key, value in {
+            "Content-Length": str(len(body)),
+            "Content-Type": "application/json",
+            **(headers or {}),
+        }.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        self.server.asked.append(f"{self.command} {path}")
+        parts = path.strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            repo = "/".join(parts[2:4])
+            if repo in self.server.repos:
+                files = self.server.repos[repo]
+                card = {"license": "apache-2.0"} if repo == BASE else None
+                found = {"id": repo, "sha": self.server.sha(repo), "private": self.server.private.get(repo, False)}
+                self.answer(
+                    200, {**found, "siblings": [{"rfilename": name} for name in files], "tags": [], "cardData": card}
+                )
+                return
+        repo, name = "/".join(parts[:2]), "/".join(parts[4:])
+        content = self.server.repos.get(repo, {}).get(name)
+        if content is None:
+            code = "EntryNotFound" if repo in self.server.repos else "RepoNotFound"
+            self.answer(404, {}, {"X-Error-Code": code, "X-Error-Message": "not there"})
+            return
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": self.server.sha(repo)}
+        self.answer(200, content, headers)
+
+    def do_PUT(self) -> None:
+        content = self.body()
+        if self.server.fails:
+            self.server.fails -= 1
+            self.answer(400, {"error": "cut off"})
+            return
+        self.server.asked.append("PUT")
+        self.server.large[hashlib.sha256(content).hexdigest()] = content
+        self.answer(200)
+
+    def do_POST(self) -> None:
+        path, content = self.path.split("?")[0], self.body()
+        self.server.asked.append(f"POST {path}")
+        parts = path.strip("/").split("/")
+        if path == "/api/repos/create":
+            asked = json.loads(content)
+            repo = f"{asked['organization']}/{asked['name']}"
+            if repo in self.server.repos:
+                self.answer(409, {"url": f"{self.server.url}/{repo}"})
+                return
+            self.server.repos[repo] = {}
+            self.server.private[repo] = asked.get("visibility") == "private"
+            self.answer(200, {"url": f"{self.server.url}/{repo}"})
+        elif path == "/api/validate-yaml":
+            self.answer(200, {"errors": [], "warnings": []})
+        elif "preupload" in parts:
+            here = self.server.repos["/".join(parts[2:4])]
+            files = [
+                {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(".zip") else "regular",
+                 "shouldIgnore": False, "oid": oid(file["path"], here.get(file["path"]))}
+                for file in json.loads(content)["files"]
+            ]  # fmt: skip
+            self.answer(200, {"files": files})
+        elif path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(content)["objects"]
+            for each in objects:
+                if each["oid"] not in self.server.large:
+                    each["actions"] = {"upload": {"href": f"{self.server.url}/put"}}
+            self.answer(200, {"transfer": "basic", "objects": objects})
+        elif "branch" in parts:
+            self.server.branches.append(parts[-1])
+            self.answer(200)
+        elif "commit" in parts:
+            repo = "/".join(parts[2:4])
+            for line in content.splitlines():
+                found = json.loads(line)
+                value = found["value"]
+                if found["key"] == "file":
+                    self.server.repos[repo][value["path"]] = base64.b64decode(value["content"])
+                elif found["key"] == "lfsFile":
+                    self.server.repos[repo][value["path"]] = self.server.large[value["oid"]]
+            sha = self.server.sha(repo)
+            self.answer(200, {"commitUrl": f"{self.server.url}/{repo}/commit/{sha}", "commitOid": sha})
+
+
+def oid(path: str, content: bytes | None) -> str | None:
+    if content is None:
+        return None
+    if path.endswith(".zip"):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@pytest.fixture
+def hub() -> Iterator[UploadHub]:
+    server = UploadHub(("127.0.0.1", 0), _Handler)
+    server.repos, server.private, server.branches, server.large, server.asked = {BASE: {}}, {}, [], {}, []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("push")
+    model = write_model(folder / "model", tiny_tensors(), tiny_config())
+    bincompress.compress(model, folder / "store", groups=3)
+    return folder / "store"
+
+
+@pytest.mark.slow
+def test_a_store_goes_to_the_hub_and_runs_from_there(hub: UploadHub, store: Path, tmp_path: Path) -> None:
+    def call(*arguments: object, code: int = 0, **more: str) -> str:
+        done = run_with_hub(tmp_path, hub.server_port, *map(str, arguments), HF_TOKEN="hf_x", **more)
+        assert done.returncode == code, done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+    (tmp_path / "e.json").write_text(
+        json.dumps({"text": "held/out.txt", "tokens": 99, "perplexity": 12.5, "baseline_perplexity": 10.0,
+                    "kl_divergence": 0.25, "top1_agreement": 0.75})
+    )  # fmt: skip
+    push = ("push", store, "me/tiny", "--base-model", BASE, "--evaluation", tmp_path / "e.json")
+    card = call(*push, "--dry-run")
+    assert list(hub.repos) == [BASE]
+    for line in ("base_model: team/base", "base_model_relation: quantized", "license: apache-2.0", "groups = 3",
+                 "| out.txt | 99 | 12.5000 | 10.0000 | 1.250 | 0.25000 | 75.00% |",
+                 "bincompress verify me/tiny --source team/base --sample 20"):  # fmt: skip
+        assert line in card
+    hub.fails = 1
+    assert "cut off; run the same command again" in call(*push, "--private", "--revision", "test", code=2)
+    call(*push, "--private", "--revision", "test")
+    assert (hub.private["me/tiny"], hub.branches[-1]) == (True, "test")
+    files = hub.repos["me/tiny"]
+    assert set(files) == {"README.md", "config.json", "tokenizer.json", FILE}
+    assert files["README.md"].decode() == card
+    assert f"`{hashlib.sha256(files[FILE]).hexdigest()}`" in card
+    assert files["config.json"] == open_store(str(store)).read_assets()["config.json"]
+    hub.asked.clear()
+    call(*push)  # nothing has changed
+    assert "PUT" not in hub.asked
+    assert not any("/commit/" in line for line in hub.asked)
+
+    expected = call("generate", store, "t1 t2", "--max-tokens", "4")
+    assert call("generate", "me/tiny", "t1 t2", "--max-tokens", "4") == expected
+    assert "every tensor is as it was written" in call("verify", "me/tiny@main")
+    assert call("generate", "me/tiny", "t1 t2", "--max-tokens", "4", HF_HUB_OFFLINE="1") == expected
+    listed = json.loads(call("models", "--json"))["models"]
+    assert [(one["name"], one["kind"]) for one in listed] == [("me/tiny", "store")]
+    assert "are free by that" in call("models", "--remove", "me/tiny")
+    assert call("models") == "no models in the cache\n"
+    assert "not in the cache" in call("models", "--remove", "me/tiny", code=2)
+
+
+@pytest.mark.slow
+def test_what_is_refused(hub: UploadHub, store: Path, tmp_path: Path) -> None:
+    def refused(*arguments: object) -> str:
+        done = run_with_hub(tmp_path, hub.server_port, *map(str, arguments), HF_TOKEN="hf_x")
+        assert (done.returncode, [line for line in done.stderr.splitlines() if "error: " in line]) != (0, [])
+        return done.stderr.splitlines()[-1]
+
+    hub.repos["me/other"] = {"README.md": b"# mine"}
+    hub.repos["me/damaged"] = {FILE: b"PK\3\4" + bytes(5000)}
+    assert "has a README.md that bincompress did not write" in refused("push", store, "me/other")
+    assert hub.repos["me/other"] == {"README.md": b"# mine"}
+    assert "exists and is public" in refused("push", store, "me/other", "--private")
+    assert "has no model.bincompress.zip on the Hub" in refused("generate", "me/other", "x")
+    assert "came damaged, and was removed from the cache" in refused("generate", "me/damaged", "x")
+    assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file() and path.stat().st_size == 5004]
+    assert "no such store here, and the Hub says" in refused("generate", "me/missing", "x")
+    for arguments in (("push", store, "tiny"), ("push", store, "a/b@main"), ("push", store, "../x")):
+        assert "expected the name of a model on the Hub" in refused(*arguments)
+    assert "no such store" in refused("push", tmp_path / "missing", "me/tiny")
+
+
+def test_a_path_that_exists_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "me" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert located("me/tiny") == "me/tiny"
+    for name in ("./missing", "../missing", "a/b/c", "missing", "s3://a/b", str(tmp_path / "x")):
+        assert located(name) == name
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {}, {"method": "dbllm", "block": 64, "embeddings": "8bit"}, {"method": "billm", "refine": 2},
+        {"method": "wgm", "groups": 5, "block": "matrix", "lam": 0.1, "lam_normalized": True, "embeddings": "4bit"},
+        {"method": "dbellquant", "planes": 1, "scale_bits": 8}, {"method": "xnor", "compensate": True, "planes": 3},
+    ],
+)  # fmt: skip
+def test_the_recipe_of_a_card_gives_the_same_recipe(tmp_path: Path, given: dict[str, Any]) -> None:
+    (tmp_path / "r.toml").write_text(
+        '[[tensor]]\npattern = "*up*"\nmethod = "billm"\n[[tensor]]\npattern = "a.*"\nblock = 64\n'
+    )
+    recipe = load_recipe(tmp_path / "r.toml", given, ["*q_proj*"])
+    (tmp_path / "card.toml").write_text(recipe_toml(recipe.record()))
+    assert load_recipe(tmp_path / "card.toml", {}).record() == recipe.record()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"text": "a", "tokens": 1}', '{"text": "a", "tokens": 1, "perplexity": "1"}']
+)
+def test_an_evaluation_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "e.json").write_text(content)
+    with pytest.raises(BincompressError, match=r"e\.json: (not readable|expected what)"):
+        read_evaluation(tmp_path / "e.json")
