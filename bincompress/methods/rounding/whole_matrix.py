@@ -119,7 +119,7 @@ def binarize(weight: Weight, settings: Grouping) -> Binarized:
         ),
         squared_error=max(float(np.sum(squares - 2 * stored * total + stored * stored * sizes)), 0.0),
         squared_norm=float(groups.second[-1]),
-        nominal_bits=1.0 + 16.0 * number / (rows * cols),
+        scales=number,
         groups=number,
         notes=notes,
     )
