@@ -394,15 +394,3 @@ def test_few_tokens_are_not_refined_on() -> None:
     assert (refined[2]["refinement_rounds"], left[2]["refinement_rounds"]) == (4, 0)
     assert left[2]["refinement"] == "left out: 128 tokens of calibration for 512 columns; expected at least 256"
     assert errors(256)[2] == refined[2]
-
-
-@pytest.mark.parametrize("method", ["xnor", "wgm", "dbellquant", "dbllm"])
-def test_nominal_bits_count_scales_at_their_width(method: str) -> None:
-    """They leave bytes out, so with 8-bit scales too they are no more than what is stored."""
-    weight, own = as_weight(np.random.default_rng(0).standard_normal((64, 256)) * 0.05, "BF16"), {"scale_bits": 8}
-    compensate = {} if method == "dbellquant" else {"compensate": True}
-    found = method_named(method).binarize(weight, make_settings(method, **own, **compensate), inputs_of(256))
-    stored = 8 * sum(values.nbytes for values in found.tensor.arrays().values()) / (64 * 256)
-    wide = method_named(method).binarize(weight, make_settings(method, **compensate), inputs_of(256))
-    assert found.nominal_bits < wide.nominal_bits
-    assert found.nominal_bits <= stored

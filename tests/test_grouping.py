@@ -14,7 +14,6 @@ from bincompress.methods.rounding.narrowed import narrowed_groups
 from bincompress.sources.checkpoint import open_checkpoint, read_weight
 from cpu_kernels.quantize.group_units import group_units
 from cpu_kernels.quantize.grouping import exact_groups, merged_groups
-from cpu_kernels.quantize.narrowing import codes_by_limits
 from cpu_kernels.quantize.two_groups import sorting_network, split_blocks
 from tests.conftest import SHARED, as_weight
 
@@ -270,12 +269,3 @@ def test_magnitudes_that_are_alike_or_not_finite_are_left_to_the_sorting_solver(
     values = random.standard_normal((80, 90))
     values[3, 4] = np.inf
     assert narrowed_groups(as_weight(values, "F32").flat, 4) is None
-
-
-@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=60), st.lists(st.integers(0, 2**31 - 1), max_size=9))
-def test_codes_by_limits_count_the_limits_below(bits: list[int], limits: list[int]) -> None:
-    patterns, upper = np.array(bits, np.uint32), np.sort(np.array(limits, np.uint32))
-    codes = np.empty(patterns.size, np.uint8)
-    codes_by_limits(patterns, upper, 77, codes)
-    keys = patterns & np.uint32(0x7FFFFFFF)
-    np.testing.assert_array_equal(codes, np.where(keys == 0, 77, np.searchsorted(upper, keys, side="left")))

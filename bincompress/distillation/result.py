@@ -15,6 +15,7 @@ from bincompress.distillation.model import Student
 from bincompress.distillation.settings import DistillError
 from bincompress.errors import StoreError
 from bincompress.methods import method_named
+from bincompress.methods.declaration import nominal_bits
 from bincompress.sources.checkpoint import Checkpoint, read_weight
 from bincompress.store.layout import MODEL, NEW, SEAL, VERSION
 from bincompress.store.replace import check_place, put_in_place, remove
@@ -107,8 +108,7 @@ def _write_packed(
     report |= {"squared_norm": six_digits(norm), "relative_error": six_digits(error / norm if norm else 0.0)}
     report |= {"stored_bits": six_digits(8.0 * nbytes / weights)}
     if bits != before_bits and packed.numbers.dtype != np.float32:
-        more = (bits - before_bits) * packed.numbers.size / weights
-        report["nominal_bits"] = six_digits(before["nominal_bits"] + more)
+        report["nominal_bits"] = six_digits(nominal_bits(packed.numbers.size, packed.numbers.itemsize, weights))
         attributes["settings"] = {**attributes["settings"], "scale_bits": bits}
     report |= method_named(attributes["method"]).describe_planes(packed.planes, packed.shape[1])
     return {**attributes, "report": report}

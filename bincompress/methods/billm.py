@@ -64,13 +64,12 @@ class BillmSettings(CompensatedSettings):
 
 
 def binarize(weight: Weight, settings: BillmSettings, inputs: Inputs | None = None) -> Binarized:
-    """Return the planes of BiLLM's method with error compensation; nominal bits: 1 + the share of salient columns."""
+    """Return the planes of BiLLM's method with error compensation."""
     if inputs is None:
         raise TensorError("billm needs statistics of the layer's inputs; give --stats")
-    found = calibrated.binarize(weight, settings, inputs, calibrated.Scheme(CODEBOOK, start, 2, 1, 0))
+    found = calibrated.binarize(weight, settings, inputs, calibrated.Scheme(CODEBOOK, start, 2, 7))
     salient = int(np.bitwise_count(found.tensor.column_planes).sum())
-    share = salient / weight.shape[1]
-    return replace(found, nominal_bits=1.0 + share, notes={**found.notes, "salient_columns": salient})
+    return replace(found, notes={**found.notes, "salient_columns": salient})
 
 
 def start(weights: NDArray[np.float32], importance: Floats) -> tuple[Floats, NDArray[np.uint8]]:

@@ -93,7 +93,7 @@ def binarize(weight: Weight, settings: DbellquantSettings, inputs: Inputs | None
 
 def _transformed(weight: Weight, settings: DbellquantSettings, inputs: Inputs, scale: NDArray[np.float32]) -> Binarized:
     planes, bits = settings.planes, settings.activation_bits
-    scheme = calibrated.Scheme(sum_of_planes(planes), of_planes(planes), planes, 1, planes)
+    scheme = calibrated.Scheme(sum_of_planes(planes), of_planes(planes), planes, planes)
     found = calibrated.binarize(weight, settings, inputs, scheme, scale)
     scaled = weight.float32() * scale
     moved = Magnitudes.of(inputs).moved(scaled, scale.astype(np.float64), bits, found.notes["output_size"])

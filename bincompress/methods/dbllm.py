@@ -56,7 +56,7 @@ def binarize(weight: Weight, settings: DbllmSettings, inputs: Inputs | None = No
     rows, cols = weight.shape
     block = settings.block_columns(cols)
     if inputs is not None:
-        scheme = calibrated.Scheme(Codebook(2, TERMS, MIX), _start, 4, 2, 2)
+        scheme = calibrated.Scheme(Codebook(2, TERMS, MIX), _start, 4, 2)
         found = calibrated.binarize(weight, settings, inputs, scheme)
         return replace(found, notes={**found.notes, **sparsity(found.tensor.planes, cols)})
     steps = np.empty((rows, -(-cols // block)), np.float32)
@@ -71,7 +71,7 @@ def binarize(weight: Weight, settings: DbllmSettings, inputs: Inputs | None = No
         PackedTensor(planes, numbers, TERMS, block, (rows, cols), exponent, MIX),
         squared_error=error,
         squared_norm=norm,
-        nominal_bits=2.0 + 16.0 * numbers.size / (rows * cols),
+        scales=numbers.size,
         groups=4,
         notes=sparsity(planes, cols),
     )

@@ -126,9 +126,23 @@ class Binarized:
     tensor: PackedTensor
     squared_error: float
     squared_norm: float
-    nominal_bits: float  # the paper's formula: signs and scales, without which weight is in which group
+    scales: int  # of the whole matrix: a group's, a plane's or another that is stored
     groups: int  # most groups of magnitudes in one row-block
     notes: dict[str, Any] = field(default_factory=dict)  # what a reader of the report should know
+
+    @property
+    def nominal_bits(self) -> float:
+        """Bits a weight as the grouping paper (arXiv 2509.03054) counts them: see `nominal_bits`."""
+        rows, cols = self.tensor.shape
+        return nominal_bits(self.scales, self.tensor.numbers.dtype.itemsize, rows * cols)
+
+
+def nominal_bits(scales: int, scale_bytes: int, weights: int) -> float:
+    """Return the grouping paper's bits a weight, for every method: a sign, and the scales at their width.
+
+    It leaves out which scales a weight has. A whole matrix's scales, stored in 4 bytes, count 16 bits as in the paper.
+    """
+    return 1.0 + 8 * min(scale_bytes, 2) * scales / weights
 
 
 class Recognized(NamedTuple):

@@ -72,7 +72,7 @@ def binarize(weight: Weight, settings: LosslessSettings, inputs: Inputs | None =
         tensor,
         squared_error=0.0,
         squared_norm=squares,
-        nominal_bits=len(planes) + 8.0 * found.numbers.nbytes / weight.bits.size,
+        scales=found.numbers.size,
         groups=most,
         notes={"lossless": True, "levels": found.form.text, "unit": unit},
     )

@@ -70,7 +70,7 @@ def binarize(weight: Weight, settings: UniformSettings, inputs: Inputs | None = 
         PackedTensor(planes, numbers, terms, block, (rows, cols), exponent, mix),
         squared_error=error,
         squared_norm=norm,
-        nominal_bits=bits + 16.0 * numbers.size / (rows * cols),
+        scales=numbers.size,
         groups=1 << bits,
     )
 

@@ -105,7 +105,7 @@ def _compensated(weight: Weight, settings: WgmSettings, inputs: Inputs) -> Binar
         depth = index_planes(groups)
         codebook = Codebook(1 + depth, tuple(1 | subset << 1 for subset in range(1 << depth)))
         start = of_groups(codebook, groups)
-    return calibrated.binarize(weight, settings, inputs, calibrated.Scheme(codebook, start, groups, 1, groups))
+    return calibrated.binarize(weight, settings, inputs, calibrated.Scheme(codebook, start, groups, groups))
 
 
 def index_planes(groups: int) -> int:
@@ -145,7 +145,7 @@ def _two_groups(weight: Weight, settings: WgmSettings, block: int) -> Binarized:
         PackedTensor(planes, numbers, (1, 2), block, (rows, cols), exponent),
         squared_error=max(float(np.sum(error)), 0.0),
         squared_norm=float(np.sum(squares)),
-        nominal_bits=1.0 + 16.0 * used / (rows * cols),
+        scales=used,
         groups=2 if np.any(large > 0) else 1,
         notes=_zero_note(weight),
     )
@@ -191,7 +191,7 @@ def _grouped_blocks(weight: Weight, settings: WgmSettings, block: int) -> Binari
         PackedTensor(planes, numbers, terms, block, (rows, cols), exponent),
         squared_error=max(float(error), 0.0),
         squared_norm=float(np.sum(squares)),
-        nominal_bits=1.0 + 16.0 * int(np.sum(size > 0)) / (rows * cols),
+        scales=int(np.sum(size > 0)),
         groups=int(np.max(np.sum(size > 0, axis=0))),
         notes=_zero_note(weight),
     )

@@ -62,7 +62,7 @@ def binarize(weight: Weight, settings: XnorSettings, inputs: Inputs | None = Non
     rows, cols = weight.shape
     block, planes = settings.block_columns(cols), settings.planes
     if inputs is not None:
-        scheme = calibrated.Scheme(sum_of_planes(planes), of_planes(planes), 1, planes, planes)
+        scheme = calibrated.Scheme(sum_of_planes(planes), of_planes(planes), 1, planes)
         return calibrated.binarize(weight, settings, inputs, scheme)
     starts = np.arange(0, cols, block)
     total = np.empty((rows, starts.size))
@@ -89,7 +89,7 @@ def binarize(weight: Weight, settings: XnorSettings, inputs: Inputs | None = Non
         PackedTensor(signs, numbers, (1,), block, (rows, cols), exponent),
         squared_error=max(error, 0.0),
         squared_norm=squares,
-        nominal_bits=1.0 + 16.0 * scale.size / (rows * cols),
+        scales=numbers.size,
         groups=1,
     )
 

@@ -69,6 +69,16 @@ def above(typing: Any, array: Any, start: Any, mask: Any, threshold: Any) -> Any
 
 
 @intrinsic
+def lowest_bit(typing: Any, word: Any) -> Any:
+    """Return the number of the lowest bit that is set in a uint64 other than 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return llvm.call(builder, "llvm.cttz.i64", llvm.I64, [arguments[0], ir.Constant(ir.IntType(1), 1)])
+
+    return types.int64(types.uint64), generate
+
+
+@intrinsic
 def order_rows(typing: Any, keys: Any, first: Any, second: Any) -> Any:
     """Order rows `first` and `second` of keys (n, LANES) lane by lane: the lesser key goes to the first row."""
 

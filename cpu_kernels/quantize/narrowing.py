@@ -9,32 +9,60 @@ import numba
 import numpy as np
 
 from cpu_kernels.jit.compiler import inline, kernel, out, view
+from cpu_kernels.quantize.intrinsics import above, lowest_bit
 
-F8, I4, I8, U1, U4, U8 = numba.float64, numba.int32, numba.int64, numba.uint8, numba.uint32, numba.uint64
+F4, F8, I4, I8 = numba.float32, numba.float64, numba.int32, numba.int64
+U1, U4, U8 = numba.uint8, numba.uint32, numba.uint64
 
-FIRST_SHIFT = 15  # of the patterns without their sign: 65,536 cells
-PARTS_SHIFT = 5
+PARTS_SHIFT = 3
 MAGNITUDE = np.uint32(0x7FFFFFFF)
-_TILE = 2048
+MOST_COUNTED = 1 << 24  # weights: their number and the sum of their places in a cell fit one 64-bit integer
+_NUMBER_SHIFT = 39  # of cells of up to 2 ** 15 patterns
+_LOOKUP_SHIFT = 15
+_WORD = 64
+_LANES = 16
 
 
-@kernel(U8(view(U4, 1), out(U8, 2)))
-def count_cells(bits, table):
-    """Count float32 magnitudes by cells of 2 ** FIRST_SHIFT patterns and return how many are zero.
+@kernel(I8(view(U4, 1), U4, out(U8, 1), out(I4, 1), out(F8, 2)))
+def count_cells(bits, shift, scratch, cells, sums):
+    """Count float32 magnitudes by cells of 2 ** shift patterns (at most 2 ** 15); return how many cells hold any.
 
-    table: uint64 (65,536, 3), zeros on entry; becomes the number, the sum and the sum of squares of the patterns'
-    places in their cell, which are exact (up to 2 ** 34 weights).
+    bits: uint32 (at most MOST_COUNTED). scratch: uint64 (2 ** (31 - shift)), zeros on entry and after it. cells: int32,
+    become the numbers of these cells; sums: float64 (2, cells), how many patterns are in each, and their places' sum.
     """
-    zeros = np.uint64(0)
+    # One addition a weight for both sums.
+    one = np.uint64(1 << _NUMBER_SHIFT)
+    last = np.uint32((np.uint32(1) << shift) - np.uint32(1))
     for i in range(bits.size):
         key = bits[i] & MAGNITUDE
-        place = np.uint64(key & np.uint32((1 << FIRST_SHIFT) - 1))
-        cell = key >> np.uint32(FIRST_SHIFT)
-        table[cell, 0] += np.uint64(1)
-        table[cell, 1] += place
-        table[cell, 2] += place * place
-        zeros += np.uint64(key == 0)
-    return zeros
+        scratch[key >> shift] += one | np.uint64(key & last)
+    found = 0
+    for cell in range(scratch.size):
+        both = scratch[cell]
+        if both:
+            cells[found] = cell
+            sums[0, found] = np.float64(both >> np.uint64(_NUMBER_SHIFT))
+            sums[1, found] = np.float64(both & np.uint64((1 << _NUMBER_SHIFT) - 1))
+            found += 1
+            scratch[cell] = np.uint64(0)
+    return found
+
+
+@kernel(F8(view(F4, 1)))
+def sum_of_squares(values):
+    """Return the sum of squares, in float64 and always in the same order."""
+    sums = np.zeros(_LANES)
+    whole = values.size // _LANES * _LANES
+    for i in range(0, whole, _LANES):
+        for lane in range(_LANES):
+            value = np.float64(values[i + lane])
+            sums[lane] += value * value
+    total = 0.0
+    for i in range(whole, values.size):
+        total += np.float64(values[i]) * np.float64(values[i])
+    for lane in range(_LANES):
+        total += sums[lane]
+    return total
 
 
 @inline
@@ -48,21 +76,39 @@ def _part(key, slot, shift, table):
     return part
 
 
-@kernel(I8(view(U4, 1), view(I4, 1), I8, out(U8, 2), out(U4, 1), out(I4, 1)))
-def split_first(bits, slots, shift, table, keys, parts):
+@inline
+def _inside(bits, begin, low, high):
+    """Return which of 64 magnitudes are in one of the ranges of patterns above low up to high, as bits of a word."""
+    word = np.uint64(0)
+    for r in range(low.size):
+        word |= above(bits, begin, MAGNITUDE, low[r]) & ~above(bits, begin, MAGNITUDE, high[r])
+    return word
+
+
+@kernel(I8(view(U4, 1), U4, view(I4, 1), view(U4, 1), view(U4, 1), I8, out(U8, 2), out(U4, 1), out(I4, 1)))
+def split_first(bits, first_shift, slots, low, high, shift, table, keys, parts):
     """Count the magnitudes of the cells that are split in their parts of 2 ** shift patterns; return how many.
 
-    slots: int32 (65,536), which rows of the table a cell's parts have, -1 for cells that stay whole. table: uint64
-    (32 * cells split, 3), as in `count_cells`. keys, parts: become the non-zero magnitudes and their rows.
+    first_shift, slots: int32 (2 ** (31 - first_shift)): which rows of the table a cell's parts have, -1 for cells that
+    stay whole. low, high: the non-zero patterns of these cells as ranges, above low up to high, if they are few; empty
+    otherwise. table: uint64 (8 * cells split, 3), zeros on entry; becomes the number, the sum and the sum of squares of
+    the patterns' places in the part. keys, parts: become the non-zero magnitudes and their rows, with room for one more
+    than there are.
     """
     found = 0
-    for i in range(bits.size):
-        key = bits[i] & MAGNITUDE
-        slot = slots[key >> np.uint32(FIRST_SHIFT)]
-        if slot >= 0 and key != 0:
-            keys[found] = key
-            parts[found] = _part(key, slot, shift, table)
+    whole = bits.size // _WORD * _WORD if low.size else 0
+    for begin in range(0, whole, _WORD):  # 0.3 ns a weight where one range is narrow; a lookup for each takes 1 ns
+        word = _inside(bits, begin, low, high)
+        while word:
+            keys[found] = bits[begin + lowest_bit(word)] & MAGNITUDE
             found += 1
+            word &= word - np.uint64(1)
+    for i in range(whole, bits.size):
+        key = bits[i] & MAGNITUDE
+        keys[found] = key
+        found += np.int64((slots[key >> first_shift] >= 0) & (key != 0))
+    for i in range(found):
+        parts[i] = _part(keys[i], slots[keys[i] >> first_shift], shift, table)
     return found
 
 
@@ -134,15 +180,30 @@ def window_rows(count, first, second, low, high, empty, less, costs, choices):
 def codes_by_limits(bits, upper, zero_code, codes):
     """Write how many of the limits each float32 magnitude is above, `zero_code` for zeros.
 
-    bits: uint32 (n); upper: uint32 (groups - 1), the greatest pattern of each group but the last; codes: uint8 (n).
+    bits: uint32 (n); upper: uint32 (at most 255), ascending: the greatest pattern of each group but the last; codes:
+    uint8 (n).
     """
-    for begin in range(0, bits.size, _TILE):
-        end = min(begin + _TILE, bits.size)
-        for i in range(begin, end):
-            codes[i] = 0
-        for group in range(upper.size):
-            limit = upper[group]
-            for i in range(begin, end):
-                codes[i] += np.uint8((bits[i] & MAGNITUDE) > limit)
-        for i in range(begin, end):
-            codes[i] = zero_code if (bits[i] & MAGNITUDE) == 0 else codes[i]
+    # A lookup by cell tells the limits below the cell, and the first in it: 0.6 ns a weight, for any number of limits.
+    cells = 1 << 31 - _LOOKUP_SHIFT
+    below, inside = np.empty(cells, np.uint8), np.empty(cells, np.uint32)
+    limit = 0
+    for cell in range(cells):
+        last = np.uint32(cell << _LOOKUP_SHIFT | (1 << _LOOKUP_SHIFT) - 1)
+        below[cell] = limit
+        inside[cell] = upper[limit] if limit < upper.size and upper[limit] < last else last
+        while limit < upper.size and upper[limit] <= last:
+            limit += 1
+    for i in range(bits.size):
+        key = bits[i] & MAGNITUDE
+        cell = key >> np.uint32(_LOOKUP_SHIFT)
+        codes[i] = below[cell] + np.uint8(key > inside[cell])
+    # Where a cell has several limits, its magnitudes above the first look on.
+    several = False
+    for limit in range(1, upper.size):
+        several |= upper[limit] >> np.uint32(_LOOKUP_SHIFT) == upper[limit - 1] >> np.uint32(_LOOKUP_SHIFT)
+    if several:
+        for i in range(bits.size):
+            while codes[i] < upper.size and (bits[i] & MAGNITUDE) > upper[codes[i]]:
+                codes[i] += np.uint8(1)
+    for i in range(bits.size):
+        codes[i] = zero_code if (bits[i] & MAGNITUDE) == 0 else codes[i]

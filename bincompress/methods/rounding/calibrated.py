@@ -23,9 +23,7 @@ class Scheme(NamedTuple):
     codebook: Codebook
     start: Start
     groups: int  # for the report
-    # What the method's paper counts: bits of a weight's signs, and scales of a row-block.
-    sign_bits: int
-    scales: int
+    scales: int  # of a row-block
 
 
 def binarize(
@@ -61,7 +59,7 @@ def binarize(
         _as_planes(found, codebook, block, rounding),
         squared_error=float(np.sum(error.astype(np.float64) ** 2)),
         squared_norm=float(np.sum(original.astype(np.float64) ** 2)),
-        nominal_bits=scheme.sign_bits + settings.scale_bits * scheme.scales * -(-cols // block) / cols,
+        scales=scheme.scales * found.coef.shape[0] * found.coef.shape[1],
         groups=scheme.groups,
         notes=notes,
     )

@@ -63,7 +63,7 @@ class Groups:
 
     positions: NDArray[np.int64]  # in the sorted order of all non-zero magnitudes
     first: NDArray[np.float64]  # sums
-    second: NDArray[np.float64]  # sums of squares
+    second: NDArray[np.float64]  # sums of squares; between the first and the last place they may be wrong
 
 
 def binarize(weight: Weight, settings: Grouping) -> Binarized:
@@ -119,7 +119,7 @@ def binarize(weight: Weight, settings: Grouping) -> Binarized:
         ),
         squared_error=max(float(np.sum(squares - 2 * stored * total + stored * stored * sizes)), 0.0),
         squared_norm=float(groups.second[-1]),
-        nominal_bits=1.0 + 16.0 * number / (rows * cols),
+        scales=number,
         groups=number,
         notes=notes,
     )
@@ -132,9 +132,11 @@ def _grouped(weight: Weight, settings: Grouping) -> tuple[Magnitudes, Groups]:
         if narrowed is not None:
             cells, limits = narrowed.cells, narrowed.limits
             values = cells.top.view(np.float32).astype(np.float64)
-            positions, (_, first, second) = np.concatenate([[0], np.cumsum(cells.counts)]), cells.prefixes()
+            positions, (_, first, _) = np.concatenate([[0], np.cumsum(cells.counts)]), cells.prefixes()
             seen = Magnitudes(cells.top, values, cells.counts, narrowed.zeros)
-            return seen, Groups(positions[limits], first[limits], second[limits])
+            # Of the squares only the sum over all groups is known, and needed.
+            second = np.append(np.zeros(limits.size - 1), narrowed.squares)
+            return seen, Groups(positions[limits], first[limits], second)
     seen = magnitudes_of(weight)
     if seen.keys.size and not np.isfinite(seen.values[-1]):
         raise FloatingPointError("a weight is NaN or infinite")
@@ -247,7 +249,8 @@ def _halve(
 
 def _parted(seen: Magnitudes, groups: Groups) -> bool:
     """Return whether equal magnitudes lie in different groups."""
-    return not np.all(np.isin(groups.positions[1:-1], np.cumsum(seen.counts)))
+    ends, inner = np.cumsum(seen.counts), groups.positions[1:-1]
+    return not np.array_equal(ends[np.searchsorted(ends, inner)], inner)
 
 
 def _pack_codes(weight: Weight, seen: Magnitudes, groups: Groups, zero_code: int, planes: NDArray[np.uint64]) -> None:
