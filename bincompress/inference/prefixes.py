@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from bincompress.model.cache import CacheType, KvCache
 from bincompress.model.decoder import Decoder
 
-_SHORTEST_COPY = 16  # tokens; fewer are computed as soon as a cache is copied
+_SHORTEST_COPY = 4  # tokens; fewer are computed as soon as a cache is copied
 
 
 @dataclass(frozen=True)

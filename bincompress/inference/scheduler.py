@@ -50,11 +50,12 @@ class Limits:
 
 @dataclass
 class Counts:
-    """What was done so far, in tokens but for passes and seconds."""
+    """What was done so far, in tokens but for texts, passes and seconds."""
 
     read: int = 0
     reused: int = 0
     written: int = 0
+    finished: int = 0  # texts
     passes: int = 0
     busy_seconds: float = 0.0
 
@@ -163,6 +164,7 @@ class Scheduler:
         """Keep the caches of texts that ended."""
         for text in [text for text in self._active if text.ended]:
             self._active.remove(text)
+            self.counts.finished += 1
             if text.cache is not None:
                 self._prefixes.put(text.tokens, text.cache)
 
@@ -222,13 +224,13 @@ class Scheduler:
                 self._retire()
             return
         for (text, share), first, own in zip(shares, lengths, rows, strict=True):
-            before = text.sampled
+            # Before anyone is told, who may look at the counts then.
+            self.counts.read += share if share > 1 or not text.sampled else 0
+            self.counts.written += int(text.is_read and not text.request.only_prompt)
             try:
                 text.advance(own, first)
             except Exception as error:
                 text.end(None, error)
-            self.counts.read += share if share > 1 or not before else 0
-            self.counts.written += text.sampled - before
         self._retire()
         self._learn(sum(share for _, share in shares), time.perf_counter() - begin)
 
@@ -239,7 +241,7 @@ class Scheduler:
         ends = np.cumsum([share for _, share in shares])
         wanted = [
             np.arange(end - share, end) if text.wants_all and text.held <= len(text.request.prompt)
-            else np.array([end - 1]) if not text.left else np.empty(0, np.int64)
+            else np.array([end - 1]) if text.is_read else np.empty(0, np.int64)
             for (text, share), end in zip(shares, ends, strict=True)
         ]  # fmt: skip
         chosen = states[np.concatenate(wanted)]

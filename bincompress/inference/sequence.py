@@ -107,6 +107,11 @@ class Writing:
         return len(self.tokens) - self.held
 
     @property
+    def is_read(self) -> bool:
+        """Whether the next token can be sampled."""
+        return not self.left
+
+    @property
     def prefix(self) -> Prefix:
         """What its cache holds, for texts that begin alike."""
         return Prefix(np.asarray(self.tokens, np.int64), self._cache)
@@ -156,7 +161,7 @@ class Writing:
                 if place < len(self.request.prompt):
                     found = token_logprob(row, self.tokens[place], self.request.logprobs or 0)
                     self._prompt_logprobs.append(found)
-        if self.left:
+        if not self.is_read:
             return
         if not self.sampled:
             self._tell(PromptRead(tuple(self._prompt_logprobs), self.reused))
