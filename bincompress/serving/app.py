@@ -22,9 +22,9 @@ from bincompress.serving import ollama
 from bincompress.serving.asking import Asked
 from bincompress.serving.openai_answering import Answer, Chat, Completion, error_body
 from bincompress.serving.openai_asking import chat, completion, messages_of, rendered, variables_of
-from bincompress.serving.reading import Fields, RequestError, read_json
+from bincompress.serving.reading import Fields, RequestError, in_thread, read_json
 from bincompress.serving.service import Service, log
-from bincompress.serving.texts import Streamed, Texts, in_thread, of_request, refused, while_connected
+from bincompress.serving.texts import Streamed, Texts, of_request, refused, while_connected
 
 Handler = Callable[[Request], Awaitable[Response]]
 _OPEN = ("/", "/health")  # for whom has no key
@@ -180,8 +180,8 @@ async def _answered(
 ) -> Response:
     service: Service = of_request(request)
     scheduler = service.ready()
-    fields = await read_json(request, service.settings)
-    asked = await in_thread(ask, fields, service)
+    fields = await read_json(request, service)
+    asked = await in_thread(service, ask, fields, service)
     texts = Texts(scheduler, asked.requests)
     answer = Answer(form(service, asked), service, asked)
     request.state.answer = answer
@@ -195,8 +195,8 @@ async def tokenize(request: Request) -> Response:
     """Return the tokens of a text, or of a conversation by the model's template."""
     service: Service = of_request(request)
     service.ready()
-    fields = await read_json(request, service.settings)
-    ids = await in_thread(_tokens, fields, service)
+    fields = await read_json(request, service)
+    ids = await in_thread(service, _tokens, fields, service)
     return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.ready().limits.context})
 
 
@@ -217,13 +217,13 @@ async def detokenize(request: Request) -> Response:
     """Return the text of tokens."""
     service: Service = of_request(request)
     vocab = service.model.decoder.config.vocab
-    fields = await read_json(request, service.settings)
+    fields = await read_json(request, service)
     fields.take("model", str)
     ids = fields.take("tokens", list)
     fields.finish()
     if ids is None or not all(type(token) is int and 0 <= token < vocab for token in ids):
         fields.refuse("tokens", f"expected a list of tokens, 0 to {vocab - 1}")
-    return JSONResponse({"prompt": await in_thread(service.model.tokenizer.decode, ids, False)})
+    return JSONResponse({"prompt": await in_thread(service, service.model.tokenizer.decode, ids, False)})
 
 
 def _page() -> tuple[bytes, dict[str, str]]:

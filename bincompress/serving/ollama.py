@@ -15,9 +15,9 @@ from bincompress.errors import BincompressError
 from bincompress.inference.sequence import Ended, Piece, PromptRead, Request
 from bincompress.serving.asking import check_model, lengths_of, request_for, sampling_of, stops_of
 from bincompress.serving.openai_asking import messages_of, rendered
-from bincompress.serving.reading import Fields, RequestError, read_json
+from bincompress.serving.reading import Fields, RequestError, in_thread, read_json
 from bincompress.serving.service import Service
-from bincompress.serving.texts import Streamed, Texts, in_thread, of_request, refused, while_connected
+from bincompress.serving.texts import Streamed, Texts, of_request, refused, while_connected
 
 _NAMES = {"repetition_penalty": "repeat_penalty"}
 
@@ -65,8 +65,8 @@ async def _answer(http: HttpRequest, is_chat: bool) -> Response:
     service: Service = of_request(http)
     scheduler = service.ready()
     began = time.monotonic_ns()
-    fields = await read_json(http, service.settings)
-    asked = await in_thread(_asked, fields, service, is_chat, began)
+    fields = await read_json(http, service)
+    asked = await in_thread(service, _asked, fields, service, is_chat, began)
     texts = Texts(scheduler, [asked.request])
     answer = _Answer(service, asked)
     http.state.answer = answer

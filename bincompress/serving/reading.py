@@ -3,12 +3,15 @@
 import asyncio
 import json
 import math
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from starlette.requests import Request
 
-from bincompress.serving.settings import ServeSettings
+if TYPE_CHECKING:
+    from bincompress.serving.service import Service
+
+Found = TypeVar("Found")
 
 _TYPES = {
     str: "a text",
@@ -18,6 +21,7 @@ _TYPES = {
     list: "a list",
     dict: "an object",
 }
+_DEEPEST = 64
 _SHOWN = 60  # characters of a value in a message
 
 
@@ -32,31 +36,46 @@ class RequestError(Exception):
         self.retry_after = retry_after
 
 
-async def read_json(request: Request, settings: ServeSettings) -> "Fields":
+async def read_json(request: Request, service: "Service") -> "Fields":
     """Return a request's body, a JSON object; raise RequestError where it is too large, too slow or something else."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         # Pages of other sites may send plain text without asking; JSON they may not.
         raise RequestError(415, f"content-type: expected application/json, found {kind[:_SHOWN]!r}")
-    too_large = RequestError(413, f"the request is too large: expected at most {settings.most_body:,} bytes")
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and (len(length) > 12 or int(length) > settings.most_body):
-        raise too_large
+    if length.isdecimal() and (len(length) > 12 or int(length) > service.most_body):
+        raise _too_large(service)
     body = bytearray()
     try:
-        async with asyncio.timeout(settings.body_seconds):
+        async with asyncio.timeout(service.settings.body_seconds):
             while True:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
                     raise RequestError(499, "the client is gone")
-                body += message.get("body", b"")
-                if len(body) > settings.most_body:
-                    raise too_large
+                part = message.get("body", b"")
+                body += part
+                service.body_bytes += len(part)
+                if len(body) > service.most_body:
+                    raise _too_large(service)
+                if service.body_bytes > service.settings.most_bodies:
+                    raise RequestError(503, "too many large requests at once; try again later", retry_after=1)
                 if not message.get("more_body"):
                     break
+        return Fields(await in_thread(service, parse, bytes(body)))
     except TimeoutError:
-        raise RequestError(408, f"the request's body did not arrive within {settings.body_seconds:g} s") from None
-    return Fields(parse(bytes(body)))
+        seconds = service.settings.body_seconds
+        raise RequestError(408, f"the request's body did not arrive within {seconds:g} s") from None
+    finally:
+        service.body_bytes -= len(body)
+
+
+async def in_thread(service: "Service", work: Callable[..., Found], *arguments: Any) -> Found:
+    """Run what takes a while, such as tokenizing, beside the event loop."""
+    return await asyncio.get_running_loop().run_in_executor(service.readers, work, *arguments)
+
+
+def _too_large(service: "Service") -> "RequestError":
+    return RequestError(413, f"the request is too large: expected at most {service.most_body:,} bytes")
 
 
 def parse(body: bytes) -> dict[str, Any]:
@@ -69,9 +88,26 @@ def parse(body: bytes) -> dict[str, Any]:
         raise RequestError(400, "the body is nested too deeply") from None
     except ValueError as error:
         raise RequestError(400, f"the body is not JSON: {str(error)[:200]}") from None
+    if _is_deep(found):
+        raise RequestError(400, "the body is nested too deeply")
     if not isinstance(found, dict):
         raise RequestError(400, f"the body: expected an object, found {shown(found)}")
     return found
+
+
+def _is_deep(found: Any) -> bool:
+    """Return whether lists and objects are nested in more than _DEEPEST levels."""
+    level = [found]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, list | dict)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _no_number(name: str) -> NoReturn:

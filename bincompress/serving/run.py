@@ -5,6 +5,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import uvicorn
@@ -42,9 +43,10 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End: no new requests, and those at hand within seconds."""
-        closing = asyncio.get_running_loop().run_in_executor(None, self.service.close)
-        await super().shutdown(sockets)
-        await closing
+        with ThreadPoolExecutor(1, "close") as closing:
+            closed = asyncio.get_running_loop().run_in_executor(closing, self.service.close)
+            await super().shutdown(sockets)
+            await closed
 
 
 def serve(

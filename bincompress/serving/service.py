@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
 from bincompress.inference.generate import Model
@@ -11,6 +12,8 @@ from bincompress.inference.scheduler import Limits, Scheduler
 from bincompress.serving.metrics import Metrics
 from bincompress.serving.reading import RequestError, shown
 from bincompress.serving.settings import ServeSettings
+
+_READERS = 4
 
 log = logging.getLogger("bincompress.serve")
 
@@ -27,6 +30,9 @@ class Service:
         self.failure: BaseException | None = None
         self.scheduler: Scheduler | None = None
         self.metrics = Metrics(self)
+        self.body_bytes = 0  # of requests that are being read; the event loop's thread alone changes it
+        # Making tokens of a long text takes seconds; so many texts at a time, so that the model is not held up.
+        self.readers = ThreadPoolExecutor(_READERS, "read")
 
     def load(self, load: Callable[[], Model], failed: Callable[[], None]) -> None:
         """Begin to load the model; `failed` is called, in the thread that loads, where it cannot be."""
@@ -42,6 +48,12 @@ class Service:
                 failed()
 
         threading.Thread(target=run, name="load", daemon=True).start()
+
+    @property
+    def most_body(self) -> int:
+        """The most bytes of a request."""
+        given = self.settings.most_body
+        return (64 << 10) + 64 * self.limits.context if given is None else given
 
     def ready(self) -> Scheduler:
         """Return the scheduler; raise RequestError while there is none."""
@@ -62,5 +74,6 @@ class Service:
 
     def close(self) -> None:
         """Let the texts at hand be finished or cancel them, within `closing_seconds`."""
+        self.readers.shutdown(wait=False, cancel_futures=True)
         if self.scheduler is not None:
             self.scheduler.close(self.settings.closing_seconds)

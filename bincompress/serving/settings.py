@@ -23,7 +23,8 @@ class ServeSettings:
     body_seconds: float = 30.0  # for a request's body to arrive
     stalled_seconds: float = 30.0  # that a client may take to read, or to begin a request
     closing_seconds: float = 2.5  # that answers at hand get to be finished when the server ends
-    most_body: int = 4 << 20
+    most_body: int | None = None  # None: 64 KiB and 64 bytes for each token of the context
+    most_bodies: int = 64 << 20  # of requests that are being read
     most_choices: int = 16  # texts of one request: prompts times n
     most_connections: int = 1024
     log_prompts: bool = False

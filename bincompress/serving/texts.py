@@ -138,11 +138,6 @@ class Streamed(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def in_thread(work: Callable[..., Found], *arguments: Any) -> Found:
-    """Run what takes a while, such as tokenizing, beside the event loop."""
-    return await asyncio.to_thread(work, *arguments)
-
-
 def of_request(request: HttpRequest) -> Any:
     """Return the service that a request belongs to."""
     return request.app.state.service
