@@ -86,7 +86,7 @@ def test_a_stopped_answer_leaves_what_it_has_computed(store: Path) -> None:
     model = load(str(store), threads=1)
     settings = GenerationSettings(20, Sampling(temperature=0.0), ignore_eos=True)
     talk = Conversation(model, settings)
-    generation = iter(talk.ask("What is a page in the memory of a machine?"))
+    generation: Any = iter(talk.ask("What is a page in the memory of a machine?"))
     talk.answered(next(generation) + next(generation))
     generation.close()  # as the command does it where an answer is interrupted
     asked = talk.ask("And a table?")

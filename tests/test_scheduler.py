@@ -307,6 +307,30 @@ def test_a_text_that_cannot_be_run_ends_no_other(
     assert whole.text == expected
 
 
+def test_a_listener_that_fails_ends_no_other_text(model: Model, scheduler: Scheduler) -> None:
+    def failing(event: Any) -> None:
+        raise RuntimeError("a listener's fault")
+
+    heard = Heard()
+    scheduler.submit([(ask(model, "A page"), failing), (ask(model, "In Python,"), heard)])
+    assert heard.end().sampled == 24
+
+
+def test_a_fault_of_the_scheduler_is_told_and_does_not_end_it(
+    model: Model, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing() -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(scheduler, "_admit", failing)
+    told, heard = Heard(), Heard()
+    scheduler.submit([(ask(model, "A page"), told)])
+    assert isinstance(told.end().error, RuntimeError)
+    monkeypatch.undo()
+    scheduler.submit([(ask(model, "A page"), heard)])
+    assert heard.end().sampled == 24
+
+
 def test_what_cannot_be_asked_is_refused_before_it_waits(model: Model, scheduler: Scheduler) -> None:
     with pytest.raises(TooLongError, match="the prompt has 600 tokens, the context 512"):
         scheduler.submit([(Request((5,) * 600), Heard())])

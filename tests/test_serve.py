@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ollama
 import openai
 import pytest
@@ -155,6 +156,22 @@ def test_log_probabilities_of_a_chat(client: openai.OpenAI) -> None:
     assert all(len(each.top_logprobs) == 3 for each in content)
 
 
+def test_embeddings_are_means_of_the_final_states(server: Running, client: openai.OpenAI) -> None:
+    model, texts = server.service.model, [PROMPT, "A page in memory. " * 20]
+    for form in ({"encoding_format": "float"}, {}):  # without it the client asks for base64, which it unpacks
+        asked: Any = {"model": "tiny", "input": texts, **form}
+        found = client.embeddings.create(**asked)
+        for text, entry in zip(texts, found.data, strict=True):
+            ids = model.tokenizer.encode(text)
+            mean = model.decoder.states(ids, model.decoder.new_cache(len(ids), "float16")).mean(axis=0)
+            assert entry.embedding == pytest.approx(list(mean / np.linalg.norm(mean)), abs=1e-5)
+        assert found.usage.prompt_tokens == sum(len(model.tokenizer.encode(text)) for text in texts)
+    refused = server.ask("/v1/embeddings", {"input": "x", "dimensions": 7})
+    assert refused[1]["error"]["message"] == "dimensions: 7 is not supported; expected 256, or nothing"
+    assert server.ask("/v1/embeddings", {"input": "x " * 600})[0] == 400
+    assert server.ask("/v1/embeddings", {"input": []})[0] == 400
+
+
 def test_template_variables_and_parts(server: Running, client: openai.OpenAI) -> None:
     parts: Any = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     found = client.chat.completions.create(
@@ -194,7 +211,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"n": -1}, "n: expected 1 to 16, found -1"),
     ("/v1/completions", {"n": 2.5}, "n: expected a whole number, found 2.5"),
     ("/v1/completions", {"n": True}, "n: expected a whole number, found true"),
-    ("/v1/completions", {"prompt": ["x"] * 17}, "prompt: expected at most 16 prompts, found 17"),
+    ("/v1/completions", {"prompt": ["x"] * 17}, "prompt: expected at most 16 texts, found 17"),
     ("/v1/completions", {"prompt": ["x"] * 9, "n": 2}, "n: expected at most 16 texts a request, found 18"),
     ("/v1/completions", {"prompt": [4096]}, "prompt: expected tokens of the vocabulary, 0 to 4095"),
     ("/v1/completions", {"prompt": {"x": 1}}, "prompt: expected a text or a list, found an object"),

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from bincompress.inference.generate import Model
     from bincompress.serving.service import Service
 
+_CONTEXT = 8192
+_PREFIX_BYTES = 10**9
+
 
 @click.command()
 @click.argument("store")
@@ -36,7 +39,9 @@ if TYPE_CHECKING:
     help="Most tokens of a prompt and its answer.  [default: 8192, or the model's limit where that is less]",
 )
 @click.option(
-    "--prefix-cache", type=Size(), default="1GB", show_default=True, help="Memory for beginnings of earlier texts."
+    "--prefix-cache",
+    type=Size(),
+    help="Memory for beginnings of earlier texts.  [default: 1GB, or a quarter of what is free where that is less]",
 )
 @click.option(
     "--timeout", type=click.FloatRange(min=1), default=600, show_default=True, help="Most seconds of a request."
@@ -61,13 +66,17 @@ def command(store: str, **options: Any) -> None:
             f"serve needs {error.name}, which is not installed: pip install 'bincompress[serve]'"
         ) from None
     from bincompress.inference.scheduler import Limits
+    from bincompress.process.machine import free_memory
 
     keys = read_keys(options["api_key_file"]) if options["api_key_file"] else ()
     settings = ServeSettings(
         options["host"], options["port"], options["model_name"] or store.rstrip("/").rsplit("/", 1)[-1] or "model",
         keys, options["insecure"], options["allowed_host"], options["timeout"], log_prompts=options["log_prompts"],
     )  # fmt: skip
-    limits = Limits(options["parallel"], options["queue"], options["context"] or 8192, options["prefix_cache"])
+    prefix_bytes = options["prefix_cache"]
+    if prefix_bytes is None:
+        prefix_bytes = min(_PREFIX_BYTES, free_memory()[0] // 4)
+    limits = Limits(options["parallel"], options["queue"], options["context"] or _CONTEXT, prefix_bytes)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("bincompress.serve").setLevel(logging.INFO)
     with decoding_announced():

@@ -142,11 +142,23 @@ class Scheduler:
                     if self._closing:
                         return
                     self._changed.wait()
-            self._drop()
-            self._admit()
-            shares = self._shares()
-            if shares:
-                self._run(shares)
+            try:
+                self._drop()
+                self._admit()
+                shares = self._shares()
+                if shares:
+                    self._run(shares)
+            except Exception as error:  # a fault of ours: whoever waits is told, and the next texts are taken on
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """End all texts."""
+        with self._changed:
+            texts = [*self._waiting, *self._active]
+            self._waiting.clear()
+        for text in texts:
+            text.end(None, error)
+        self._active.clear()
 
     def _drop(self) -> None:
         """End texts that were cancelled or are past their time."""

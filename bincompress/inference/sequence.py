@@ -1,5 +1,6 @@
 """One text among those that are written at the same time: what was asked, what has come, and who is told of it."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -215,4 +216,5 @@ class Writing:
         """End it, once."""
         if not self.ended:
             self.ended = True
-            self._tell(Ended(reason, self.sampled, error))
+            with contextlib.suppress(Exception):  # a listener's fault must not end other texts
+                self._tell(Ended(reason, self.sampled, error))

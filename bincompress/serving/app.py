@@ -20,6 +20,7 @@ from starlette.routing import Route
 from bincompress.errors import BincompressError
 from bincompress.serving import ollama
 from bincompress.serving.asking import Asked
+from bincompress.serving.embeddings import embeddings
 from bincompress.serving.openai_answering import Answer, Chat, Completion, error_body
 from bincompress.serving.openai_asking import chat, completion, messages_of, rendered, variables_of
 from bincompress.serving.reading import Fields, RequestError, in_thread, read_json
@@ -36,7 +37,8 @@ def application(service: Service) -> Starlette:
     routes = [
         ("/", "GET", page), ("/health", "GET", health), ("/metrics", "GET", metrics), ("/facts", "GET", facts),
         ("/v1/models", "GET", models), ("/v1/completions", "POST", completions),
-        ("/v1/chat/completions", "POST", chat_completions), ("/tokenize", "POST", tokenize),
+        ("/v1/chat/completions", "POST", chat_completions), ("/v1/embeddings", "POST", embeddings),
+        ("/tokenize", "POST", tokenize),
         ("/detokenize", "POST", detokenize), ("/api/chat", "POST", ollama.chat),
         ("/api/generate", "POST", ollama.generate), ("/api/tags", "GET", ollama.tags),
         ("/api/version", "GET", ollama.version),

@@ -26,7 +26,7 @@ _MOST_ALTERNATIVES = 20
 def completion(fields: Fields, service: Service) -> Asked:
     """Return what a request to /v1/completions asks; tokenizes its prompts."""
     check_model(fields, service)
-    prompts = _prompts(fields, service)
+    prompts = texts_of(fields, service)
     common = _Common(fields, service, len(prompts))
     logprobs = fields.number("logprobs", 0, _MOST_ALTERNATIVES, whole=True)
     echo = bool(fields.take("echo", bool))
@@ -151,18 +151,18 @@ class _Common:
         fields.take("user", str)  # says who asks, and changes nothing by its definition
 
 
-def _prompts(fields: Fields, service: Service) -> list[tuple[list[int], str]]:
-    """Return the tokens and the text of each prompt: a text, tokens, or a list of either."""
-    given = fields.take("prompt", str, list)
-    if given is None:
-        fields.refuse("prompt", "expected a text, a list of texts, or tokens")
+def texts_of(fields: Fields, service: Service, name: str = "prompt") -> list[tuple[list[int], str]]:
+    """Return the tokens and the text of each that a field holds: a text, tokens, or a list of either."""
+    given = fields.take(name, str, list)
+    if given is None or given == []:
+        fields.refuse(name, "expected a text, a list of texts, or tokens")
     several = given if isinstance(given, list) and not all(type(each) is int for each in given) else [given]
     if len(several) > service.settings.most_choices:
-        fields.refuse("prompt", f"expected at most {service.settings.most_choices} prompts, found {len(several):,}")
-    return [_prompt(fields, service, each) for each in several]
+        fields.refuse(name, f"expected at most {service.settings.most_choices} texts, found {len(several):,}")
+    return [_text(fields, service, name, each) for each in several]
 
 
-def _prompt(fields: Fields, service: Service, given: Any) -> tuple[list[int], str]:
+def _text(fields: Fields, service: Service, name: str, given: Any) -> tuple[list[int], str]:
     model = service.model
     try:
         if isinstance(given, str):
@@ -171,9 +171,9 @@ def _prompt(fields: Fields, service: Service, given: Any) -> tuple[list[int], st
                 ids = [model.tokenizer.bos_id]
             return ids, given
         if not isinstance(given, list) or not all(type(token) is int for token in given):
-            fields.refuse("prompt", f"expected texts or lists of tokens, found {shown(given)}")
+            fields.refuse(name, f"expected texts or lists of tokens, found {shown(given)}")
         if any(not 0 <= token < model.decoder.config.vocab for token in given):
-            fields.refuse("prompt", f"expected tokens of the vocabulary, 0 to {model.decoder.config.vocab - 1}")
+            fields.refuse(name, f"expected tokens of the vocabulary, 0 to {model.decoder.config.vocab - 1}")
         return list(given), model.tokenizer.decode(given, skip_special=False)
     except BincompressError as error:
         raise refused(error) from error

@@ -1,5 +1,6 @@
 """The model that is served, from before it is loaded until the server ends."""
 
+import asyncio
 import logging
 import threading
 import time
@@ -32,6 +33,7 @@ class Service:
         self.metrics = Metrics(self)
         self.body_bytes = 0  # of requests that are being read; the event loop's thread alone changes it
         # Making tokens of a long text takes seconds; so many texts at a time, so that the model is not held up.
+        self.embedding = asyncio.Semaphore(1)
         self.readers = ThreadPoolExecutor(_READERS, "read")
 
     def load(self, load: Callable[[], Model], failed: Callable[[], None]) -> None:

@@ -15,6 +15,7 @@ from bincompress.inference.scheduler import BusyError, ClosedError, Scheduler
 from bincompress.inference.sequence import CancelledError, DeadlineError, Ended, Piece, PromptRead, Request
 from bincompress.model.errors import PromptError, SamplingError, TemplateError
 from bincompress.serving.reading import RequestError
+from bincompress.serving.service import log
 
 Event = PromptRead | Piece | Ended
 Found = TypeVar("Found")
@@ -54,7 +55,10 @@ class Texts:
             if isinstance(event, Ended):
                 self._open -= 1
                 if event.error is not None:
-                    raise refused(event.error)
+                    found = refused(event.error)
+                    if found.status == 500:
+                        log.error("a text failed", exc_info=event.error)
+                    raise found
             yield number, event
 
 
