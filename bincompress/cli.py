@@ -32,12 +32,15 @@ _COMMANDS = {
     "export": "Write a store as a Hugging Face folder (dequantized, bfloat16).",
     "generate": "Continue a text with the model in a store.",
     "chat": "Chat with the model in a store.",
+    "run": "Answer the prompts of a file, several at once.",
+    "serve": "Serve the model in a store over HTTP: OpenAI's and Ollama's interfaces, a web page.",
     "evaluate": "Measure a model's perplexity on a text, also against the unquantized model.",
     "bench": "Time a model: reading a prompt and writing tokens.",
     "report": "Write one self-contained HTML page about a store.",
 }
 
-_GO_ON = ("compress", "calibrate", "train", "distill", "batch", "unpack", "push")  # run again, these do what is left
+# Run again, these do what is left.
+_GO_ON = ("compress", "calibrate", "train", "distill", "batch", "run", "unpack", "push")
 _ANEW = ("train", "distill")  # with --overwrite, these begin again
 
 

@@ -28,6 +28,7 @@ ORDER = [
     "compression",
     "inference",
     "reporting",
+    "serving",
     "distillation",
     "api",
     "commands",

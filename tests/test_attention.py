@@ -263,3 +263,14 @@ def test_a_cache_larger_than_the_memory_is_refused_with_its_size() -> None:
 def test_cache_refuses_more_than_the_model_has_learnt() -> None:
     with pytest.raises(PromptError, match=r"expected 1 to 100 tokens .* found 101"):
         KvCache(CONFIG, 101)
+
+
+@pytest.mark.parametrize("kind", [FLOAT32, FLOAT16])
+@pytest.mark.parametrize("window", [None, 1, 40, 100, 170])
+def test_a_token_reads_the_same_whichever_tokens_share_its_block(kind: Any, window: int | None) -> None:
+    rng = np.random.default_rng(0)
+    queries, keys, values = (rng.standard_normal((300, heads, 16)).astype(np.float32) for heads in (4, 2, 2))
+    whole = attend(queries, keys, values, 0, window, kind)
+    for start, stop in ((0, 1), (1, 46), (150, 151), (151, 250), (250, 300)):
+        part = attend(queries[start:stop], keys[:stop], values[:stop], start, window, kind)
+        np.testing.assert_array_equal(part, whole[start:stop])

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from bincompress.compression.run import compress
 from bincompress.inference.conversation import Conversation
 from bincompress.inference.generate import GenerationSettings, TooLongError
 from bincompress.inference.load import load
+from bincompress.inference.sampling import Sampling
 from bincompress.sources.checkpoint import open_checkpoint
 from tests.conftest import Run
 
@@ -50,6 +52,46 @@ def test_the_oldest_turns_are_left_out(store: Path) -> None:
     with pytest.raises(TooLongError):
         talk.ask("word " * 100)
     talk.ask("And now?")
+
+
+def test_a_turn_computes_only_what_is_new(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(str(store), threads=1)
+    run: list[int] = []
+    own = type(model.decoder).next_logits
+
+    def counted(decoder: Any, ids: Any, cache: Any) -> Any:
+        run.append(len(ids))
+        return own(decoder, ids, cache)
+
+    monkeypatch.setattr(type(model.decoder), "next_logits", counted)
+    settings = GenerationSettings(6, Sampling(temperature=0.0), ignore_eos=True)
+    talk, said = Conversation(model, settings), list[dict[str, str]]()
+    for number, question in enumerate(("What is a page in the memory of a machine?", "And a table?", "Why?")):
+        run.clear()
+        generation = talk.ask(question)
+        answer = "".join(generation)
+        talk.answered(answer)
+        # This template names an answer otherwise once it is given, so that it is new as well.
+        last = f"assistant: {said[-1]['content']}\n" if said else ""
+        new = len(model.tokenizer.encode(f"{last}user: {question}\nanswer:", special=False))
+        assert run[0] <= new + 2 * (number > 0)  # where texts are joined
+        assert run[0] < generation.prompt_tokens or number == 0
+        assert run[1:] == [1] * 5
+        said.append({"role": "user", "content": question})
+        assert answer == "".join(model.chat(said, settings))
+        said.append({"role": "assistant", "content": answer})
+
+
+def test_a_stopped_answer_leaves_what_it_has_computed(store: Path) -> None:
+    model = load(str(store), threads=1)
+    settings = GenerationSettings(20, Sampling(temperature=0.0), ignore_eos=True)
+    talk = Conversation(model, settings)
+    generation: Any = iter(talk.ask("What is a page in the memory of a machine?"))
+    talk.answered(next(generation) + next(generation))
+    generation.close()  # as the command does it where an answer is interrupted
+    asked = talk.ask("And a table?")
+    turns = [*talk._turns, talk._asked]
+    assert "".join(asked) == "".join(model.chat(turns, settings))
 
 
 def test_a_long_line_does_not_end_a_piped_chat(run: Run, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

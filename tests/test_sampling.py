@@ -2,16 +2,18 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from bincompress.inference.sampling import Sampler, Sampling, candidates
+from bincompress.inference.sampling import Sampler, Sampling, biased, candidates, less_repeated
 from bincompress.model.errors import SamplingError
 
 LOGITS = np.log(np.array([0.1, 0.2, 0.4, 0.25, 0.05], np.float32))
 UNSEEN = np.zeros(5, bool)
 
 
-def kept(settings: Sampling) -> list[int]:
-    return [int(token) for token in candidates(LOGITS, UNSEEN, settings)[0]]
+def kept(chosen: Sampling) -> list[int]:
+    return [int(token) for token in candidates(LOGITS, UNSEEN, chosen)[0]]
 
 
 def test_filters_by_hand() -> None:
@@ -71,3 +73,61 @@ def test_draws_follow_the_probabilities() -> None:
 def test_settings_out_of_range_are_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(SamplingError, match=f"^{name}: expected .*, found "):
         Sampling(**{name: value})  # type: ignore[arg-type]
+
+
+@settings(max_examples=60)
+@given(
+    drawn=st.lists(st.integers(0, 11), max_size=30),
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+    bias=st.dictionaries(st.integers(0, 11), st.floats(-100, 100), max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_penalties_and_bias_follow_their_formula(
+    drawn: list[int], presence: float, frequency: float, bias: dict[int, float], seed: int
+) -> None:
+    logits = np.random.default_rng(seed).standard_normal(12).astype(np.float32)
+    counts = np.bincount(drawn, minlength=12).astype(np.int32)
+    found = less_repeated(biased(logits, tuple(bias.items())), counts, presence, frequency)
+    for token in range(12):
+        plain = float(logits[token]) + bias.get(token, 0.0)
+        for number in range(drawn.count(token)):
+            plain -= frequency + (presence if number == 0 else 0.0)
+        assert found[token] == pytest.approx(plain, abs=1e-4)
+
+
+def test_penalties_count_what_was_chosen_and_not_the_prompt() -> None:
+    logits = np.array([3.0, 2.5, 2.2], np.float32)
+    greedy = Sampler(Sampling(temperature=0.0, frequency_penalty=0.4), 3, seen=[0, 1, 2])
+    assert [greedy.choose(logits) for _ in range(6)] == [0, 0, 1, 0, 2, 1]
+    once = Sampler(Sampling(temperature=0.0, presence_penalty=2.0), 3)
+    assert [once.choose(logits) for _ in range(4)] == [0, 1, 2, 0]
+
+
+def test_a_bias_bans_and_forces_tokens() -> None:
+    logits = np.array([3.0, 2.5, 2.2], np.float32)
+    assert Sampler(Sampling(temperature=0.0, logit_bias=((0, -100.0),)), 3).choose(logits) == 1
+    drawing = Sampler(Sampling(seed=1, logit_bias=((2, 100.0),)), 3)
+    assert [drawing.choose(logits) for _ in range(20)] == [2] * 20
+    with pytest.raises(SamplingError, match="logit_bias: expected tokens of the vocabulary, 0 to 2, found 3"):
+        Sampler(Sampling(logit_bias=((3, 1.0),)), 3)
+
+
+@pytest.mark.parametrize("bias", [((-1, 0.0),), ((0, 101.0),), ((0, float("nan")),)])
+def test_a_bias_has_limits(bias: tuple[tuple[int, float], ...]) -> None:
+    with pytest.raises(SamplingError, match="logit_bias: expected"):
+        Sampling(logit_bias=bias)
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 999), top_p=st.floats(0, 1), temperature=st.floats(0.05, 3), scale=st.floats(0.1, 20))
+def test_top_p_keeps_what_a_full_sort_keeps(seed: int, top_p: float, temperature: float, scale: float) -> None:
+    logits = (np.random.default_rng(seed).standard_normal(500) * scale).astype(np.float32)
+    values = logits / np.float32(temperature)
+    shares = np.exp((values - values.max()).astype(np.float64))
+    order = np.argsort(values, kind="stable")
+    below = np.cumsum(shares[order]) / shares.sum()
+    # What lies within a rounding of the bound may go either way.
+    sure, possible = set(order[below > 1 - top_p + 1e-9]), set(order[below > 1 - top_p - 1e-9]) | {order[-1]}
+    found = {int(token) for token in candidates(logits, np.zeros(500, bool), Sampling(temperature, top_p=top_p))[0]}
+    assert sure <= found <= possible

@@ -12,7 +12,7 @@ from bincompress.model.config import ModelConfig
 from bincompress.model.decoder import PREFILL_BLOCK
 from bincompress.model.experts import ExpertLayer, by_expert
 from bincompress.model.linear import Floats
-from bincompress.model.steps import NO_NORM, Buffers, Layer, Steps
+from bincompress.model.steps import NO_NORM, Buffers, Layer, Part, Steps
 from cpu_kernels.parallel.workers import Workers
 
 INPUTS = 4  # of a layer, in their order: qkv, out, gate_up, down
@@ -91,7 +91,8 @@ class Walk:
             cache.rewind()
             for start in range(0, context, PREFILL_BLOCK):
                 block = slice(sample * context + start, sample * context + min(context, start + PREFILL_BLOCK))
-                self._steps.attend(_work(normed=x[block], mixed=mixed[block]), weights, 0, cache)
+                part = Part(cache, 0, block.stop - block.start)
+                self._steps.attend(_work(normed=x[block], mixed=mixed[block]), weights, 0, [part])
                 cache.length += block.stop - block.start
         return mixed
 

@@ -1,6 +1,8 @@
 """A chat within a model's context: when it grows too long, its oldest turns are left out."""
 
 from bincompress.inference.generate import Generation, GenerationSettings, Model, TooLongError
+from bincompress.inference.prefixes import PrefixCache
+from bincompress.model.cache import cache_bytes
 
 _ROOM_SHARE = 4  # of the context, one part is kept free for the answer
 
@@ -18,6 +20,9 @@ class Conversation:
         self.context = min(settings.context or model.decoder.config.context, model.decoder.config.context)
         room = self.context // _ROOM_SHARE
         self._room = min(settings.max_tokens or room, room)
+        # One cache, which every turn goes on with: only what is new of a conversation is computed.
+        most = cache_bytes(model.decoder.config, self.context, settings.cache)
+        self._prefixes = PrefixCache(model.decoder, self.context, settings.cache, most)
 
     def ask(self, question: str) -> Generation:
         """Return the generation of an answer; raises PromptError where the question cannot be asked, even alone."""
@@ -25,7 +30,7 @@ class Conversation:
         turns = self._turns
         while True:
             try:
-                answer = self._model.chat([*self._system, *turns, asked], self._settings)
+                answer = self._model.chat([*self._system, *turns, asked], self._settings, prefixes=self._prefixes)
                 if answer.limit >= self._room or not turns:
                     break
             except TooLongError:

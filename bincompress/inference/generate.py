@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from bincompress.inference.chat import ChatTemplate, Message
+from bincompress.inference.prefixes import PrefixCache
 from bincompress.inference.sampling import Sampler, Sampling
 from bincompress.model.cache import CacheType, KvCache
 from bincompress.model.decoder import Decoder
@@ -59,38 +60,51 @@ class Model:
         messages: Sequence[Message],
         settings: GenerationSettings | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> "Generation":
-        """Return an iterator over the pieces of the model's answer to a conversation."""
+        """Return an iterator over the pieces of the model's answer to a conversation.
+
+        prefixes: where caches of earlier turns are taken from and left, so that only what is new is computed.
+        """
         if self.template is None:
             raise TemplateError("the model has no chat template; use generate, or add chat_template.jinja to the model")
         text = self.template.render(messages, tools)
-        return Generation(self, self.tokenizer.encode(text, special=False), settings or self.defaults)
+        return Generation(self, self.tokenizer.encode(text, special=False), settings or self.defaults, prefixes)
+
+
+def room_after(prompt: Sequence[int], settings: GenerationSettings, decoder: Decoder) -> int:
+    """Return the most tokens that can follow a prompt; raise PromptError or TooLongError where it cannot be run."""
+    largest = decoder.config.context
+    limit = min(settings.context or largest, largest)
+    if not prompt:
+        raise PromptError("the prompt is empty and the tokenizer has no beginning-of-text token; give some text")
+    if len(prompt) >= limit:
+        raise TooLongError(
+            f"the prompt has {len(prompt)} tokens, the context {limit}; "
+            f"shorten the prompt to at most {limit - 1}" + _larger(limit, largest)
+        )
+    decoder.check_ids(prompt)
+    return min(limit - len(prompt), settings.max_tokens or limit)
 
 
 class Generation:
     """One generation: iterate once for its text; `finish_reason` and the counts of tokens are final afterwards."""
 
-    def __init__(self, model: Model, prompt: Sequence[int], settings: GenerationSettings) -> None:
-        limit = min(settings.context or model.decoder.config.context, model.decoder.config.context)
-        if not prompt:
-            raise PromptError("the prompt is empty and the tokenizer has no beginning-of-text token; give some text")
-        if len(prompt) >= limit:
-            raise TooLongError(
-                f"the prompt has {len(prompt)} tokens, the context {limit}; "
-                f"shorten the prompt to at most {limit - 1}" + _larger(limit, model.decoder.config.context)
-            )
-        model.decoder.check_ids(prompt)
+    def __init__(
+        self, model: Model, prompt: Sequence[int], settings: GenerationSettings, prefixes: PrefixCache | None = None
+    ) -> None:
+        self.limit = room_after(prompt, settings, model.decoder)  # most tokens that can come
         self._model = model
         self._prompt = list(prompt)
         self._settings = settings
-        self.limit = min(limit - len(prompt), settings.max_tokens or limit)  # most tokens that can come
+        self._prefixes = prefixes
         self.prompt_tokens = len(prompt)
         self.tokens: list[int] = []  # sampled so far, an end token included
         self.finish_reason: FinishReason | None = None
 
     def __iter__(self) -> Iterator[str]:
         """Yield pieces of text; a piece is given only when no stop text can begin in it."""
-        held = _Held(self._settings.stop)
+        held = Held(self._settings.stop)
         text = TextStream(self._model.tokenizer, self._prompt)
         for token in self._sample():
             piece = held.push(text.push(token))
@@ -110,12 +124,22 @@ class Generation:
 
     def _sample(self) -> Iterator[int]:
         """Yield sampled tokens up to the limit or an end token, which is not yielded."""
+        # The last token that is sampled is never run, so it needs no place in the cache.
+        last = len(self._prompt) + self.limit - 1
+        if self._prefixes is None:
+            yield from self._sample_with(self._model.decoder.new_cache(last, self._settings.cache))
+            return
+        cache = self._prefixes.take(self._prompt)
+        try:
+            yield from self._sample_with(cache)
+        finally:
+            self._prefixes.put([*self._prompt, *self.tokens], cache)
+
+    def _sample_with(self, cache: KvCache) -> Iterator[int]:
         decoder, settings = self._model.decoder, self._settings
         ends = frozenset() if settings.ignore_eos else self._model.tokenizer.eos_ids
-        # The last token that is sampled is never run, so it needs no place in the cache.
-        cache: KvCache = decoder.new_cache(len(self._prompt) + self.limit - 1, settings.cache)
         sampler = Sampler(settings.sampling, decoder.config.vocab, self._prompt)
-        logits = decoder.next_logits(self._prompt, cache)
+        logits = decoder.next_logits(self._prompt[cache.length :], cache)
         while True:
             token = sampler.choose(logits)
             self.tokens.append(token)
@@ -140,7 +164,7 @@ class Generation:
         }
 
 
-class _Held:
+class Held:
     """Holds text back as long as its end may be the beginning of a stop text."""
 
     def __init__(self, stops: Sequence[str]) -> None:

@@ -1,9 +1,10 @@
 """How the next token is chosen from logits: greedy, or drawn after the filters that transformers applies, in its order.
 
-Order: repetition penalty, temperature, top-k, top-p, min-p. Temperature 0 is greedy (after the repetition penalty).
+Order: logit bias, repetition penalty, frequency and presence penalty, temperature, top-k, top-p, min-p. Temperature 0
+is greedy (after bias and penalties).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 from bincompress.model.errors import SamplingError
 
 Floats = NDArray[np.float32]
+
+_UNLIKELY = 12.0  # logits below the largest
+_MOST_PENALTY, _MOST_BIAS = 2.0, 100.0  # the limits of OpenAI's interface
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,10 @@ class Sampling:
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = 1.0  # of every token of the prompt and the answer
+    presence_penalty: float = 0.0  # of every token of the answer, once
+    frequency_penalty: float = 0.0  # of every token of the answer, as often as it came
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -32,11 +39,18 @@ class Sampling:
             ("top_p", self.top_p, 0.0 <= self.top_p <= 1.0, "0 to 1"),
             ("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "0 to 1"),
             ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < np.inf, "above 0"),
+            ("presence_penalty", self.presence_penalty, abs(self.presence_penalty) <= _MOST_PENALTY, "-2 to 2"),
+            ("frequency_penalty", self.frequency_penalty, abs(self.frequency_penalty) <= _MOST_PENALTY, "-2 to 2"),
             ("seed", self.seed, self.seed is None or self.seed >= 0, "0 or more"),
         )
         for name, value, fine, expected in checks:
             if not fine:
                 raise SamplingError(f"{name}: expected {expected}, found {value}")
+        for token, added in self.logit_bias:
+            if token < 0 or not abs(added) <= _MOST_BIAS:
+                raise SamplingError(
+                    f"logit_bias: expected tokens from 0 and -100 to 100 for each, found {token}: {added}"
+                )
 
 
 class Sampler:
@@ -47,18 +61,35 @@ class Sampler:
         self._random = np.random.default_rng(settings.seed)
         self._seen = np.zeros(vocab, bool)
         self._seen[list(seen)] = True
+        self._counts = np.zeros(vocab, np.int32)  # of tokens chosen
+        if outside := [token for token, _ in settings.logit_bias if token >= vocab]:
+            raise SamplingError(f"logit_bias: expected tokens of the vocabulary, 0 to {vocab - 1}, found {outside[0]}")
 
     def choose(self, logits: Floats) -> int:
-        """Return the next token for logits (vocab,) and remember it for the repetition penalty."""
-        if self.settings.temperature == 0.0:
-            token = int(np.argmax(penalised(logits, self._seen, self.settings.repetition_penalty)))
+        """Return the next token for logits (vocab,) and remember it for the penalties."""
+        settings = self.settings
+        values = penalised(biased(logits, settings.logit_bias), self._seen, settings.repetition_penalty)
+        values = less_repeated(values, self._counts, settings.presence_penalty, settings.frequency_penalty)
+        if settings.temperature == 0.0:
+            token = int(np.argmax(values))
         else:
-            ids, values = candidates(logits, self._seen, self.settings)
+            ids, values = filtered(values, settings)
             steps = np.cumsum(_softmax(values))
             drawn = np.searchsorted(steps, self._random.random() * steps[-1], side="right")
             token = int(ids[min(int(drawn), len(ids) - 1)])
         self._seen[token] = True
+        self._counts[token] += 1
         return token
+
+
+def biased(logits: Floats, bias: Sequence[tuple[int, float]]) -> Floats:
+    """Return logits (vocab,) with what is given added to those of single tokens."""
+    if not bias:
+        return logits
+    result = logits.copy()
+    for token, added in bias:
+        result[token] += np.float32(added)
+    return result
 
 
 def penalised(logits: Floats, seen: NDArray[np.bool_], penalty: float) -> Floats:
@@ -69,24 +100,50 @@ def penalised(logits: Floats, seen: NDArray[np.bool_], penalty: float) -> Floats
     return np.where(seen, np.where(logits < 0, logits * factor, logits / factor), logits)
 
 
+def less_repeated(logits: Floats, counts: NDArray[np.int32], presence: float, frequency: float) -> Floats:
+    """Return logits (vocab,) less `presence` for each token that has come and `frequency` for each time that it did.
+
+    counts: int32 (vocab,), how often each token has come. Source: OpenAI's API reference, "frequency and presence
+    penalties".
+    """
+    if presence == 0.0 and frequency == 0.0:
+        return logits
+    return logits - np.float32(presence) * (counts > 0) - np.float32(frequency) * counts.astype(np.float32)
+
+
 def candidates(logits: Floats, seen: NDArray[np.bool_], settings: Sampling) -> tuple[NDArray[np.intp], Floats]:
-    """Return the tokens that every filter keeps and their logits after penalty and temperature."""
-    values = penalised(logits, seen, settings.repetition_penalty) / np.float32(settings.temperature)
+    """Return the tokens that every filter keeps and their logits after the repetition penalty and temperature."""
+    return filtered(penalised(logits, seen, settings.repetition_penalty), settings)
+
+
+def filtered(logits: Floats, settings: Sampling) -> tuple[NDArray[np.intp], Floats]:
+    """Return the tokens that top-k, top-p and min-p keep of logits (vocab,), and their logits after temperature."""
+    values = logits / np.float32(settings.temperature)
     ids = np.arange(len(values))
     if 0 < settings.top_k < len(values):
         kept = values >= np.partition(values, -settings.top_k)[-settings.top_k]
         ids, values = ids[kept], values[kept]
     if settings.top_p < 1.0:
-        order = np.argsort(values, kind="stable")
-        kept = np.cumsum(_softmax(values[order])) > 1.0 - settings.top_p
-        kept[-1] = True
-        chosen = np.sort(order[kept])
+        chosen = _likeliest(_softmax(values), values, settings.top_p)
         ids, values = ids[chosen], values[chosen]
     if settings.min_p > 0.0:
         # probability < min_p * largest probability, without the common denominator
         kept = np.exp((values - values.max()).astype(np.float64)) >= settings.min_p
         ids, values = ids[kept], values[kept]
     return ids, values
+
+
+def _likeliest(shares: NDArray[np.float64], values: Floats, top_p: float) -> NDArray[np.intp]:
+    """Return, in order, the places of the likeliest tokens whose shares add up to top_p; at least one."""
+    # Most of a large vocabulary is so unlikely that together it is left out: only the rest is to be sorted.
+    likely = np.flatnonzero(values > values.max() - _UNLIKELY)
+    below = float(shares.sum() - shares[likely].sum())
+    if below > 1.0 - top_p:
+        likely, below = np.arange(len(values)), 0.0
+    order = likely[np.argsort(values[likely], kind="stable")]
+    kept = below + np.cumsum(shares[order]) > 1.0 - top_p
+    kept[-1] = True
+    return np.sort(order[kept])
 
 
 def _softmax(values: Floats) -> NDArray[np.float64]:

@@ -31,6 +31,7 @@ class KvCache:
         self.capacity = capacity
         self.kind = kind
         self.length = 0
+        self._touched = 0  # positions that were ever filled
         blocks = -(-capacity // BLOCK)
         item = _ITEMS[kind]
         # Zeros are handed out by the system page by page, so what a short text does not reach costs no memory.
@@ -63,8 +64,28 @@ class KvCache:
         arrays = sum(array.nbytes for array in (*self.keys, *self.values))
         return arrays + _table_bytes(self._ropes, self._head_dim, self.capacity)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the positions that were ever filled: the memory that the cache takes at present."""
+        share = -(-self._touched // BLOCK) * BLOCK / self.values[0].shape[1]
+        arrays = sum(array.nbytes for array in (*self.keys, *self.values))
+        return int(arrays * share) + _table_bytes(self._ropes, self._head_dim, self._reached)
+
+    def copy_from(self, other: "KvCache", length: int) -> None:
+        """Hold what the first `length` positions of another cache of this model and type hold, and nothing else."""
+        if length > min(other.length, self.capacity):
+            raise ValueError(f"cannot copy {length} positions of {other.length} into a cache of {self.capacity}")
+        blocks = -(-length // BLOCK)
+        for own, source in zip(self.keys, other.keys, strict=True):
+            own[:, :blocks] = source[:, :blocks]
+        for own, source in zip(self.values, other.values, strict=True):
+            own[:, :length] = source[:, :length]
+        self.reach(length)
+        self.length = length
+
     def reach(self, length: int) -> None:
         """Make the rotation tables long enough for so many positions, at most the capacity."""
+        self._touched = max(self._touched, length)
         have = self._reached
         if length <= have:
             return

@@ -1,5 +1,6 @@
 """The decoder: tokens in, final states and logits out, over any form of matrices."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,10 +10,10 @@ from bincompress.model.cache import CacheType, KvCache
 from bincompress.model.config import ModelConfig
 from bincompress.model.errors import NotFiniteError, PromptError
 from bincompress.model.experts import read_experts
-from bincompress.model.linear import Embedding, Linear, WeightSource
+from bincompress.model.linear import FEW_TOKENS, Embedding, Linear, WeightSource
 from bincompress.model.residents import Residents
 from bincompress.model.rounded_linear import rounding
-from bincompress.model.steps import NO_MATRIX, NO_NORM, Buffers, Layer, Steps
+from bincompress.model.steps import NO_MATRIX, NO_NORM, Buffers, Layer, Part, Steps
 from bincompress.model.threads import in_turn
 from cpu_kernels.parallel.workers import Workers
 
@@ -70,6 +71,33 @@ class Decoder:
                 result[start:stop] = self._advance(tokens[start:stop], cache).normed
         return result
 
+    def states_of_all(self, texts: Sequence[tuple[Sequence[int] | NDArray[np.int64], KvCache]]) -> Floats:
+        """Run tokens of several sequences, each after those in its own cache, in one pass over the weights.
+
+        Returns what the output head reads, (n, hidden), the first sequence's tokens first. Up to `tokens_alike` tokens
+        get the numbers that each gets alone. Raises PromptError or NotFiniteError, and then no cache has changed.
+        """
+        checked = [self._checked(ids, cache) for ids, cache in texts]
+        if len({id(cache) for _, cache in texts}) < len(texts):
+            raise ValueError("sequences that run together: expected a cache for each")
+        parts, n = [], 0
+        for tokens, (_, cache) in zip(checked, texts, strict=True):
+            parts.append(Part(cache, n, n + len(tokens)))
+            n += len(tokens)
+        with self.workers.lock:
+            return self._advance_parts(np.concatenate(checked), parts).normed.copy()
+
+    @property
+    def tokens_alike(self) -> int | None:
+        """The most tokens that may share a pass for each to get the numbers that it gets alone; None: any number."""
+        found = [
+            getattr(matrix, "tokens_alike", FEW_TOKENS)
+            for layer in self.layers
+            for matrix in (getattr(layer, field.name) for field in dataclasses.fields(layer))
+            if callable(matrix)
+        ]
+        return min((most for most in found if most is not None), default=None)
+
     def logits(self, ids: Sequence[int] | NDArray[np.int64], cache: KvCache) -> Floats:
         """Run these tokens after those in the cache and return the logits after each, (n, vocab)."""
         return self.logits_of(self.states(ids, cache))
@@ -118,14 +146,17 @@ class Decoder:
 
     def _advance(self, tokens: NDArray[np.int64], cache: KvCache) -> Buffers:
         """Run one block of tokens (n,); the next one overwrites the buffers, so the caller holds the workers' lock."""
+        return self._advance_parts(tokens, [Part(cache, 0, len(tokens))])
+
+    def _advance_parts(self, tokens: NDArray[np.int64], parts: Sequence[Part]) -> Buffers:
         self.workers.claim()
         self.workers.busy = True
         try:
-            return self._run(embedded(self.config, self.embedding, tokens), cache)
+            return self._run(embedded(self.config, self.embedding, tokens), parts)
         finally:
             self.workers.busy = False
 
-    def _run(self, vectors: Floats, cache: KvCache) -> Buffers:
+    def _run(self, vectors: Floats, parts: Sequence[Part]) -> Buffers:
         if not np.isfinite(vectors).all():
             raise NotFiniteError("a token's embedding holds NaN or infinity; check the checkpoint and compress again")
         n = len(vectors)
@@ -135,7 +166,7 @@ class Decoder:
         steps.begin(work, vectors, self.layers[0].input_norm)
         for number, layer in enumerate(self.layers):
             following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
-            steps.attend(work, layer, number, cache)
+            steps.attend(work, layer, number, parts)
             steps.norm_in_place(work.mixed, layer.mixed_norm)
             steps.add(work, layer.out(work.mixed), layer.out_bias, layer.out_norm, layer.post_norm)
             if layer.experts is None:
@@ -145,7 +176,8 @@ class Decoder:
             else:
                 made = layer.experts(work.normed)
             steps.add(work, made, layer.down_bias, layer.down_norm, following)
-        cache.length += n
+        for part in parts:
+            part.cache.length += part.stop - part.start
         return work
 
 

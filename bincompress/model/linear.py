@@ -15,6 +15,10 @@ Floats = NDArray[np.float32]
 
 _WIDENED_AT_ONCE = 1 << 21  # bf16 items that are float32 at a time in a thread: 8 MB
 _ROWS_PER_THREAD = 64
+_SHARED_TILE = 1 << 18  # items of a bf16 matrix that several tokens read in turn: 512 KB, from the second-level cache
+# Up to so many tokens, a matrix that is not multiplied by our own kernels gives each token what it gives it alone: BLAS
+# adds up in another order for other numbers of tokens, so it is handed one at a time.
+FEW_TOKENS = 16
 
 
 class Linear(Protocol):
@@ -55,6 +59,8 @@ class WeightSource(Protocol):
 class DenseLinear:
     """A matrix of float32 values or bfloat16 bit patterns (uint16), also as an embedding table."""
 
+    tokens_alike = FEW_TOKENS
+
     def __init__(self, weight: NDArray[Any], workers: Workers | None = None) -> None:
         self.rows, self.cols = (int(size) for size in weight.shape)
         self.nbytes = weight.nbytes
@@ -68,12 +74,12 @@ class DenseLinear:
         tile = max(1, _WIDENED_AT_ONCE // self.cols)
 
         def work(start: int, stop: int, _: int) -> None:
-            if self._weight.dtype == np.uint16 and len(x) == 1:
-                bfloat16_rows(self._weight, x[0], start, stop, result[0])
+            if self._weight.dtype == np.uint16 and len(x) <= FEW_TOKENS:
+                self._few(x, start, stop, result)
                 return
             for row in range(start, stop, tile):
                 last = min(stop, row + tile)
-                result[:, row:last] = x @ widened(self._weight[row:last]).T
+                write_product(x, widened(self._weight[row:last]), result[:, row:last])
 
         with one_blas_thread():
             over_ranges(self._workers, work, self.rows, _ROWS_PER_THREAD)
@@ -83,9 +89,28 @@ class DenseLinear:
         """Return the same matrix, multiplied by the calling thread alone."""
         return DenseLinear(self._weight)
 
+    def _few(self, x: Floats, start: int, stop: int, result: Floats) -> None:
+        """Write the products of rows start .. stop - 1, a tile at a time for one token after the other."""
+        tile = stop - start if len(x) == 1 else max(1, _SHARED_TILE // self.cols)
+        for row in range(start, stop, tile):
+            for token in range(len(x)):
+                bfloat16_rows(self._weight, x[token], row, min(stop, row + tile), result[token])
+
     def rows_of(self, ids: NDArray[np.int64]) -> Floats:
         """Return these rows, (n, cols), as float32."""
         return np.array(widened(self._weight[ids]))
+
+
+def write_product(x: Floats, weight: Floats, result: Floats) -> None:
+    """Write x (n, cols) times the transposed weight (rows, cols) into result (n, rows), by BLAS.
+
+    Up to FEW_TOKENS tokens are multiplied one at a time, so that each gets what it gets alone.
+    """
+    if len(x) > FEW_TOKENS:
+        result[:] = x @ weight.T
+        return
+    for token in range(len(x)):
+        result[token] = (x[token : token + 1] @ weight.T)[0]
 
 
 def widened(weight: NDArray[Any]) -> Floats:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bincompress.model.linear import Floats, Linear
+from bincompress.model.linear import FEW_TOKENS, Floats, Linear, write_product
 from bincompress.model.threads import over_ranges
 from bincompress.process.blas import one_blas_thread
 from bincompress.tensors.dequantize import dequantize
@@ -49,6 +49,8 @@ class Listed:
 
 class PackedLinear:
     """Planes laid out for this CPU, multiplied with quantized activations."""
+
+    tokens_alike: int | None = None  # a token's product is the same beside any number of others
 
     def __init__(
         self, matrix: PackedMatrix, listed: Sequence[tuple[int, Listed]], settings: ActivationSettings, workers: Workers
@@ -103,6 +105,8 @@ class PackedLinear:
 class ScaledLinear:
     """A packed matrix whose input channels are scaled before they are quantized."""
 
+    tokens_alike: int | None = None
+
     def __init__(self, linear: PackedLinear, in_scale: Floats) -> None:
         self.rows, self.cols = linear.rows, linear.cols
         self.nbytes = linear.nbytes + in_scale.nbytes
@@ -117,6 +121,8 @@ class ScaledLinear:
 
 class DecodedLinear:
     """A matrix of many groups (or any, for float32 activations): rows are decoded tile by tile and multiplied."""
+
+    tokens_alike = FEW_TOKENS
 
     def __init__(self, packed: PackedTensor, workers: Workers) -> None:
         self.rows, self.cols = packed.shape
@@ -133,7 +139,7 @@ class DecodedLinear:
         def work(start: int, stop: int, _: int) -> None:
             for row in range(start, stop, tile):
                 last = min(stop, row + tile)
-                result[:, row:last] = x @ dequantize(self._packed, slice(row, last)).T
+                write_product(x, dequantize(self._packed, slice(row, last)), result[:, row:last])
 
         with one_blas_thread():
             over_ranges(self._workers, work, self.rows, _ROWS_PER_THREAD)
@@ -148,6 +154,8 @@ class StackedLinear:
         self.rows = sum(part.rows for part in parts)
         self.cols = parts[0].cols
         self.nbytes = sum(int(getattr(part, "nbytes", 0)) for part in parts)
+        limits = [getattr(part, "tokens_alike", FEW_TOKENS) for part in parts]
+        self.tokens_alike = min((limit for limit in limits if limit is not None), default=None)
 
     def __call__(self, x: Floats) -> Floats:
         """Return x (n, cols) times the transposed matrix, (n, rows)."""

@@ -1,5 +1,7 @@
 """The steps of a layer beside its matrices: norms, attention and the gate, on a block of tokens' work buffers."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -75,6 +77,15 @@ class Buffers:
         return Buffers(self.stream[:n], self.normed[:n], self.mixed[:n], self.inner[:n])
 
 
+@dataclass(frozen=True)
+class Part:
+    """The rows start .. stop - 1 of a block: tokens of one sequence, after those in its cache."""
+
+    cache: KvCache
+    start: int
+    stop: int
+
+
 class Steps:
     """Runs them on an exact number of threads; one caller at a time."""
 
@@ -137,38 +148,54 @@ class Steps:
                 _ROWS_PER_THREAD,
             )
 
-    def attend(self, work: Buffers, layer: Layer, number: int, cache: KvCache) -> None:
-        """Let the tokens read those before them, and put their keys and values into the cache."""
-        config, first, n = self.config, cache.length, len(work.normed)
-        cache.reach(first + n)
-        keys, values = cache.keys[number], cache.values[number]
-        place, attend = PLACE[keys.dtype], ATTEND[keys.dtype]
-        window = config.windows[number] or NO_WINDOW
-        cosines, sines = cache.rotation(number)
+    def attend(self, work: Buffers, layer: Layer, number: int, parts: Sequence[Part]) -> None:
+        """Let the tokens of each part read those before them, and put their keys and values into its cache.
+
+        The caches are all of one type.
+        """
+        config = self.config
         qkv = layer.qkv(work.normed)
         bias, q_norm, k_norm = layer.qkv_bias, layer.q_norm, layer.k_norm
         if config.qk_norm == "whole":
             self._norm_whole(qkv, layer)
             bias, q_norm, k_norm = self._no_qkv_bias, NO_NORM, NO_NORM
+        for part in parts:
+            self._place(part, qkv[part.start : part.stop], number, bias, q_norm, k_norm)
+        window = config.windows[number] or NO_WINDOW
+        items = [work_items(part.stop - part.start, config.heads, config.kv_heads) for part in parts]
+        ends = list(itertools.accumulate(items))
+        attend = ATTEND[parts[0].cache.keys[number].dtype]
+
+        def run(start: int, stop: int, worker: int) -> None:
+            for part, own, end in zip(parts, items, ends, strict=True):
+                begin = end - own
+                if begin < stop and end > start:
+                    cache, rows = part.cache, slice(part.start, part.stop)
+                    attend(
+                        qkv[rows], config.heads, cache.keys[number], cache.values[number], cache.length, window,
+                        max(start, begin) - begin, min(stop, end) - begin, self._scratch[worker], work.mixed[rows],
+                    )  # fmt: skip
+
+        seen = sum((part.stop - part.start) * min(part.cache.length + part.stop - part.start, window) for part in parts)
+        steps = seen * config.heads * config.head_dim
+        over_ranges(self.workers, run, ends[-1], 1 if steps > _STEPS_PER_THREAD else ends[-1])
+
+    def _place(self, part: Part, qkv: Floats, number: int, bias: Floats, q_norm: Floats, k_norm: Floats) -> None:
+        """Rotate a part's queries, and put its keys and values into its cache."""
+        config, cache, n = self.config, part.cache, len(qkv)
+        cache.reach(cache.length + n)
+        keys, values = cache.keys[number], cache.values[number]
+        cosines, sines = cache.rotation(number)
+        place = PLACE[keys.dtype]
         over_ranges(
             self.workers,
             lambda start, stop, _: place(
                 qkv, bias, q_norm, k_norm, config.norm_epsilon, self._query_scale, cosines, sines,
-                first, config.heads, start, stop, keys, values,
+                cache.length, config.heads, start, stop, keys, values,
             ),
             n,
             _ROWS_PER_THREAD,
         )  # fmt: skip
-        items = work_items(n, config.heads, config.kv_heads)
-        steps = n * min(first + n, window) * config.heads * config.head_dim
-        over_ranges(
-            self.workers,
-            lambda start, stop, worker: attend(
-                qkv, config.heads, keys, values, first, window, start, stop, self._scratch[worker], work.mixed
-            ),
-            items,
-            1 if steps > _STEPS_PER_THREAD else items,
-        )
 
     def _norm_whole(self, qkv: Floats, layer: Layer) -> None:
         """Add the bias, and normalize all queries of a token as one vector and all keys as one."""

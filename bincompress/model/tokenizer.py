@@ -12,6 +12,17 @@ from bincompress.model.files import json_object, pointer
 
 _UNFINISHED = "\ufffd"  # what decoders give for bytes that are not yet a whole character
 _LONGEST_CHARACTER = 4  # bytes in UTF-8, so tokens at most
+_SPACE = "\u2581"  # as sentencepiece writes it
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return the bytes by the characters that stand for them in byte-level tokens. Source: GPT-2, encoder.py."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
 _CONTEXT = 6  # tokens of the prompt that decide how the first new token is written (a leading space, say)
 
 
@@ -39,6 +50,7 @@ class Tokenizer:
         # A stored limit or padding belongs to training; transformers switches both off as well.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._byte_level = b'"ByteLevel"' in data
         self._tokenizer.encode_special_tokens = split_special_tokens
         if tokens is not None:
             add(self._tokenizer, tokens)
@@ -66,6 +78,15 @@ class Tokenizer:
         """Return the text of these tokens."""
         with named("tokenizer.json: cannot make a text of tokens"):
             return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return what one token writes; a token may end in the midst of a character. Special tokens give their text."""
+        text = self._tokenizer.id_to_token(token) or ""
+        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            return bytes.fromhex(text[3:5])
+        if self._byte_level and all(character in _BYTES for character in text):
+            return bytes(_BYTES[character] for character in text)
+        return text.replace(_SPACE, " ").encode("utf-8", "replace")
 
     def _ids(self, config: Mapping[str, Any], kind: str) -> list[int]:
         """Return the tokens that one file names as those that begin ("bos") or end ("eos") a text."""

@@ -79,7 +79,8 @@ def _attend(
             scratch[mass_at + row] = _ZERO
         oldest = max(0, first + first_row // group - window + 1)
         end = first + (first_row + rows - 1) // group + 1
-        key = oldest // BLOCK * BLOCK
+        # From a whole tile on, so that a token's sums have the same order whichever tokens share its block.
+        key = oldest // KEY_TILE * KEY_TILE
         while key < end:
             width = min(KEY_TILE, end - key)
             whole = -(-width // BLOCK) * BLOCK

@@ -1,0 +1,216 @@
+"""Ollama's interface: what its clients need to chat with the model, to continue a text, and to see its model."""
+
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from bincompress import __version__
+from bincompress.errors import BincompressError
+from bincompress.inference.sequence import Ended, Piece, PromptRead, Request
+from bincompress.serving.asking import check_model, lengths_of, request_for, sampling_of, stops_of
+from bincompress.serving.openai_asking import messages_of, rendered
+from bincompress.serving.reading import Fields, RequestError, in_thread, read_json
+from bincompress.serving.service import Service
+from bincompress.serving.texts import Streamed, Texts, of_request, refused, while_connected
+
+_NAMES = {"repetition_penalty": "repeat_penalty"}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    request: Request
+    stream: bool
+    is_chat: bool
+    began: int  # time.monotonic_ns()
+
+
+async def chat(request: HttpRequest) -> Response:
+    """Answer POST /api/chat."""
+    return await _answer(request, True)
+
+
+async def generate(request: HttpRequest) -> Response:
+    """Answer POST /api/generate."""
+    return await _answer(request, False)
+
+
+async def tags(request: HttpRequest) -> Response:
+    """Answer GET /api/tags: the one model that is served."""
+    service: Service = of_request(request)
+    modified = datetime.fromtimestamp(service.created, UTC).isoformat()
+    name = _tagged(service)
+    entry = {"name": name, "model": name, "modified_at": modified, "size": service.facts.get("bytes", 0), "digest": ""}
+    details = {"format": "bincompress", "family": service.facts.get("family", ""), "parameter_size": "",
+               "quantization_level": service.facts.get("bits", "")}  # fmt: skip
+    return JSONResponse({"models": [{**entry, "details": details}]})
+
+
+async def version(request: HttpRequest) -> Response:
+    """Answer GET /api/version."""
+    return JSONResponse({"version": __version__})
+
+
+def _tagged(service: Service) -> str:
+    name = service.settings.model_name
+    return name if ":" in name else f"{name}:latest"
+
+
+async def _answer(http: HttpRequest, is_chat: bool) -> Response:
+    service: Service = of_request(http)
+    scheduler = service.ready()
+    began = time.monotonic_ns()
+    fields = await read_json(http, service)
+    asked = await in_thread(service, _asked, fields, service, is_chat, began)
+    texts = Texts(scheduler, [asked.request])
+    answer = _Answer(service, asked)
+    http.state.answer = answer
+    if asked.stream:
+        return Streamed(answer.lines(texts), "application/x-ndjson")
+    with texts:
+        return JSONResponse(await while_connected(http.receive, answer.whole(texts)))
+
+
+def _asked(fields: Fields, service: Service, is_chat: bool, began: int) -> _Asked:
+    check_model(fields, service, _tagged(service))
+    stream = fields.take("stream", bool)
+    options = Fields(fields.take("options", dict) or {}, "options.")
+    sampling = sampling_of(options, service.model.defaults.sampling, _NAMES)
+    stop = stops_of(options)
+    most = lengths_of(options, "num_predict", least=-2)
+    context = options.number("num_ctx", 1, service.ready().limits.context, whole=True)
+    options.finish()
+    ids = _chat_ids(fields, service) if is_chat else _prompt_ids(fields, service)
+    fields.neutral("format", "")
+    fields.neutral("tools", [])
+    fields.neutral("images", [])
+    if (kept := fields.take("keep_alive", str, int, float)) in (0, "0", "0s"):
+        fields.refuse("keep_alive", f"{kept!r}: the model stays loaded as long as the server runs")
+    fields.neutral("logprobs", False)
+    fields.neutral("top_logprobs", 0)
+    fields.finish()
+    if most == 0:
+        options.refuse("num_predict", "expected at least 1, or -1 for as many as fit")
+    request = request_for(service, ids, sampling, stop, most if most is not None and most > 0 else None)
+    if context is not None and context <= len(ids):
+        options.refuse("num_ctx", f"the prompt has {len(ids):,} tokens; expected more than that")
+    if context is not None:
+        request = replace(request, settings=replace(request.settings, context=context))
+    return _Asked(request, stream is not False, is_chat, began)
+
+
+def _variables(fields: Fields) -> dict[str, Any]:
+    think = fields.take("think", bool)
+    return {} if think is None else {"enable_thinking": think}
+
+
+def _chat_ids(fields: Fields, service: Service) -> list[int]:
+    return rendered(service, messages_of(_without_empty(fields)), _variables(fields))
+
+
+def _without_empty(fields: Fields) -> Fields:
+    """Return the messages without what Ollama's clients send to say that there is nothing of a kind."""
+    messages = fields.take("messages", list) or []
+    found = []
+    for message in messages:
+        kept = message
+        if isinstance(message, dict):
+            kept = {name: value for name, value in message.items() if value not in ([], None)}
+            if "thinking" in kept and "reasoning_content" not in kept:
+                kept["reasoning_content"] = kept.pop("thinking")
+        found.append(kept)
+    return Fields({"messages": found})
+
+
+def _prompt_ids(fields: Fields, service: Service) -> list[int]:
+    prompt, system, raw = fields.take("prompt", str), fields.take("system", str), fields.take("raw", bool)
+    variables = _variables(fields)
+    fields.neutral("suffix", "")
+    fields.neutral("template", "")
+    fields.neutral("context", [])
+    if not prompt:
+        fields.refuse("prompt", "expected a text")
+    if raw or service.model.template is None:
+        if system:
+            fields.refuse("system", "expected none with a raw prompt or a model without a chat template")
+        try:
+            return service.model.tokenizer.encode(prompt)
+        except BincompressError as error:
+            raise refused(error) from error
+    messages = [{"role": "system", "content": system}] if system else []
+    return rendered(service, [*messages, {"role": "user", "content": prompt}], variables)
+
+
+class _Answer:
+    """One answer that is being made."""
+
+    def __init__(self, service: Service, asked: _Asked) -> None:
+        self._service = service
+        self._asked = asked
+        self._read = asked.began
+        self.sampled = 0
+        self.written: list[list[str]] = [[]]  # for the log
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens of the prompt."""
+        return {"prompt_tokens": len(self._asked.request.prompt)}
+
+    @property
+    def prompt(self) -> str:
+        """The prompt, as the model reads it, for the log."""
+        return self._service.model.tokenizer.decode(self._asked.request.prompt, False)
+
+    async def whole(self, texts: Texts) -> dict[str, Any]:
+        """Return the answer once it has ended."""
+        last: dict[str, Any] = {}
+        async for _, event in texts.events():
+            last = self._line(event) or last
+        return {**last, **self._part("".join(self.written[0]))}
+
+    async def lines(self, texts: Texts) -> AsyncIterator[bytes]:
+        """Yield the answer as lines of JSON."""
+        with texts:
+            try:
+                async for _, event in texts.events():
+                    line = self._line(event)
+                    if line is not None:
+                        yield _encoded(line)
+            except RequestError as error:
+                yield _encoded({"error": error.message})
+
+    def _part(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}} if self._asked.is_chat else {"response": text}
+
+    def _line(self, event: PromptRead | Piece | Ended) -> dict[str, Any] | None:
+        now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        head = {"model": _tagged(self._service), "created_at": now}
+        if isinstance(event, PromptRead):
+            self._read = time.monotonic_ns()
+            return None
+        if isinstance(event, Piece):
+            if not self.written[0]:
+                self._service.metrics.first_token.observe((time.monotonic_ns() - self._asked.began) / 1e9)
+            self.written[0].append(event.text)
+            return {**head, **self._part(event.text), "done": False}
+        end = time.monotonic_ns()
+        self._service.metrics.seconds.observe((end - self._asked.began) / 1e9)
+        self.sampled = event.sampled
+        times = {
+            "total_duration": end - self._asked.began,
+            "load_duration": 0,
+            "prompt_eval_count": len(self._asked.request.prompt),
+            "prompt_eval_duration": self._read - self._asked.began,
+            "eval_count": event.sampled,
+            "eval_duration": end - self._read,
+        }
+        return {**head, **self._part(""), "done": True, "done_reason": event.reason, **times}
+
+
+def _encoded(line: dict[str, Any]) -> bytes:
+    return json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"

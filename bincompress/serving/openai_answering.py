@@ -1,0 +1,219 @@
+"""Answers in OpenAI's form, whole or in chunks of server-sent events."""
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from bincompress.inference.logprobs import TokenLogprob
+from bincompress.inference.sequence import Ended, Piece, PromptRead
+from bincompress.model.tokenizer import Tokenizer
+from bincompress.serving.asking import Asked
+from bincompress.serving.reading import RequestError
+from bincompress.serving.service import Service
+from bincompress.serving.texts import Texts
+
+
+class Chat:
+    """The form of /v1/chat/completions."""
+
+    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, service: Service, asked: Asked) -> None:
+        self._tokenizer = service.model.tokenizer
+
+    def logprobs(self, number: int, tokens: Sequence[TokenLogprob], prompt: bool = False) -> Any:
+        """Return the log probabilities of tokens."""
+        content = [
+            {**self._token(each.token, each.logprob), "top_logprobs": [self._token(*other) for other in each.top]}
+            for each in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        written = self._tokenizer.token_bytes(token)
+        return {"token": written.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(written)}
+
+    def opening(self, number: int) -> dict[str, Any]:
+        """Return what a stream begins a choice with."""
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def piece(self, text: str) -> dict[str, Any]:
+        """Return a choice's part of a chunk."""
+        return {"delta": {"content": text} if text else {}}
+
+    def complete(self, number: int, text: str) -> dict[str, Any]:
+        """Return a choice as a whole."""
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+
+class Completion:
+    """The form of /v1/completions."""
+
+    prefix, whole, part = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, service: Service, asked: Asked) -> None:
+        self._tokenizer = service.model.tokenizer
+        self._asked = asked
+        self._offsets = [0] * len(asked.requests)
+
+    def logprobs(self, number: int, tokens: Sequence[TokenLogprob], prompt: bool = False) -> Any:
+        """Return the log probabilities of tokens; with a prompt's come its first token, which has none."""
+        found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        listed: list[tuple[int, float | None, dict[str, float] | None]] = []
+        if prompt:
+            listed.append((self._asked.requests[number].prompt[0], None, None))
+        for each in tokens:
+            top = {_name(self._tokenizer, token): share for token, share in (*each.top, (each.token, each.logprob))}
+            listed.append((each.token, each.logprob, top))
+        for token, logprob, likeliest in listed:
+            found["tokens"].append(_name(self._tokenizer, token))
+            found["token_logprobs"].append(logprob)
+            found["top_logprobs"].append(likeliest)
+            found["text_offset"].append(self._offsets[number])
+            self._offsets[number] += sum(byte & 0xC0 != 0x80 for byte in self._tokenizer.token_bytes(token))
+        return found
+
+    def opening(self, number: int) -> dict[str, Any]:
+        """Return what a stream begins a choice with: the prompt, where it is echoed."""
+        return {"text": self._echoed(number)}
+
+    def piece(self, text: str) -> dict[str, Any]:
+        """Return a choice's part of a chunk."""
+        return {"text": text}
+
+    def complete(self, number: int, text: str) -> dict[str, Any]:
+        """Return a choice as a whole."""
+        return {"text": self._echoed(number) + text}
+
+    def _echoed(self, number: int) -> str:
+        return self._asked.prompts[number // self._asked.choices] if self._asked.echo else ""
+
+
+def _name(tokenizer: Tokenizer, token: int) -> str:
+    """Return a token's text, in OpenAI's notation where it is part of a character."""
+    written = tokenizer.token_bytes(token)
+    try:
+        return written.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in written)
+
+
+class Answer:
+    """One answer that is being made."""
+
+    def __init__(self, form: Chat | Completion, service: Service, asked: Asked) -> None:
+        self._form = form
+        self._service = service
+        self._asked = asked
+        self._begin = time.monotonic()
+        self._head = {
+            "id": f"{form.prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": service.settings.model_name,
+        }
+        self._reused = 0
+        self.sampled = 0
+        self.written: list[list[str]] = [[] for _ in asked.requests]  # for the log
+        self._first = True
+
+    @property
+    def prompt(self) -> str:
+        """The prompts, as the model reads them, for the log."""
+        tokenizer = self._service.model.tokenizer
+        read = [tokenizer.decode(request.prompt, False) for request in self._asked.requests[:: self._asked.choices]]
+        return "\n\n".join(read)
+
+    async def whole(self, texts: Texts) -> dict[str, Any]:
+        """Return the answer once all of its texts have ended."""
+        logprobs: list[list[TokenLogprob]] = [[] for _ in self._asked.requests]
+        reasons: list[str | None] = [None] * len(logprobs)
+        async for number, event in texts.events():
+            self._note(number, event)
+            if isinstance(event, PromptRead | Piece):
+                logprobs[number] += event.tokens
+            else:
+                reasons[number] = event.reason
+        choices = [
+            {
+                "index": number,
+                **self._form.complete(number, "".join(self.written[number])),
+                "logprobs": self._logprobs(number, tokens, self._asked.echo),
+                "finish_reason": reasons[number],
+            }
+            for number, tokens in enumerate(logprobs)
+        ]
+        return {**self._head, "object": self._form.whole, "choices": choices, "usage": self.usage}
+
+    async def chunks(self, texts: Texts) -> AsyncIterator[bytes]:
+        """Yield the answer as server-sent events."""
+        with texts:
+            try:
+                async for number, event in texts.events():
+                    self._note(number, event)
+                    if isinstance(event, PromptRead):
+                        opening = self._form.opening(number)
+                        if opening.get("text") != "" or event.tokens:
+                            tokens = event.tokens if self._asked.echo else None
+                            yield self._chunk(number, opening, tokens, None, prompt=True)
+                    elif isinstance(event, Piece):
+                        yield self._chunk(number, self._form.piece(event.text), event.tokens, None)
+                    else:
+                        yield self._chunk(number, self._form.piece(""), None, event.reason)
+                if self._asked.include_usage:
+                    yield _event({**self._head, "object": self._form.part, "choices": [], "usage": self.usage})
+            except RequestError as error:
+                yield _event(error_body(error))
+            yield b"data: [DONE]\n\n"
+
+    def _note(self, number: int, event: PromptRead | Piece | Ended) -> None:
+        metrics = self._service.metrics
+        if isinstance(event, PromptRead):
+            self._reused += event.reused if number % self._asked.choices == 0 else 0
+        elif isinstance(event, Piece):
+            if self._first:
+                metrics.first_token.observe(time.monotonic() - self._begin)
+                self._first = False
+            self.written[number].append(event.text)
+        else:
+            self.sampled += event.sampled
+            metrics.seconds.observe(time.monotonic() - self._begin)
+
+    def _logprobs(self, number: int, tokens: Sequence[TokenLogprob] | None, prompt: bool = False) -> Any:
+        if self._asked.logprobs is None or tokens is None:
+            return None
+        return self._form.logprobs(number, tokens, prompt)
+
+    def _chunk(
+        self, number: int, part: dict[str, Any], tokens: Sequence[TokenLogprob] | None, reason: str | None,
+        prompt: bool = False,
+    ) -> bytes:  # fmt: skip
+        logprobs = self._logprobs(number, tokens, prompt)
+        choice = {"index": number, **part, "logprobs": logprobs, "finish_reason": reason}
+        usage: dict[str, None] = {"usage": None} if self._asked.include_usage else {}
+        return _event({**self._head, "object": self._form.part, "choices": [choice], **usage})
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """Tokens of the prompts, of the answers, and of both."""
+        read = sum(len(request.prompt) for request in self._asked.requests[:: self._asked.choices])
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": self.sampled,
+            "total_tokens": read + self.sampled,
+            "prompt_tokens_details": {"cached_tokens": self._reused},
+        }
+
+
+def _event(found: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(found, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n\n"
+
+
+_KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def error_body(error: RequestError) -> dict[str, Any]:
+    """Return an error in OpenAI's form."""
+    kind = _KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.status}}

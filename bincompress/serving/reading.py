@@ -1,0 +1,173 @@
+"""What does a request ask? Its JSON within bounds, field by field; what is not understood is refused by name."""
+
+import asyncio
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from starlette.requests import Request
+
+if TYPE_CHECKING:
+    from bincompress.serving.service import Service
+
+Found = TypeVar("Found")
+
+_TYPES = {
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
+_DEEPEST = 64
+_SHOWN = 60  # characters of a value in a message
+
+
+class RequestError(Exception):
+    """A request that is refused: the status, what is wrong, and with which field."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+
+async def read_json(request: Request, service: "Service") -> "Fields":
+    """Return a request's body, a JSON object; raise RequestError where it is too large, too slow or something else."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        # Pages of other sites may send plain text without asking; JSON they may not.
+        raise RequestError(415, f"content-type: expected application/json, found {kind[:_SHOWN]!r}")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and (len(length) > 12 or int(length) > service.most_body):
+        raise _too_large(service)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(service.settings.body_seconds):
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise RequestError(499, "the client is gone")
+                part = message.get("body", b"")
+                body += part
+                service.body_bytes += len(part)
+                if len(body) > service.most_body:
+                    raise _too_large(service)
+                if service.body_bytes > service.settings.most_bodies:
+                    raise RequestError(503, "too many large requests at once; try again later", retry_after=1)
+                if not message.get("more_body"):
+                    break
+        return Fields(await in_thread(service, parse, bytes(body)))
+    except TimeoutError:
+        seconds = service.settings.body_seconds
+        raise RequestError(408, f"the request's body did not arrive within {seconds:g} s") from None
+    finally:
+        service.body_bytes -= len(body)
+
+
+async def in_thread(service: "Service", work: Callable[..., Found], *arguments: Any) -> Found:
+    """Run what takes a while, such as tokenizing, beside the event loop."""
+    return await asyncio.get_running_loop().run_in_executor(service.readers, work, *arguments)
+
+
+def _too_large(service: "Service") -> "RequestError":
+    return RequestError(413, f"the request is too large: expected at most {service.most_body:,} bytes")
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """Return the JSON object of a body; raise RequestError where it is none."""
+    try:
+        found = json.loads(body.decode("utf-8"), parse_constant=_no_number)
+    except UnicodeDecodeError as error:
+        raise RequestError(400, f"the body is not UTF-8: byte {body[error.start]:#04x} at {error.start}") from None
+    except RecursionError:
+        raise RequestError(400, "the body is nested too deeply") from None
+    except ValueError as error:
+        raise RequestError(400, f"the body is not JSON: {str(error)[:200]}") from None
+    if _is_deep(found):
+        raise RequestError(400, "the body is nested too deeply")
+    if not isinstance(found, dict):
+        raise RequestError(400, f"the body: expected an object, found {shown(found)}")
+    return found
+
+
+def _is_deep(found: Any) -> bool:
+    """Return whether lists and objects are nested in more than _DEEPEST levels."""
+    level = [found]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, list | dict)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def shown(value: Any) -> str:
+    """Return the beginning of a value for a message."""
+    text = repr(value) if isinstance(value, bool | int | float | str | None) else type(value).__name__
+    text = {"dict": "an object", "list": "a list", "True": "true", "False": "false", "None": "null"}.get(text, text)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+class Fields:
+    """An object's fields, which are taken one by one; null is as good as absent, and `finish` refuses the rest."""
+
+    def __init__(self, values: Mapping[str, Any], within: str = "") -> None:
+        self._values = {name: value for name, value in values.items() if value is not None}
+        self._within = within
+
+    def refuse(self, name: str, message: str) -> NoReturn:
+        """Refuse the request for what is in this field."""
+        raise RequestError(400, f"{self._within}{name}: {message}", f"{self._within}{name}")
+
+    def take(self, name: str, *kinds: type) -> Any:
+        """Return a field's value, or None; it is of one of these types."""
+        value = self._values.pop(name, None)
+        if value is None:
+            return None
+        for kind in kinds:
+            if kind is float and type(value) is int and abs(value) < 1 << 53:
+                return float(value)
+            if type(value) is kind:
+                return value
+        self.refuse(name, f"expected {' or '.join(_TYPES[kind] for kind in kinds)}, found {shown(value)}")
+
+    def number(self, name: str, least: float, most: float, whole: bool = False) -> Any:
+        """Return a number within bounds, or None."""
+        value = self.take(name, int if whole else float)
+        if value is not None and not least <= value <= most:
+            upper = f"{most:,}" if most < math.inf else "more"
+            self.refuse(name, f"expected {least:,} to {upper}, found {shown(value)}")
+        return value
+
+    def given(self, name: str) -> bool:
+        """Return whether the field is there."""
+        return name in self._values
+
+    def neutral(self, name: str, *values: Any) -> None:
+        """Refuse a field that is not supported, unless it says what happens anyway."""
+        value = self._values.pop(name, None)
+        if value is not None and not any(type(value) is type(each) and value == each for each in values):
+            self.refuse(name, f"{shown(value)} is not supported" + _only(values))
+
+    def finish(self) -> None:
+        """Refuse what was not taken."""
+        for name in self._values:
+            raise RequestError(400, f"{self._within}{name[:_SHOWN]}: this parameter is not supported", name[:_SHOWN])
+
+
+def _only(values: tuple[Any, ...]) -> str:
+    listed = [json.dumps(value) for value in values]
+    return f"; expected {' or '.join(listed)}, or nothing" if listed else ""
