@@ -369,6 +369,20 @@ def test_a_tokenizer_that_is_not_known_is_refused(tmp_path: Path, changes: dict[
         tokenizer_of(tmp_path, **changes)
 
 
+def test_a_quantized_bias_in_another_order_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    own = [entry("general.architecture", "llama"), *numbers("llama")]
+    file.write_bytes(raw(own, [EMBEDDING, tensor("blk.0.attn_q.bias", (256,), 8, 4096)], 8192))
+    with pytest.raises(CheckpointError, match=r"'blk.0.attn_q.bias': a quantized bias of heads in another order"):
+        open_source(str(file))
+
+
+def test_a_token_that_no_template_can_hold_is_refused(tmp_path: Path) -> None:
+    words = ["{'a': 1}", *WORDS[1:-1], "01"]
+    with pytest.raises(CheckpointError, match="no tokenizer can be made of it: Cannot build Piece"):
+        tokenizer_of(tmp_path, tokens=words, merges=["0 1"], add_bos_token=True)
+
+
 def test_without_the_package_one_line_says_what_to_install(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

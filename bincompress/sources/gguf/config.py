@@ -21,6 +21,7 @@ _LLAMA3 = (1.0, 4.0)  # low_freq_factor and high_freq_factor of all Llama 3 mode
 _LLAMA3_CONTEXTS = (8192, 4096, 2048, 16384, 32768, 65536, 131072)
 _CLOSE = 1e-4
 _LONGEST_NAME = 60
+_MOST_NAMED = 8  # keys in a note
 _WINDOWED = ("gemma3_text", "phi3", "mistral", "olmo2")
 # Keys of an architecture that say nothing of the arithmetic, or what is read elsewhere.
 _IDLE = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")
@@ -120,8 +121,8 @@ def config_of(
     experts = fields.whole("expert_count", 0)
     if experts:
         config["num_local_experts"] = experts
-    left = fields.left_over()
-    return config, [f"metadata that is not read: {', '.join(left[:8])}"] if left else []
+    left = [ascii(key)[1:-1][:_LONGEST_NAME] for key in fields.left_over()[:_MOST_NAMED]]
+    return config, [f"metadata that is not read: {', '.join(left)}"] if left else []
 
 
 def _head_dim(family: Family, fields: Fields, hidden: int, heads: int) -> int:
