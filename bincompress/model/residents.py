@@ -39,6 +39,7 @@ class Residents:
         with self._lock:
             self.asked += 1
             self.read += 1
+            self.used -= self._held.pop((layer, expert), (0, drop))[0]  # there where an interrupt came after it
             self._held[layer, expert] = nbytes, drop
             self.used += nbytes
             while self.used > self.limit and len(self._held) > 1:
@@ -83,9 +84,9 @@ class ColdPairs(Sequence[Pair]):
         if pair is not None:
             return pair
         pair = self._read(expert)
-        self._pairs[expert] = pair
         nbytes = sum(int(getattr(linear, "nbytes", 0)) for linear in pair)
         self._residents.hold(self._layer, expert, nbytes, partial(self._drop, expert))
+        self._pairs[expert] = pair
         return pair
 
     def _drop(self, expert: int) -> None:
