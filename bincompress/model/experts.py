@@ -90,7 +90,7 @@ class ExpertLayer:
     def _of_token(self, numbers: Numbers, x: Floats) -> Floats:
         """Return what these experts make of one token, (experts, hidden)."""
         if isinstance(self.pairs, ColdPairs):
-            absent = self.pairs.missing(numbers.tolist())
+            absent = self.pairs.use(numbers.tolist())
             if len(absent) > 1:
                 in_turn(self._workers, lambda item: self.pairs[absent[item]], len(absent))
         given = {number: self.pairs[number] for number in numbers.tolist()}
@@ -102,7 +102,7 @@ class ExpertLayer:
         else:
             made = np.concatenate([down(self.gate(gate_up(x))) for gate_up, down in given.values()])
         if isinstance(self.pairs, ColdPairs):
-            for number in self.pairs.missing(list(given)):  # dropped for another one of these
+            for number in self.pairs.absent(list(given)):  # dropped for another one of these
                 self._forget(number)
         return made
 
@@ -161,7 +161,7 @@ class ExpertLayer:
     def _pair(self, expert: int) -> Pair:
         """Return an expert's matrices, and note that they are used."""
         if isinstance(self.pairs, ColdPairs):
-            self.pairs.missing([expert])
+            self.pairs.use([expert])
         return self.pairs[expert]
 
 

@@ -72,12 +72,16 @@ class ColdPairs(Sequence[Pair]):
     def __iter__(self) -> Iterator[Pair]:
         return (self[expert] for expert in range(self._count))
 
-    def missing(self, experts: Sequence[int]) -> list[int]:
-        """Return which of these are not in memory; those that are count as used."""
-        there = [expert for expert in experts if expert in self._pairs]
-        for expert in there:
-            self._residents.use(self._layer, expert)
-        return [expert for expert in experts if expert not in there]
+    def use(self, experts: Sequence[int]) -> list[int]:
+        """Note that those of these that are in memory are used, and return the others."""
+        for expert in experts:
+            if expert in self._pairs:
+                self._residents.use(self._layer, expert)
+        return self.absent(experts)
+
+    def absent(self, experts: Sequence[int]) -> list[int]:
+        """Return which of these are not in memory."""
+        return [expert for expert in experts if expert not in self._pairs]
 
     def __getitem__(self, expert: int) -> Pair:  # type: ignore[override]
         pair = self._pairs.get(expert)
