@@ -112,6 +112,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any], str]] = {
         KINDS[0], {"num_local_experts": 7}, "num_experts 5 contradicts num_local_experts 7"
     ),
     "too many": (KINDS[1], {"num_local_experts": 1 << 20}, "num_local_experts: expected at most 4096"),
+    "too many in all": (KINDS[1], {"num_local_experts": 4096, "num_hidden_layers": 17}, "at most 65536 experts"),
     "no expert": (KINDS[1], {"num_local_experts": 0}, "num_local_experts: expected 1 to"),
     "a negative number": (KINDS[1], {"num_local_experts": -2}, "num_local_experts: expected a whole number"),
     "layers that are no list": (KINDS[0], {"mlp_only_layers": "0"}, "mlp_only_layers: expected a list"),

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import bincompress
-from bincompress.errors import BincompressError
+from bincompress.errors import BincompressError, DamagedError
 from bincompress.inference import load as loading
 from bincompress.inference.load import load_decoder
+from bincompress.model.decoder import Decoder
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.model.residents import ColdPairs, Residents
 from bincompress.model.store_source import store_config
@@ -83,11 +84,27 @@ def test_an_expert_that_is_dropped_gives_its_memory_back(store: str) -> None:
     streams: list[Any] = []
     for number in range(layer.count):
         streams.append(weakref.ref(layer.pairs[number][0].matrix.stream.base))  # type: ignore[attr-defined]
-    for token in range(30):  # through the other layers, too
-        decoder.next_logits([token], decoder.new_cache(1))
+    write_tokens(decoder, 30)  # through the other layers, too
     gc.collect()
     held = sum(stream() is not None for stream in streams)
     assert held < layer.count
+
+
+def test_an_expert_that_is_damaged_meanwhile_is_named(store: str) -> None:
+    everything, expert = sizes(store)
+    decoder = load_decoder(store, 1, ActivationSettings(8), memory=everything - 2 * expert).decoder
+    for planes in Path(store).glob("tensors/*.experts.*/planes/c/0/0/0"):
+        content = bytearray(planes.read_bytes())
+        content[len(content) // 2] ^= 1
+        planes.unlink()  # what is mapped stays as it was
+        planes.write_bytes(content)
+    with pytest.raises(DamagedError, match=r"experts\.\d\..*: planes: its bytes are not those that were written"):
+        write_tokens(decoder, 96)
+
+
+def write_tokens(decoder: Decoder, count: int) -> None:
+    for token in range(count):
+        decoder.next_logits([token], decoder.new_cache(1))
 
 
 def test_the_last_used_stay() -> None:

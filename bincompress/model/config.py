@@ -27,6 +27,7 @@ from bincompress.sources.bitnet import checked, is_bitnet
 
 _MOST_LAYERS = 4096
 _MOST_EXPERTS = 4096
+_MOST_IN_ALL = 1 << 16  # experts of all layers: each has names, which are made before any weight is seen
 _PRE_ATTENTION = 256  # query_pre_attn_scalar where absent
 
 
@@ -314,6 +315,10 @@ def _experts(raw: Mapping[str, Any], mixture: Mixture, layers: int) -> Experts |
         raise ConfigError(f"config.json: {field}: expected 1 to {_MOST_EXPERTS}, found 0")
     if not any(sparse):
         return None
+    if number_of * sum(sparse) > _MOST_IN_ALL:
+        raise ConfigError(
+            f"config.json: {field} {number_of} in {sum(sparse)} layers: expected at most {_MOST_IN_ALL} experts in all"
+        )
     chosen = size(raw, "num_experts_per_tok", mixture.chosen)
     if chosen > number_of:
         raise ConfigError(

@@ -1,6 +1,5 @@
 """A mixture of experts: which experts the tokens choose, and the products with the chosen ones alone."""
 
-import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -91,7 +90,7 @@ class ExpertLayer:
     def _of_token(self, numbers: Numbers, x: Floats) -> Floats:
         """Return what these experts make of one token, (experts, hidden)."""
         if isinstance(self.pairs, ColdPairs):
-            absent = self.pairs.missing(numbers.tolist())
+            absent = self.pairs.use(numbers.tolist())
             if len(absent) > 1:
                 in_turn(self._workers, lambda item: self.pairs[absent[item]], len(absent))
         given = {number: self.pairs[number] for number in numbers.tolist()}
@@ -103,7 +102,7 @@ class ExpertLayer:
         else:
             made = np.concatenate([down(self.gate(gate_up(x))) for gate_up, down in given.values()])
         if isinstance(self.pairs, ColdPairs):
-            for number in self.pairs.missing(list(given)):  # dropped for another one of these
+            for number in self.pairs.absent(list(given)):  # dropped for another one of these
                 self._forget(number)
         return made
 
@@ -128,19 +127,26 @@ class ExpertLayer:
         ends = np.cumsum([len(group) for _, group in groups])
         places = np.empty(chosen.size, np.int64)
         places[order] = np.arange(chosen.size)
-        made = self._room("made", chosen.size, self.hidden)
-        rest: list[int] = []
+        rooms: list[_Room] = self._workers.scratch.setdefault("experts", [_Room()])
+        made = rooms[0].array("made", chosen.size, self.hidden)  # the caller's, who holds the workers' lock
+        free, rest = rooms[1:], list[int]()
 
         def alone(item: int) -> None:
             group, (gate_up, down) = groups[item][1], self._pair(groups[item][0])
             if not (isinstance(gate_up, PackedLinear) and isinstance(down, PackedLinear)):
                 rest.append(item)
                 return
+            try:
+                room = free.pop()
+            except IndexError:  # the first time that so many threads are at work
+                room = _Room()
+                rooms.append(room)
             n = len(group)
-            read = self._room("read", n, self.hidden)
+            read = room.array("read", n, self.hidden)
             np.take(x, group // chosen.shape[1], axis=0, out=read)
-            first = gate_up.alone(read, self._room("gate_up", n, 2 * self.inner))
-            down.alone(self.gate(first, self._room("inner", n, self.inner)), made[ends[item] - n : ends[item]])
+            first = gate_up.alone(read, room.array("gate_up", n, 2 * self.inner))
+            down.alone(self.gate(first, room.array("inner", n, self.inner)), made[ends[item] - n : ends[item]])
+            free.append(room)
 
         if len(groups) >= _EXPERTS_PER_THREAD * self._workers.threads:
             in_turn(self._workers, alone, len(groups))
@@ -152,23 +158,25 @@ class ExpertLayer:
             made[ends[item] - len(group) : ends[item]] = down(inner)
         return made, places.reshape(chosen.shape)
 
-    def _room(self, name: str, rows: int, cols: int) -> Floats:
-        """Return an array (rows, cols) of this thread, which is there until it is asked for again.
-
-        New memory for each would be new pages each time.
-        """
-        key = "experts", name, threading.get_ident()
-        kept = self._workers.scratch.get(key)
-        if kept is None or kept.size < rows * cols:
-            kept = self._workers.scratch[key] = np.empty(rows * cols, np.float32)
-        found: Floats = kept[: rows * cols].reshape(rows, cols)
-        return found
-
     def _pair(self, expert: int) -> Pair:
         """Return an expert's matrices, and note that they are used."""
         if isinstance(self.pairs, ColdPairs):
-            self.pairs.missing([expert])
+            self.pairs.use([expert])
         return self.pairs[expert]
+
+
+class _Room:
+    """Arrays that are kept between calls: new memory for each would be new pages each time."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Floats] = {}
+
+    def array(self, name: str, rows: int, cols: int) -> Floats:
+        """Return the array (rows, cols) of this name; what it held is lost."""
+        kept = self._kept.get(name)
+        if kept is None or kept.size < rows * cols:
+            kept = self._kept[name] = np.empty(rows * cols, np.float32)
+        return kept[: rows * cols].reshape(rows, cols)
 
 
 def by_expert(chosen: Numbers) -> list[tuple[int, Numbers]]:

@@ -39,6 +39,7 @@ class Residents:
         with self._lock:
             self.asked += 1
             self.read += 1
+            self.used -= self._held.pop((layer, expert), (0, drop))[0]  # there where an interrupt came after it
             self._held[layer, expert] = nbytes, drop
             self.used += nbytes
             while self.used > self.limit and len(self._held) > 1:
@@ -71,21 +72,25 @@ class ColdPairs(Sequence[Pair]):
     def __iter__(self) -> Iterator[Pair]:
         return (self[expert] for expert in range(self._count))
 
-    def missing(self, experts: Sequence[int]) -> list[int]:
-        """Return which of these are not in memory; those that are count as used."""
-        there = [expert for expert in experts if expert in self._pairs]
-        for expert in there:
-            self._residents.use(self._layer, expert)
-        return [expert for expert in experts if expert not in there]
+    def use(self, experts: Sequence[int]) -> list[int]:
+        """Note that those of these that are in memory are used, and return the others."""
+        for expert in experts:
+            if expert in self._pairs:
+                self._residents.use(self._layer, expert)
+        return self.absent(experts)
+
+    def absent(self, experts: Sequence[int]) -> list[int]:
+        """Return which of these are not in memory."""
+        return [expert for expert in experts if expert not in self._pairs]
 
     def __getitem__(self, expert: int) -> Pair:  # type: ignore[override]
         pair = self._pairs.get(expert)
         if pair is not None:
             return pair
         pair = self._read(expert)
-        self._pairs[expert] = pair
         nbytes = sum(int(getattr(linear, "nbytes", 0)) for linear in pair)
         self._residents.hold(self._layer, expert, nbytes, partial(self._drop, expert))
+        self._pairs[expert] = pair
         return pair
 
     def _drop(self, expert: int) -> None:
