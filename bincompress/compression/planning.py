@@ -37,8 +37,8 @@ class Planned:
     kept_weights: tuple[str, ...] = ()  # a line for each single weight that was found to be kept, with the reason
 
     def remarks(self) -> list[str]:
-        """Return what a summary says of the plan: weights that were found, tensors that are slow to run."""
-        return [*self.kept_weights, *self.plan.decoded_lines()]
+        """Return what a summary says of the plan: weights that were found, tensors that are slow, what would save."""
+        return [*self.kept_weights, *self.plan.saving_lines(), *self.plan.decoded_lines()]
 
 
 def plan(
