@@ -9,6 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from bincompress import cli
+from bincompress.compression.plan import make_plan
+from bincompress.compression.recipe import load_recipe
+from bincompress.sources.checkpoint import open_checkpoint
 from tests.conftest import Run, tiny_config, tiny_tensors, write_model
 
 
@@ -43,6 +46,22 @@ def test_json_and_verbose(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     assert json.loads(out)["done"] == 21
     assert err.count("  done  ") == 21
     assert "stored 2.8" in err  # rows of 160 columns: padding and a ragged block are counted
+
+
+def test_plan_and_summary_say_what_smaller_embeddings_would_save(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    plan, smaller = (
+        make_plan(open_checkpoint(tiny_model), load_recipe(None, {"embeddings": choice})) for choice in ("keep", "4bit")
+    )
+    line = (
+        f"embeddings and output head stay as they are, {2 * 96 * 64 * 2:,} of {plan.expected_bytes:,} bytes: "
+        f"--embeddings 4bit would save {plan.expected_bytes - smaller.expected_bytes:,} bytes"
+    )
+    assert plan.expected_bytes > smaller.expected_bytes
+    assert line in run("compress", tiny_model, tmp_path / "s", "--dry-run", "--rate", "1GB")[1]
+    assert line in run("compress", tiny_model, tmp_path / "s")[1]
+    for chosen in (("--embeddings", "4bit"), ("--embeddings", "8bit"), ("--keep", "*embed*", "--keep", "lm_head*")):
+        code, out, _ = run("compress", tiny_model, tmp_path / "s", "--dry-run", "--rate", "1GB", *chosen)
+        assert (code, "would save" in out) == (0, False)
 
 
 def test_dry_run_writes_nothing(run: Run, tiny_model: Path, tmp_path: Path) -> None:

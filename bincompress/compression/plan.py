@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from bincompress.calibration.statistics import Statistics
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_SMALLEST = "4bit"  # of what embeddings can become
 _BASE_BYTES = 250 << 20  # Python, NumPy, Numba and Zarr, kernels loaded
 
 
@@ -90,6 +91,26 @@ class Plan:
             f"{config.architecture}: {sparse} of {config.layers} layers have {experts.count} experts each, "
             f"{experts.chosen} for each token; {packed:,} of {3 * experts.count * sparse:,} matrices of experts are "
             "packed, each on its own; routers are kept"
+        ]
+
+    def saving_lines(self) -> list[str]:
+        """Return a line where embeddings and output head stay as they are: what packing them would save."""
+        smaller = replace(self.recipe, embeddings=_SMALLEST)
+        kept = saved = 0
+        for tensor in self.tensors:
+            source = tensor.source
+            if tensor.kind not in ("embedding", "head") or tensor.packed or source.dtype not in ITEM_BYTES:
+                continue
+            settings = smaller.settings_for(source.name, embeddings()[_SMALLEST])
+            if settings == KEEP or len(source.shape) != 2 or settings.problem((source.shape[0], source.shape[1])):
+                continue  # as an override asks for it
+            kept += tensor.expected_bytes
+            saved += tensor.expected_bytes - packed_bytes(settings, *source.shape)
+        if saved <= 0:
+            return []
+        return [
+            f"embeddings and output head stay as they are, {kept:,} of {self.expected_bytes:,} bytes: "
+            f"--embeddings {_SMALLEST} would save {saved:,} bytes"
         ]
 
     @property

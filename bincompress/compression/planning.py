@@ -43,9 +43,9 @@ class Planned:
     few_levels: tuple[str, ...] = ()  # of tensors that are packed without loss, or could be
 
     def remarks(self) -> list[str]:
-        """Return what a summary says of the plan: experts, tensors of few levels, weights found, what runs slowly."""
-        experts = [*self.plan.expert_lines(), *self.few_tokens]
-        return [*experts, *self.few_levels, *self.kept_weights, *self.plan.decoded_lines()]
+        """Return what a summary says of the plan: experts, few levels, weights found, what would save, what is slow."""
+        plan, experts = self.plan, [*self.plan.expert_lines(), *self.few_tokens]
+        return [*experts, *self.few_levels, *self.kept_weights, *plan.saving_lines(), *plan.decoded_lines()]
 
 
 def plan(
