@@ -67,6 +67,12 @@ class ModelConfig:
         """The rotary embedding of the first layer."""
         return self.ropes[0]
 
+    @property
+    def context_limit(self) -> str:
+        """Return, in words, what limits the context."""
+        kind = next((rope.kind for rope in self.ropes if rope.most_positions == self.context), None)
+        return "this model's limit" if kind is None else f"rope type {kind!r} is not supported beyond that"
+
     def of_layer(self, layer: int) -> "ModelConfig":
         """Return the config of a model that has this layer alone."""
         return replace(self, layers=1, ropes=(self.ropes[layer],), windows=(self.windows[layer],))
@@ -155,6 +161,7 @@ def parse(raw: Mapping[str, Any]) -> ModelConfig:
         return number(raw, field, 1.0) if field in declared.reads else 1.0
 
     ropes, windows = positions(raw, declared, layers, head_dim, context)
+    context = min(context, *(rope.most_positions or context for rope in ropes))
     return ModelConfig(
         architecture=name,
         vocab=size(raw, "vocab_size"),
