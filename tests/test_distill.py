@@ -37,7 +37,8 @@ from bincompress.tensors.dequantize import dequantize
 from bincompress.tensors.float8 import from_float8
 from bincompress.tensors.packed import PackedTensor
 from tests.conftest import EVERY_METHOD, Run, tiny_config, tiny_tensors, write_model
-from tests.test_model_transformers import CASES, VOCAB, random_model, their_logits
+from tests.test_model_transformers import CASES
+from tests.transformers_models import VOCAB, random_model, their_logits
 
 pytestmark = pytest.mark.slow  # PyTorch
 

@@ -207,7 +207,7 @@ def test_a_tied_head_in_a_store(tmp_path: Path, embeddings: str, same: bool) -> 
 
 FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["OtherModel"], "model_type": "other"}, "architecture OtherModel is not supported"),
-    ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported"),
+    ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope type 'ntk' is not supported"),
     ({"quantization_config": {"quant_method": "hqq"}}, "quantization_config = 'hqq' is not supported"),
     ({"num_hidden_layers": 2}, "model.layers.1.input_layernorm.weight and 8 more tensors are missing"),
 ]

@@ -1,6 +1,5 @@
-"""The decoder, the samplers and the chat templates against transformers: every architecture and option, in float32."""
+"""The decoder against transformers: every architecture and option, in float32."""
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -8,43 +7,26 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from numpy.typing import NDArray
 
-from bincompress.inference.chat import ChatTemplate
-from bincompress.inference.sampling import Sampling, candidates
 from bincompress.model.checkpoint_source import load_checkpoint
-from bincompress.model.config import parse
-from bincompress.model.decoder import Decoder
 from cpu_kernels.parallel.workers import Workers
 from tests.conftest import DEMO_MODEL, SHARED, Run, tiny_tokenizer
+from tests.transformers_models import (
+    LLAMA3,
+    TOLERANCE,
+    VOCAB,
+    assert_alike,
+    distance,
+    in_parts,
+    random_model,
+    rewritten,
+    their_logits,
+)
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.slow  # PyTorch and transformers
-
-TOLERANCE = 1e-4  # of the largest absolute logit
-
-VOCAB = 101
-SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 48,
-    "intermediate_size": 72,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "pad_token_id": None,  # by default some have one past this vocabulary
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -211,37 +193,6 @@ BEYOND_LLAMA: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def random_model(folder: Path, kind: str, options: dict[str, Any]) -> Any:
-    """Save a small model whose every weight is random, norms and biases included, and return it."""
-    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # grouped products need even sizes
-    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **options, **eager})
-    torch.manual_seed(7)
-    model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            spread = 0.3 if parameter.ndim == 1 else 0.25
-            middle = 1.0 if "norm" in name and "Gemma" not in kind else 0.0
-            parameter.copy_(torch.randn_like(parameter) * spread + middle)
-    model.save_pretrained(folder)
-    return model
-
-
-def their_logits(model: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    with torch.no_grad():
-        result: NDArray[np.float32] = model(torch.from_numpy(ids)[None]).logits[0].float().numpy()
-    return result
-
-
-def distance(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-
-
-def in_parts(decoder: Decoder, ids: NDArray[np.int64], parts: list[int]) -> NDArray[np.float32]:
-    cache = decoder.new_cache(len(ids))
-    bounds = np.cumsum([0, *parts])
-    return np.concatenate([decoder.logits(ids[a:b], cache) for a, b in itertools.pairwise(bounds)])
-
-
 ALL = {**CASES, **BEYOND_LLAMA}
 EXPERT_CASES = ["qwen3-moe dense layers", "mixtral"]
 
@@ -273,17 +224,6 @@ def test_float16_cache_is_close(tmp_path: Path) -> None:
     assert 2 * cache.keys[0].nbytes == decoder.new_cache(60).keys[0].nbytes
     ours = np.concatenate([decoder.logits(ids[:40], cache), decoder.logits(ids[40:], cache)])
     assert distance(ours, their_logits(theirs, ids)) < 5e-3
-
-
-def test_old_style_config_is_read_alike(tmp_path: Path) -> None:
-    random_model(tmp_path, *CASES["llama rope llama3"])
-    path = tmp_path / "config.json"
-    new = json.loads(path.read_text())
-    old = {key: value for key, value in new.items() if key not in ("rope_parameters", "dtype", "architectures")}
-    scaling = {key: value for key, value in LLAMA3.items() if key not in ("rope_type", "rope_theta")}
-    old |= {"rope_theta": LLAMA3["rope_theta"], "rope_scaling": {"type": "llama3", **scaling}, "torch_dtype": "float32"}
-    assert "rope_parameters" in new
-    assert parse(old) == parse(new)
 
 
 @pytest.mark.parametrize("case", ["llama tied", "gemma3", "smollm3", "olmo2", "granite", "phi3", *EXPERT_CASES])
@@ -331,15 +271,6 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "OLMoE": ("Olmoe", EXPERTS),
     "Qwen2-MoE": ("Qwen2Moe", EXPERTS),
     "LFM2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"]}),
-    "Phi-4-mini": (
-        "Phi3",
-        {
-            "rope_parameters": {
-                "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
-            },
-            "original_max_position_embeddings": 128,
-        },
-    ),
 }  # fmt: skip
 
 
@@ -362,51 +293,6 @@ def test_architectures_that_do_not_run_are_compressed_for_export_alone(kind: str
         assert error < 0.1, name  # eight groups of magnitudes in bfloat16
         changed += error > 0
     assert changed > 3
-
-
-def rewritten(folder: Path, change: dict[str, Any], tensors: dict[str, Any] | None = None) -> Any:
-    """Change a saved model's config and tensors, and return what transformers loads then."""
-    from safetensors.torch import load_file, save_file
-
-    config = json.loads((folder / "config.json").read_text()) | change
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
-    if tensors is not None:
-        kept = {k: v for k, v in load_file(folder / "model.safetensors").items() if k not in tensors}
-        added = {k: v for k, v in tensors.items() if v is not None}
-        save_file(kept | added, folder / "model.safetensors", {"format": "pt"})
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-
-
-def assert_alike(folder: Path, theirs: Any) -> Decoder:
-    ids = np.random.default_rng(5).integers(0, VOCAB, 70)
-    decoder = load_checkpoint(folder)
-    assert distance(in_parts(decoder, ids, [70]), their_logits(theirs.eval(), ids)) < TOLERANCE
-    return decoder
-
-
-LINEAR = {"rope_type": "linear", "factor": 4.0}
-OLD_LLAMA3 = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
-FORMS: dict[str, dict[str, Any]] = {
-    "scaling beside default parameters": {
-        "rope_scaling": LINEAR,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},
-    },
-    "scaling beside other parameters": {"rope_scaling": OLD_LLAMA3, "rope_parameters": LINEAR, "rope_theta": 300.0},
-    "empty scaling": {"rope_scaling": {}, "rope_parameters": {**LINEAR, "rope_theta": 300.0}, "rope_theta": 5.0},
-    "theta outside": {"rope_parameters": {"type": "linear", "factor": 3}, "rope_theta": 300},
-    "two kinds": {"rope_parameters": ..., "rope_scaling": {"type": "linear", "rope_type": "default", "factor": 9.0}},
-    "original length outside": {"rope_parameters": LLAMA3, "original_max_position_embeddings": 16},
-    "original length nowhere": {
-        "rope_parameters": {k: v for k, v in LLAMA3.items() if not k.startswith("original")},
-        "max_position_embeddings": 128,
-    },
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_both_forms_of_rope_give_their_numbers(form: str, tmp_path: Path) -> None:
-    random_model(tmp_path, "Llama", {})
-    assert_alike(tmp_path, rewritten(tmp_path, FORMS[form]))
 
 
 def test_a_tied_head_with_other_values_is_used_and_said(tmp_path: Path) -> None:
@@ -460,181 +346,3 @@ def test_logits_of_a_trained_model(folder: Path) -> None:
     decoder = load_checkpoint(folder)
     assert distance(in_parts(decoder, ids, [90]), expected) < TOLERANCE
     assert distance(in_parts(decoder, ids, [70] + [1] * 20), expected) < TOLERANCE
-
-
-SETTINGS = [
-    Sampling(temperature=0.7),
-    Sampling(top_k=5),
-    Sampling(top_k=1000),
-    Sampling(top_p=0.8),
-    Sampling(top_p=0.01),
-    Sampling(min_p=0.1),
-    Sampling(min_p=1.0),
-    Sampling(repetition_penalty=1.3),
-    Sampling(temperature=1.5, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.1),
-    Sampling(temperature=0.3, top_k=10, top_p=0.5, repetition_penalty=0.8),
-]
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_filters_keep_what_transformers_keeps(settings: Sampling) -> None:
-    from transformers.generation import logits_process as theirs
-
-    filters: list[Any] = []
-    if settings.repetition_penalty != 1.0:
-        filters.append(theirs.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-    filters.append(theirs.TemperatureLogitsWarper(settings.temperature))
-    if settings.top_k:
-        filters.append(theirs.TopKLogitsWarper(settings.top_k))
-    if settings.top_p < 1.0:
-        filters.append(theirs.TopPLogitsWarper(settings.top_p))
-    if settings.min_p:
-        filters.append(theirs.MinPLogitsWarper(settings.min_p))
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        logits = (rng.standard_normal(300) * 3).astype(np.float32)
-        before = rng.integers(0, 300, 25)
-        scores = torch.from_numpy(logits.copy())[None]
-        for each in filters:
-            scores = each(torch.from_numpy(before)[None], scores)
-        seen = np.zeros(300, bool)
-        seen[before] = True
-        ids, values = candidates(logits, seen, settings)
-        ours = np.full(300, -np.inf, np.float32)
-        ours[ids] = values
-        assert np.allclose(ours, scores[0].numpy(), rtol=1e-6, atol=0)
-
-
-LLAMA3_TEMPLATE = """{{- bos_token }}
-{%- if custom_tools is defined %}
-    {%- set tools = custom_tools %}
-{%- endif %}
-{%- if not date_string is defined %}
-    {%- set date_string = "26 Jul 2024" %}
-{%- endif %}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system_message = messages[0]['content']|trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system_message = "" %}
-{%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\\n\\nToday: " + date_string + "\\n" + system_message + "<|eot_id|>" }}
-{%- if tools is not none and tools is defined %}
-    {%- for t in tools %}
-        {{- t | tojson(indent=4) }}
-        {{- "\\n\\n" }}
-    {%- endfor %}
-{%- endif %}
-{%- for message in messages %}
-    {%- if not (message.role == 'ipython' or 'tool_calls' in message) %}
-        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
-        {{- message['content'] | trim + '<|eot_id|>' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
-{%- endif %}
-"""
-QWEN_TEMPLATE = """{%- if tools %}
-    {{- '<|im_start|>system\\n# Tools\\n<tools>' }}
-    {%- for tool in tools %}
-        {{- "\\n" }}
-        {{- tool | tojson }}
-    {%- endfor %}
-    {{- "\\n</tools><|im_end|>\\n" }}
-{%- endif %}
-{%- set ns = namespace(last=messages|length - 1, seen=false) %}
-{%- for message in messages[::-1] %}
-    {%- if message.role == 'user' and not ns.seen %}
-        {%- set ns.last = messages|length - loop.index %}
-        {%- set ns.seen = true %}
-    {%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-    {%- if message.content is string %}
-        {%- set content = message.content %}
-    {%- else %}
-        {%- set content = '' %}
-    {%- endif %}
-    {%- if message.role == "assistant" %}
-        {%- set reasoning = message.reasoning_content if message.reasoning_content is string else '' %}
-        {%- if loop.index0 > ns.last and reasoning %}
-            {%- set content = '<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') %}
-        {%- endif %}
-    {%- endif %}
-    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}"""
-MISTRAL_TEMPLATE = """{%- if messages[0]["role"] == "system" %}
-    {%- set system_message = messages[0]["content"] %}
-    {%- set loop_messages = messages[1:] %}
-{%- else %}
-    {%- set loop_messages = messages %}
-{%- endif %}
-{{- bos_token }}
-{%- for message in loop_messages %}
-    {%- if message["role"] == "user" %}
-        {%- if loop.last and system_message is defined %}
-            {{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}
-        {%- else %}
-            {{- "[INST] " + message["content"] + "[/INST]" }}
-        {%- endif %}
-    {%- elif message["role"] == "assistant" %}
-        {{- " " + message["content"]|trim + eos_token }}
-    {%- else %}
-        {{- raise_exception("Only user and assistant roles are supported!") }}
-    {%- endif %}
-{%- endfor %}
-"""
-CHATML_TEMPLATE = """
-  {% for message in messages %}
-    {% if message['role'] == 'skip' %}
-      {% continue %}
-    {% endif %}
-<|im_start|>{{ message['role'] }}
-    {% if message['role'] == 'assistant' %}
-{% generation %}{{ message['content'] }}<|im_end|>
-{% endgeneration %}
-    {% else %}
-{{ message['content'] }}<|im_end|>
-    {% endif %}
-  {% endfor %}
-{% if add_generation_prompt %}
-<|im_start|>assistant
-{% endif %}
-{{ dict(a=1, b="<é>") | tojson(sort_keys=true, separators=(",", ":")) }}{{ strftime_now("%Y") }}
-"""
-TALK = [
-    {"role": "system", "content": " You are terse. "},
-    {"role": "user", "content": "What is <b>&amp;</b>? \n"},
-    {"role": "assistant", "content": "\n\nIt is 'bold' — \"ünï\" ", "reasoning": "\nhm\n"},
-    {"role": "user", "content": "Say {{ bos_token }} 你好 😀"},
-]
-TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"x": ["é", 1, None, True, 1.5]}}}]
-
-
-@pytest.mark.parametrize("template", [LLAMA3_TEMPLATE, QWEN_TEMPLATE, MISTRAL_TEMPLATE, CHATML_TEMPLATE])
-@pytest.mark.parametrize("prompt", [True, False])
-@pytest.mark.parametrize("tools", [None, TOOLS])
-@pytest.mark.parametrize("messages", [TALK, TALK[1:3]])
-def test_chat_bytes_equal_transformers(template: str, prompt: bool, tools: Any, messages: Any) -> None:
-    from tokenizers import Tokenizer, models
-
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE()), bos_token="<s>", eos_token="</s>"
-    )
-    expected = theirs.apply_chat_template(
-        messages,
-        tools=tools,
-        chat_template=template,
-        add_generation_prompt=prompt,
-        tokenize=False,
-        enable_thinking=False,
-    )
-    ours = ChatTemplate({"default": template}, {"bos_token": "<s>", "eos_token": "</s>"})
-    assert ours.render(messages, tools, prompt, enable_thinking=False) == expected

@@ -30,6 +30,9 @@ from bincompress.methods.rounding.curvature import curvature
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.sources.checkpoint import open_checkpoint
+from bincompress.store.files import files_at
+from bincompress.store.layout import STATISTICS
+from bincompress.store.replace import mark_beginning
 from bincompress.store.store import open_store
 from tests.conftest import DEMO_MODEL, SHARED, Run, tiny_config, tiny_tensors, write_model
 from tests.test_calibrate import SAMPLES, Watched
@@ -203,9 +206,16 @@ def test_a_damaged_stream_is_not_gone_on_with(
     assert tree(tmp_path / "store") == tree(tmp_path / "undisturbed")
 
 
-def test_a_kill_while_statistics_are_removed(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def begin_removal(found: Statistics) -> None:
+    mark_beginning(files_at(found.url), STATISTICS, 1)
+
+
+@pytest.mark.parametrize("moment", [begin_removal, lambda found: shutil.rmtree(Path(found.url) / "inputs")])
+def test_a_kill_while_statistics_are_removed(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: Callable[[Statistics], None]
+) -> None:
     with monkeypatch.context() as patch:
-        dies_at(patch, "remove", lambda found: shutil.rmtree(Path(found.url) / "inputs"))
+        dies_at(patch, "remove", moment)
         with pytest.raises(StoppedError):
             run(tiny_model, tmp_path / "store")
     outcome = run(tiny_model, tmp_path / "store")

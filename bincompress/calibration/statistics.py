@@ -26,7 +26,7 @@ from bincompress.methods import Inputs
 from bincompress.store.arrays import read_array
 from bincompress.store.files import files_at, is_local
 from bincompress.store.layout import BEGINNING, STATISTICS, array_hash, group_node, parse_array, parse_node
-from bincompress.store.replace import check_place, clear, remove
+from bincompress.store.replace import check_place, clear, look, remove
 from bincompress.store.store import difference_of
 from bincompress.store.zarr_access import zarr_store
 
@@ -150,10 +150,7 @@ class Statistics:
 
     def remove(self) -> None:
         """Remove the store, and nothing else that may lie in its folder."""
-        remove(self.url, STATISTICS)
-        if is_local(self.url):
-            with contextlib.suppress(OSError):
-                Path(self.url).rmdir()
+        _remove(self.url)
 
     def finish(self) -> None:
         """Mark the store complete."""
@@ -231,6 +228,24 @@ def statistics_at(url: str) -> Statistics | None:
         return None
     _check_version(url, dict(root.attrs))
     return Statistics(url, root)
+
+
+def remove_left(url: str, kind: str) -> None:
+    """Remove statistics of this kind that a finished run left, those too whose removal was interrupted."""
+    left = statistics_at(url)
+    if left is not None and left.attributes.get("kind") == kind:
+        left.remove()
+        return
+    place = look(url, STATISTICS)
+    if place.state == "beginning" and place.attributes.get("format") == FORMAT:  # nothing in it counts
+        _remove(url)
+
+
+def _remove(url: str) -> None:
+    remove(url, STATISTICS)
+    if is_local(url):
+        with contextlib.suppress(OSError):
+            Path(url).rmdir()
 
 
 def _check_version(url: str, attributes: Mapping[str, Any]) -> None:

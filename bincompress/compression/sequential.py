@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bincompress.calibration.collect import Calibration, begin_calibration, over_parts
 from bincompress.calibration.layer_forward import INPUTS, Walk
-from bincompress.calibration.statistics import Statistics, begin_statistics, statistics_at
+from bincompress.calibration.statistics import Statistics, begin_statistics, remove_left, statistics_at
 from bincompress.compression.records import Job, JobReport, failed_report
 from bincompress.compression.run import Runner
 from bincompress.errors import StoreError, TensorError
@@ -142,9 +142,7 @@ class _Sequence:
             reports = list(running)
         if any(report.status != "unchanged" for report in reports):
             return []
-        left = statistics_at(statistics_url(self.store.url))
-        if left is not None and left.attributes.get("kind") == _KIND:
-            left.remove()
+        remove_left(statistics_url(self.store.url), _KIND)
         return reports
 
     def _begin(self, jobs: Sequence[Job]) -> Statistics:

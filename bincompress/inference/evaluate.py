@@ -52,7 +52,8 @@ def evaluate(
     """
     for decoder in (model, baseline):
         if decoder is not None and not 2 <= context <= decoder.config.context:
-            raise PromptError(f"context: expected 2 to {decoder.config.context} (the model's limit), found {context}")
+            limit = decoder.config.context
+            raise PromptError(f"context: expected 2 to {limit} ({decoder.config.context_limit}), found {context}")
     if baseline is not None and baseline.config.vocab != model.config.vocab:
         raise PromptError(
             f"baseline: expected the same vocabulary of {model.config.vocab} tokens, found {baseline.config.vocab}"

@@ -1,6 +1,7 @@
 """Which architectures the decoder runs: one declaration each, of names, parts and the defaults of absent fields."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 # Which layers see a window of positions: where layer_types does not say, every layer (always, or if
@@ -86,6 +87,8 @@ class Architecture:
     activation_field: str = "hidden_act"
     embedding_scaled: bool = False  # by the square root of hidden_size
     rope_theta: float = 10000.0  # where absent
+    original_context: int | None = None  # where absent, before what rope_scaling says; None: that, or the context
+    rope_names: Mapping[str, str] = field(default_factory=dict)  # kinds of rope by other names
     local_rope_theta: float | None = None  # of layers with a window, where they have a rotary embedding of their own
     windows: Windows = "never"
     window: int | None = 4096  # sliding_window where absent
@@ -181,7 +184,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         reads=("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
     ),
     "Phi3ForCausalLM": Architecture(
-        "phi3", context=4096, epsilon=1e-5, windows="every layer", window=None, reads=("partial_rotary_factor",)
+        "phi3",
+        context=4096,
+        epsilon=1e-5,
+        original_context=4096,
+        rope_names={"su": "longrope", "yarn": "longrope"},
+        windows="every layer",
+        window=None,
+        reads=("partial_rotary_factor",),
     ),
     "BitNetForCausalLM": Architecture(
         "bitnet",

@@ -27,7 +27,9 @@ class KvCache:
 
     def __init__(self, config: ModelConfig, capacity: int, kind: CacheType = "float32") -> None:
         if not 0 < capacity <= config.context:
-            raise PromptError(f"context: expected 1 to {config.context} tokens (this model's limit), found {capacity}")
+            raise PromptError(
+                f"context: expected 1 to {config.context} tokens ({config.context_limit}), found {capacity}"
+            )
         self.capacity = capacity
         self.kind = kind
         self.length = 0

@@ -85,6 +85,12 @@ class ModelConfig:
         """The rotary embedding of the first layer."""
         return self.ropes[0]
 
+    @property
+    def context_limit(self) -> str:
+        """Return, in words, what limits the context."""
+        kind = next((rope.kind for rope in self.ropes if rope.most_positions == self.context), None)
+        return "this model's limit" if kind is None else f"rope type {kind!r} is not supported beyond that"
+
     def of_layer(self, layer: int) -> "ModelConfig":
         """Return the config of a model that has this layer alone."""
         experts = self.experts and replace(self.experts, layers=(self.experts.layers[layer],))
@@ -215,6 +221,7 @@ def parse(raw: Mapping[str, Any]) -> ModelConfig:
         return number(raw, field, 1.0) if field in declared.reads else 1.0
 
     ropes, windows = positions(raw, declared, layers, head_dim, context)
+    context = min(context, *(rope.most_positions or context for rope in ropes))
     experts = _experts(raw, declared.mixture, layers) if declared.mixture is not None else None
     config = ModelConfig(
         architecture=name,

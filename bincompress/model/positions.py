@@ -5,10 +5,10 @@ from typing import Any
 
 from bincompress.model.architectures import Architecture
 from bincompress.model.errors import ConfigError, UnsupportedModelError
-from bincompress.model.fields import LARGEST_POSITION, count, flag, number, size
+from bincompress.model.fields import LARGEST_POSITION, count, flag, size
 from bincompress.model.rope import Rope, rotated
+from bincompress.model.rope_fields import read_rope
 
-_ROPE_KINDS = ("default", "linear", "llama3")
 _PATTERN = 6  # sliding_window_pattern where absent
 _KINDS = ("full_attention", "sliding_attention")
 _IF_USED = ("by layer_types", "without rope", "every layer if used")  # where use_sliding_window decides
@@ -23,10 +23,10 @@ def positions(
     turned = _layers_with_rope(raw, declared, layers)
     windows = _windows(raw, declared, turned)
     if declared.local_rope_theta is None:
-        rope = _rope(raw, declared, context)
+        rope = _rope(raw, declared, head_dim, context)
         ropes = tuple(rope if turns else Rope(share=0.0) for turns in turned)
     else:
-        whole, local = _two_ropes(raw, declared, declared.local_rope_theta, context)
+        whole, local = _two_ropes(raw, declared, declared.local_rope_theta, head_dim, context)
         ropes = tuple(whole if window is None else local for window in windows)
     for rope in set(ropes):
         if rotated(rope, head_dim) % 2 or (not rotated(rope, head_dim) and rope.share):
@@ -36,17 +36,19 @@ def positions(
     return ropes, windows
 
 
-def _rope(raw: Mapping[str, Any], declared: Architecture, context: int) -> Rope:
+def _rope(raw: Mapping[str, Any], declared: Architecture, head_dim: int, context: int) -> Rope:
     """Read either form as transformers does: rope_scaling, where there is any, replaces all of rope_parameters."""
     field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     given = _object(raw.get(field), field)
     nested = [key for key, value in given.items() if isinstance(value, Mapping)]
     if nested:
         raise UnsupportedModelError(f"config.json: {field} per kind of layer ({nested[0]!r}) are not supported")
-    return _rope_of(given, field, raw, declared, ("rope_theta", declared.rope_theta), context)
+    return read_rope(given, field, raw, declared, ("rope_theta", declared.rope_theta), head_dim, context)
 
 
-def _two_ropes(raw: Mapping[str, Any], declared: Architecture, local: float, context: int) -> tuple[Rope, Rope]:
+def _two_ropes(
+    raw: Mapping[str, Any], declared: Architecture, local: float, head_dim: int, context: int
+) -> tuple[Rope, Rope]:
     """Read the embeddings of layers without and with a window: two objects, or the older fields beside each other."""
     given = _object(raw.get("rope_parameters"), "rope_parameters")
     others = [key for key in given if key not in _KINDS]
@@ -57,52 +59,10 @@ def _two_ropes(raw: Mapping[str, Any], declared: Architecture, local: float, con
         whole = {"rope_type": "default", **whole, **_object(raw["rope_scaling"], "rope_scaling")}
     bases = ("rope_theta", declared.rope_theta), ("rope_local_base_freq", local)
     of_whole, of_sliding = (
-        _rope_of(own, f"rope_parameters: {kind}", raw, declared, base, context)
+        read_rope(own, f"rope_parameters: {kind}", raw, declared, base, head_dim, context, of_layers=True)
         for own, kind, base in zip((whole, sliding), _KINDS, bases, strict=True)
     )
     return of_whole, of_sliding
-
-
-def _rope_of(
-    given: Mapping[str, Any],
-    field: str,
-    raw: Mapping[str, Any],
-    declared: Architecture,
-    base: tuple[str, float],
-    context: int,
-) -> Rope:
-    """Read one object of rope parameters; raw: the fields beside it; base: which of them is its theta, the default."""
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in _ROPE_KINDS:
-        known = ", ".join(_ROPE_KINDS)
-        raise UnsupportedModelError(f"config.json: {field}: rope type {kind!r} is not supported; known: {known}")
-    share = _share(given, raw, declared)
-    theta = number(given, "rope_theta") if given.get("rope_theta") is not None else number(raw, *base)
-    if kind == "default":
-        return Rope(theta, share=share)
-    factor = number(given, "factor")
-    if kind == "linear":
-        return Rope(theta, "linear", factor, share=share)
-    low, high = number(given, "low_freq_factor"), number(given, "high_freq_factor")
-    if low >= high:
-        raise ConfigError(f"config.json: low_freq_factor {low} must be below high_freq_factor {high}")
-    # The field beside the object comes before that inside it.
-    source = raw if raw.get("original_max_position_embeddings") is not None else given
-    original = size(source, "original_max_position_embeddings", context, limit=LARGEST_POSITION)
-    return Rope(theta, "llama3", factor, low, high, original, share)
-
-
-def _share(given: Mapping[str, Any], raw: Mapping[str, Any], declared: Architecture) -> float:
-    """Return which share of a head is rotated; raises UnsupportedModelError where the architecture rotates it all."""
-    field = "partial_rotary_factor"
-    if field not in declared.reads:
-        if given.get(field, 1.0) not in (None, 1.0):
-            raise UnsupportedModelError(f"config.json: {field} = {given[field]!r} is not supported; only 1.0 is")
-        return 1.0
-    share = number(given if given.get(field) is not None else raw, field, 1.0)
-    if share > 1:
-        raise ConfigError(f"config.json: {field}: expected at most 1, found {share}")
-    return share
 
 
 def _layers_with_rope(raw: Mapping[str, Any], declared: Architecture, layers: int) -> list[bool]:
