@@ -64,7 +64,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-# Architectures with parts that Llama and its kin lack, which `distill` does not know; layers of every kind, and sizes
+# Architectures with parts that Llama and its kin lack; layers of every kind, and sizes
 # that no kernel's step divides.
 GEMMA3 = {
     "head_dim": 24,

@@ -25,6 +25,7 @@ from bincompress.reporting.inspection import trained_lines
 from bincompress.sources.checkpoint import open_checkpoint
 from bincompress.store.store import open_store
 from tests.conftest import Run, tiny_config, tiny_tensors, write_model
+from tests.test_declarations import WORDS, write
 from tests.test_replace import Tree
 
 pytestmark = pytest.mark.slow  # PyTorch
@@ -212,6 +213,26 @@ def test_the_store_has_the_size_of_its_start_and_the_engine_gives_what_training_
         expected = decoder.head(weights, decoder.states(weights, torch.from_numpy(ids)[None]))[0].numpy()
     found = np.asarray(engine.logits(ids, engine.new_cache(48)))
     assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", ["Gemma3", "SmolLM3", "Olmo2", "Granite", "Phi3"])
+def test_other_architectures_learn_and_run(kind: str, tmp_path: Path) -> None:
+    """Each with its norms, scales and windows: what was trained is what the engine runs."""
+    model, out = write(tmp_path / "model", f"{kind}ForCausalLM"), tmp_path / "out"
+    (tmp_path / "text.txt").write_text(WORDS)
+    layers = replace(LAYERS, windows=12, lr_planes=0.02)
+    steps = replace(MODEL, steps=4, evaluate_every=2)
+    found = trained(model, tmp_path / "text.txt", out, layers=layers, model=steps, block=64)
+    start, end = (sum(getattr(report, key) for report in found.layers) for key in ("held_out_start", "held_out"))
+    assert end < 0.95 * start
+    engine = load_decoder(str(out), 1, ActivationSettings(16)).decoder
+    config, opened, ids = parse(open_checkpoint(model).config), open_store(str(out)), np.arange(2, 50)
+    weights = {k: v.detach() for k, v in Student.of_store(opened, config, CPU, torch.float32, False).weights().items()}
+    decoder = TorchDecoder(config, CPU, 48)
+    with torch.no_grad():
+        expected = decoder.head(weights, decoder.states(weights, torch.from_numpy(ids)[None]))[0].numpy()
+    found_logits = np.asarray(engine.logits(ids, engine.new_cache(48)))
+    assert np.abs(found_logits - expected).max() < 1e-3 * np.abs(expected).max()
 
 
 def test_one_plane_eight_bit_scales_and_packed_embeddings(model: Path, text: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """The decoder in PyTorch, with gradients: the same arithmetic as `bincompress.model.decoder`, over named weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,12 @@ from bincompress.model.errors import UnsupportedModelError
 from bincompress.model.rope import table
 
 Weights = Mapping[str, Tensor]
+
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu2": lambda x: functional.relu(x).square(),
+}
 
 
 @dataclass
@@ -24,13 +31,14 @@ class Cache:
 
 def refuse_unknown(config: ModelConfig) -> None:
     """Raise UnsupportedModelError where a model has parts that this decoder does not have yet."""
-    lacks = config.beyond_llama()
+    parts = {"a mixture of experts": config.experts is not None, "inputs rounded to 8 bits": config.rounds_inputs}
+    lacks = [part for part, has in parts.items() if has]
     if lacks:
         raise UnsupportedModelError(f"training does not know {config.architecture} yet: {', '.join(lacks)}")
 
 
 class TorchDecoder:
-    """A Llama-like decoder without weights of its own: teacher and student share it."""
+    """A decoder without weights of its own: teacher and student share it."""
 
     def __init__(
         self, config: ModelConfig, device: torch.device, positions: int, dtype: torch.dtype = torch.float32
@@ -42,9 +50,9 @@ class TorchDecoder:
         refuse_unknown(config)
         self.config = config
         self.dtype = dtype
-        cosines, sines = table(config.rope, config.head_dim, positions)
-        self._cosines = torch.from_numpy(cosines).to(device)
-        self._sines = torch.from_numpy(sines).to(device)
+        tables = {rope: table(rope, config.head_dim, positions) for rope in set(config.ropes)}
+        on_device = {rope: tuple(torch.from_numpy(part).to(device) for part in parts) for rope, parts in tables.items()}
+        self._tables = [on_device[rope] for rope in config.ropes]  # cosines and sines of each layer
 
     def states(self, weights: Weights, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Run tokens (batch, n) and return what the output head reads, (batch, n, hidden).
@@ -60,40 +68,47 @@ class TorchDecoder:
 
     def embed(self, weights: Weights, ids: Tensor) -> Tensor:
         """Return the residual stream before the first layer, float32 (batch, n, hidden)."""
-        return weights[self.config.declaration.names.embedding][ids].float()
+        return weights[self.config.declaration.names.embedding][ids].float() * self.config.embedding_multiplier
 
     def layer(self, weights: Weights, stream: Tensor, layer: int, cache: Cache | None = None) -> Tensor:
         """Return the residual stream after a layer, float32 (batch, n, hidden)."""
         names, config = self.config.declaration.names, self.config
         own = _Layer(weights, names.layer.format(layer=layer), self.dtype)
-        normed = _norm(stream, own.get(names.input_norm), config.norm_epsilon).to(self.dtype)
-        stream = stream + self._attend(own, normed, layer, cache)
-        normed = _norm(stream, own.get(names.post_norm), config.norm_epsilon).to(self.dtype)
-        gate, up = (own.linear(part, normed) for part in names.gate_up)
-        return stream + own.linear(names.down, functional.silu(gate) * up)
+        read = self._norm(own, names.input_norm, stream).to(self.dtype)
+        mixed = self._norm(own, names.out_norm, self._attend(own, read, layer, cache))
+        stream = stream + config.residual_multiplier * mixed
+        read = self._norm(own, names.post_norm, stream).to(self.dtype)
+        gate, up = (own.linear(part, read) for part in names.gate_up)
+        inner = self._norm(own, names.inner_norm, _GATES[config.activation](gate) * up).to(self.dtype)
+        made = self._norm(own, names.down_norm, own.linear(names.down, inner))
+        return stream + config.residual_multiplier * made
 
     def normed(self, weights: Weights, stream: Tensor) -> Tensor:
         """Return what the output head reads of the stream after the last layer."""
-        return _norm(stream, weights[self.config.declaration.names.norm], self.config.norm_epsilon)
+        return self._normalized(stream, weights[self.config.declaration.names.norm])
 
     def head(self, weights: Weights, states: Tensor) -> Tensor:
         """Return the logits (..., vocab) of states (..., hidden), float32."""
         names = self.config.declaration.names
         matrix = weights[names.embedding if self.config.tied else names.head]
-        return functional.linear(states.to(self.dtype), matrix.to(self.dtype)).float()
+        logits = functional.linear(states.to(self.dtype), matrix.to(self.dtype)).float() / self.config.logit_divisor
+        cap = self.config.logit_cap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _attend(self, own: "_Layer", normed: Tensor, layer: int, cache: Cache | None) -> Tensor:
         config, names = self.config, self.config.declaration.names
         batch, count, _ = normed.shape
         first = cache.length if cache is not None else 0
-        query, key, value = (
-            own.linear(part, normed).view(batch, count, -1, config.head_dim).transpose(1, 2) for part in names.qkv
-        )
+        query, key, value = (own.linear(part, normed) for part in names.qkv)
         query, key = query.float(), key.float()
-        if config.qk_norm:
-            query = _norm(query, own.get(names.q_norm), config.norm_epsilon)
-            key = _norm(key, own.get(names.k_norm), config.norm_epsilon)
-        query, key = (self._turned(heads, first).to(value.dtype) for heads in (query, key))
+        if config.qk_norm == "whole":
+            query, key = self._norm(own, names.q_norm, query), self._norm(own, names.k_norm, key)
+        query, key, value = (
+            part.view(batch, count, -1, config.head_dim).transpose(1, 2) for part in (query, key, value)
+        )
+        if config.qk_norm == "head":
+            query, key = self._norm(own, names.q_norm, query), self._norm(own, names.k_norm, key)
+        query, key = (self._turned(heads, layer, first).to(value.dtype) for heads in (query, key))
         if cache is not None:
             if layer in cache.layers:
                 before = cache.layers[layer]
@@ -106,15 +121,28 @@ class TorchDecoder:
             seen = _visible(first, count, window or total, query.device)
         mixed = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=seen, is_causal=seen is None and count > 1,
-            enable_gqa=config.heads != config.kv_heads,
+            scale=config.query_scale, enable_gqa=config.heads != config.kv_heads,
         )  # fmt: skip
-        return own.linear(names.out, mixed.transpose(1, 2).reshape(batch, count, -1))
+        mixed = self._norm(own, names.mixed_norm, mixed.transpose(1, 2).reshape(batch, count, -1))
+        return own.linear(names.out, mixed.to(self.dtype))
 
-    def _turned(self, heads: Tensor, first: int) -> Tensor:
-        """Rotate heads (batch, heads, n, head_dim) by their positions."""
-        cosines, sines = (part[first : first + heads.shape[2]] for part in (self._cosines, self._sines))
-        low, high = heads.chunk(2, -1)
-        return torch.cat([low * cosines - high * sines, high * cosines + low * sines], -1)
+    def _turned(self, heads: Tensor, layer: int, first: int) -> Tensor:
+        """Rotate the first items of heads (batch, heads, n, head_dim), or all of them, by their positions."""
+        cosines, sines = (part[first : first + heads.shape[2]] for part in self._tables[layer])
+        count = 2 * cosines.shape[1]
+        if not count:
+            return heads
+        low, high = heads[..., :count].chunk(2, -1)
+        return torch.cat([low * cosines - high * sines, high * cosines + low * sines, heads[..., count:]], -1)
+
+    def _norm(self, own: "_Layer", name: str, x: Tensor) -> Tensor:
+        """Normalize by a layer's weight of this name, in float32; an empty name leaves x as it is."""
+        return self._normalized(x, own.get(name)) if name else x
+
+    def _normalized(self, x: Tensor, weight: Tensor) -> Tensor:
+        x = x.float()
+        scaled = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.norm_epsilon)
+        return scaled * (weight.float() + self.config.norm_offset)
 
 
 class _Layer:
@@ -131,10 +159,6 @@ class _Layer:
     def linear(self, part: str, x: Tensor) -> Tensor:
         weight, bias = self.get(part + ".weight"), self._weights.get(f"{self._prefix}{part}.bias")
         return functional.linear(x, weight.to(self._dtype), None if bias is None else bias.to(self._dtype))
-
-
-def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight.float()
 
 
 def _visible(first: int, count: int, window: int, device: torch.device) -> Tensor:

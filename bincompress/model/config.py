@@ -100,28 +100,6 @@ class ModelConfig:
         """Return the mixture of experts that a layer has in place of a dense MLP, if it has one."""
         return self.experts if self.experts is not None and self.experts.layers[layer] else None
 
-    def beyond_llama(self) -> list[str]:
-        """Return, in words, the parts that are neither Llama's nor Qwen3's: for programs that know only those."""
-        names = self.names
-        parts = {
-            "norms after attention and MLP": bool(names.out_norm or names.down_norm),
-            "no norms before them": not (names.input_norm and names.post_norm),
-            "norm weights stored as differences from 1": self.norm_offset != 0,
-            "queries and keys normalized as a whole": self.qk_norm == "whole",
-            f"activation {self.activation}": self.activation != "silu",
-            "norms between attention, the gate and their matrices": bool(names.mixed_norm or names.inner_norm),
-            "inputs rounded to 8 bits": self.rounds_inputs,
-            "a query scale": self.query_scale is not None,
-            "an embedding multiplier": self.embedding_multiplier != 1,
-            "a residual multiplier": self.residual_multiplier != 1,
-            "scaled logits": self.logit_divisor != 1,
-            "a soft cap of logits": self.logit_cap is not None,
-            "rotary embeddings that differ by layer": len(set(self.ropes)) > 1,
-            "a mixture of experts": self.experts is not None,
-            "partial rotary embeddings": any(rope.share != 1 for rope in self.ropes),
-        }
-        return [part for part, has in parts.items() if has]
-
     def inputs_of_layer(self, layer: int) -> dict[str, list[str]]:
         """Return a layer's distinct inputs in their order, by the first matrix that reads each: its readers."""
         return {key: readers for stage in self.stages_of_layer(layer) for key, readers in stage.items()}
