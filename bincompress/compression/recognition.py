@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from bincompress.compression.plan import Plan, PlannedTensor, peak_memory
 from bincompress.compression.recipe import Override, Recipe
 from bincompress.errors import RecipeError
@@ -18,7 +20,11 @@ from bincompress.methods import KEEP, METHODS, Method, Recognized, method_named
 from bincompress.model.roles import Kind
 from bincompress.model.runnable import roles_of
 from bincompress.sources.checkpoint import ITEM_BYTES, Checkpoint, read_weight
-from bincompress.tensors.weight import TensorSource
+from bincompress.tensors.weight import TensorSource, Weight
+
+_FIRST = 256  # columns of the first row, which rule most matrices out
+_SAMPLE = 1 << 16  # weights
+_SAMPLE_ROWS = (4, 64)
 
 
 @dataclass(frozen=True)
@@ -42,13 +48,33 @@ def few_levels(checkpoint: Checkpoint) -> dict[str, Few]:
         kind = roles.of(name, source.shape).kind
         if kind == "other" or not _is_readable(source):
             continue
-        weight = read_weight(source)
         for method in METHODS:
-            seen = method.recognize(weight, kind != "linear") if method.recognize is not None else None
+            seen = _recognized(method, source, kind != "linear") if method.recognize is not None else None
             if seen is not None:
                 found[name] = Few(source, kind, method.name, seen)
                 break
     return found
+
+
+def _recognized(method: Method, source: TensorSource, whole: bool) -> Recognized | None:
+    """Ask a method about a matrix: of its first row, which tells for most, of a sample, and if `whole` of all rows."""
+    assert method.recognize is not None
+    rows, cols = source.shape
+    least, most = _SAMPLE_ROWS
+    count = min(rows, max(least, min(most, _SAMPLE // cols)))
+    if source.encoding is None:
+        weight = read_weight(source)
+        chosen = np.linspace(0, rows - 1, count).astype(np.intp)
+        samples = [weight.bits[:1, :_FIRST], weight.bits[chosen]]
+    else:  # values that are computed are computed for a few rows, at once
+        weight = read_weight(replace(source, shape=(count, cols)))
+        samples = [weight.bits]
+    seen = None
+    for sample in samples:
+        seen = method.recognize(Weight(np.ascontiguousarray(sample), weight.dtype), (rows, cols))
+        if seen is None:
+            return None
+    return method.recognize(read_weight(source), (rows, cols)) if whole else seen
 
 
 def _is_readable(source: TensorSource) -> bool:

@@ -182,9 +182,9 @@ class Method:
     channel_scale: Callable[[Sequence[Weight], Inputs, Any], NDArray[np.float32]] | None = None
     # What `--embeddings` offers: settings by the name of the choice.
     embeddings: Mapping[str, Settings] = field(default_factory=dict)
-    # What it makes of a matrix without any loss, from some of its rows or (if True) from all; None: it is not for it.
-    # Such a method is used where nothing else was asked for, and binarize raises LossError where a weight differs.
-    recognize: Callable[[Weight, bool], Recognized | None] | None = None
+    # What it makes of a matrix of this shape without any loss, told from some of its rows; None: it is not for it. Such
+    # a method is used where nothing else was asked for, and binarize raises LossError where a weight differs.
+    recognize: Callable[[Weight, tuple[int, int]], Recognized | None] | None = None
     # Whether its tensors count among the binary ones in totals (embeddings of evenly spaced levels do not).
     binary: bool = True
     # What a report says of planes (planes, rows, words) of so many columns.

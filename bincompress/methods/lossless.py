@@ -21,9 +21,6 @@ from cpu_kernels.quantize.few_levels import MOST_LEVELS, level_codes
 from cpu_kernels.quantize.packing import BLOCK_STEP, pack_codes, words_for
 
 _CHUNK = 1 << 20  # weights that are float32 at once
-_SAMPLE = 1 << 16  # weights, of which a plan tells whether a matrix has few levels
-_SAMPLE_ROWS = (4, 64)
-_FIRST = 256  # columns of the first row, which rule most matrices out
 
 
 @dataclass(frozen=True)
@@ -78,32 +75,19 @@ def binarize(weight: Weight, settings: LosslessSettings, inputs: Inputs | None =
     )
 
 
-def recognize(weight: Weight, whole: bool) -> Recognized | None:
+def recognize(sample: Weight, shape: tuple[int, int]) -> Recognized | None:
     """Return what a matrix takes by this method, as told by some of its rows or by all; None where it is none for it.
 
     A matrix that would not become smaller is none, either.
     """
-    rows, cols = weight.shape
-    first = Weight(weight.bits[:1, :_FIRST], weight.dtype)
-    if not weight.bits.size or crowded(first) is not None:  # most matrices are told by their first weights
-        return None
-    sample = weight if whole else _sampled(weight)
+    rows, cols = shape
     found = fit(sample)
-    if found is None or greatest_magnitude(sample.flat) > FINITE[weight.dtype]:
+    if found is None or greatest_magnitude(sample.flat) > FINITE[sample.dtype]:
         return None
     units = 1 if found.block == "matrix" else rows * -(-cols // found.block)
     planes = found.form.codebook.planes
     size = 8 * planes * rows * words_for(cols) + found.numbers.itemsize * len(found.numbers) * units
-    return Recognized(size, planes, found.form.text) if size < weight.bits.nbytes else None
-
-
-def _sampled(weight: Weight) -> Weight:
-    """Return some rows of a matrix, evenly spaced."""
-    rows, cols = weight.shape
-    least, most = _SAMPLE_ROWS
-    count = min(rows, max(least, min(most, _SAMPLE // cols)))
-    chosen = np.linspace(0, rows - 1, count).astype(np.intp)
-    return Weight(np.ascontiguousarray(weight.bits[chosen]), weight.dtype)
+    return Recognized(size, planes, found.form.text) if size < rows * cols * sample.bits.itemsize else None
 
 
 def _parts(rows: int, cols: int) -> list[slice]:
