@@ -37,7 +37,7 @@ def open_source(source: str, *, headers_only: bool = False) -> Checkpoint:
     match = _HUB_ID.fullmatch(source)
     if match is None or Path(source).exists():
         raise CheckpointError(
-            f"{source}: neither a folder, a .gguf file nor a Hub id (owner/name or owner/name@revision)"
+            f"{source}: neither a folder nor a Hub id (owner/name or owner/name@revision), nor a .gguf file"
         )
     return _from_hub(match["id"], match["revision"], headers_only)
 
