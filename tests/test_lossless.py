@@ -18,12 +18,16 @@ from bincompress.inference.load import load_decoder
 from bincompress.methods import lossless, make_settings
 from bincompress.methods.rounding.few_levels import FORMS, reached, split
 from bincompress.model.checkpoint_source import load_checkpoint
+from bincompress.model.lowering import lower
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.sources.checkpoint import open_checkpoint, read_weight
 from bincompress.store.store import open_store
 from bincompress.tensors.dequantize import dequantize
 from bincompress.tensors.packed import PackedTensor
 from bincompress.tensors.weight import Weight
+from cpu_kernels.matmul.activations import quantize
+from cpu_kernels.matmul.prepacking import prepack_rows
+from cpu_kernels.matmul.products import multiply
 from cpu_kernels.quantize.few_levels import MOST_LEVELS, find_levels, level_codes, merge_levels
 from cpu_kernels.reference import few_levels as reference
 from cpu_kernels.reference.planes import pack_bits
@@ -176,6 +180,22 @@ def test_zeros_of_every_kind() -> None:
         found = lossless.binarize(weight, SETTINGS)
         np.testing.assert_array_equal(dequantize(found.tensor), weight.float32())
         assert len(found.tensor.planes) == planes
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+@pytest.mark.parametrize("block", ["matrix", "row", 128, 32])
+@pytest.mark.parametrize("kind", LEVELS)
+def test_the_engine_multiplies_every_form(kind: str, block: int | str, dtype: str) -> None:
+    levels = made(LEVELS[kind][0], block).astype(ml_dtypes.bfloat16)  # of float32 not all can be told apart
+    found = lossless.binarize(as_weight(levels, dtype), SETTINGS)
+    lowered = lower(found.tensor)
+    assert lowered is not None
+    matrix = prepack_rows([lowered.part], lowered.block, 300, plane_weights=lowered.plane_weights)
+    x = np.random.default_rng(2).standard_normal((5, 300)).astype(np.float32)
+    activations = quantize(x)
+    exact = activations.q[:, :300] * np.repeat(activations.scale, 128, axis=1)[:, :300]
+    expected = exact.astype(np.float64) @ dequantize(found.tensor).astype(np.float64).T
+    assert np.abs(multiply(matrix, activations) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_what_is_not_of_few_levels_is_refused_with_its_place() -> None:
