@@ -8,6 +8,7 @@ from bincompress.model.errors import ConfigError
 
 LARGEST = 1 << 24  # no size of a known model comes near; far larger ones would exhaust the memory
 LARGEST_POSITION = 1 << 31
+_LARGEST_NUMBER = 1e30  # its products with other such fields are still numbers
 
 
 def count(raw: Mapping[str, Any], field: str, default: int | None = None) -> int:
@@ -16,7 +17,7 @@ def count(raw: Mapping[str, Any], field: str, default: int | None = None) -> int
     if value is None:
         value = default
     if type(value) is not int or value < 0:
-        raise ConfigError(f"config.json: {field}: expected a whole number, found {value!r}")
+        raise ConfigError(f"config.json: {field}: expected a whole number, found {value!r:.80}")
     return value
 
 
@@ -24,17 +25,22 @@ def size(raw: Mapping[str, Any], field: str, default: int | None = None, limit: 
     """Return a whole number of 1 to the limit; the default where the field is absent or null."""
     value = count(raw, field, default)
     if not 0 < value <= limit:
-        raise ConfigError(f"config.json: {field}: expected 1 to {limit}, found {value}")
+        raise ConfigError(f"config.json: {field}: expected 1 to {limit}, found {value!r:.80}")
     return value
 
 
 def number(raw: Mapping[str, Any], field: str, default: float | None = None) -> float:
-    """Return a positive number; the default where the field is absent or null."""
+    """Return a positive number of 1e-30 to 1e30; the default where the field is absent or null."""
     value = raw.get(field)
     if value is None:
         value = default
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConfigError(f"config.json: {field}: expected a positive number, found {value!r}")
+        raise ConfigError(f"config.json: {field}: expected a positive number, found {value!r:.80}")
+    if not 1 / _LARGEST_NUMBER <= value <= _LARGEST_NUMBER:
+        raise ConfigError(
+            f"config.json: {field}: expected a number from {1 / _LARGEST_NUMBER:g} to {_LARGEST_NUMBER:g}, found "
+            f"{value!r:.80}"
+        )
     return float(value)
 
 

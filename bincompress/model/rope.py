@@ -43,6 +43,11 @@ def rotated(rope: Rope, head_dim: int) -> int:
 
 def frequencies(rope: Rope, head_dim: int) -> Floats:
     """Return the angle per position of each pair of a head's rotated items, (rotated / 2,)."""
+    with np.errstate(over="ignore", under="ignore"):  # of bases and factors that no model has: a pair does not turn
+        return _frequencies(rope, head_dim)
+
+
+def _frequencies(rope: Rope, head_dim: int) -> Floats:
     # In float32 throughout: models were trained with these very roundings, which far positions magnify.
     dim = rotated(rope, head_dim)
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
