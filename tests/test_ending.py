@@ -36,6 +36,14 @@ class Command:
         wait_for(lambda: len(list(self.folder.glob("*.pid"))) == 2)
         return list(psutil.Process(self.process.pid).children(recursive=True))
 
+    def wait_until_told(self, expected: str) -> None:
+        """Read standard error until it says this; fail where it ends before."""
+        told = ""
+        while expected not in told:
+            line = self.process.stderr.readline()  # type: ignore[union-attr]
+            assert line, f"ended without saying {expected!r}, but:\n{told}"
+            told += line
+
     def release(self) -> None:
         (self.folder / "release").touch()
 
@@ -80,9 +88,7 @@ def test_no_process_outlives_its_parent(command: Command, number: int, code: int
 def test_the_first_interrupt_waits_for_what_runs(command: Command, tiny_model: Path) -> None:
     started = command.wait_until_two_work()
     command.process.send_signal(signal.SIGINT)
-    told = ""
-    while "interrupt again to end at once" not in told:
-        told += command.process.stderr.readline()  # type: ignore[union-attr]
+    command.wait_until_told("interrupt again to end at once")
     command.release()
     code, errors = command.end()
     assert (code, errors.strip()) == (130, f"interrupted; {KEPT}")
@@ -93,9 +99,7 @@ def test_the_first_interrupt_waits_for_what_runs(command: Command, tiny_model: P
 def test_the_second_interrupt_ends_at_once(command: Command) -> None:
     started = command.wait_until_two_work()
     command.process.send_signal(signal.SIGINT)
-    told = ""
-    while "interrupt again to end at once" not in told:
-        told += command.process.stderr.readline()  # type: ignore[union-attr]
+    command.wait_until_told("interrupt again to end at once")
     command.process.send_signal(signal.SIGINT)
     code, errors = command.end()
     assert (code, errors.strip()) == (130, f"interrupted; {KEPT}")
