@@ -101,7 +101,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
     with pytest.raises(PromptError, match="the text has 1 tokens; expected at least 2"):
         evaluate(model, np.arange(1), 20)
     for context in (1, 65):
-        with pytest.raises(PromptError, match=rf"context: expected 2 to 64 \(the model's limit\), found {context}"):
+        with pytest.raises(PromptError, match=rf"context: expected 2 to 64 \(this model's limit\), found {context}"):
             evaluate(model, np.arange(30), context)
     with pytest.raises(PromptError, match="windows: expected at least 1, found 0"):
         evaluate(model, np.arange(30), 20, windows=0)
