@@ -155,7 +155,8 @@ def test_extreme_temperatures_draw_as_a_plain_implementation(temperature: float,
         order = sorted(range(50), key=lambda token: -float(logits[token]))
         shares = _plain_shares([float(logits[token]) for token in order], temperature)
         order, shares = order[: chosen.top_k or 50], shares[: chosen.top_k or 50]
-        total, kept, before = math.fsum(shares), set(), 0.0
+        total, before = math.fsum(shares), 0.0
+        kept: set[int] = set()
         for token, share in zip(order, shares, strict=True):
             if share > 0 and (before < chosen.top_p * total or not kept) and share >= chosen.min_p * shares[0]:
                 kept.add(token)
