@@ -29,11 +29,11 @@ TEMPLATE = (
 )
 
 
-def make_store(folder: Path) -> Path:
+def make_store(folder: Path, groups: int = 4) -> Path:
     """Return a store of the demo model with a chat template."""
     shutil.copytree(DEMO_MODEL, folder / "model")
     (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
-    compress(str(folder / "model"), str(folder / "store"), groups=4, block=64)
+    compress(str(folder / "model"), str(folder / "store"), groups=groups, block=64)
     return folder / "store"
 
 

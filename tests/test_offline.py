@@ -1,15 +1,20 @@
 """`bincompress run`: lines are answered as alone, resumed after an end at any moment, refused before the work."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import bincompress
+from bincompress.inference.answers import Answers
+from bincompress.inference.engine import engine_of
 from bincompress.inference.generate import GenerationSettings, Model
 from bincompress.inference.load import load
-from bincompress.inference.offline import Answers, PromptFileError, read_prompts, write_answers
+from bincompress.inference.offline import write_answers
+from bincompress.inference.prompts import PromptFileError, read_prompts
 from bincompress.inference.sampling import Sampling
 from bincompress.inference.scheduler import Limits
 from tests.conftest import Run
@@ -48,7 +53,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def test_every_line_is_answered_as_alone(model: Model, tmp_path: Path) -> None:
     asked = read_prompts(write(tmp_path / "prompts", LINES))
     counts: list[tuple[int, int]] = []
-    done = write_answers(model, asked, tmp_path / "out", DEFAULTS, LIMITS, lambda *count: counts.append(count))
+    done = write_answers(model, asked, tmp_path / "out", DEFAULTS, LIMITS, "e", lambda *count: counts.append(count))
     assert done == (5, 0)
     assert (counts[0], counts[-1]) == ((0, 5), (5, 5))
     found = read(tmp_path / "out")
@@ -66,7 +71,7 @@ def test_every_line_is_answered_as_alone(model: Model, tmp_path: Path) -> None:
 def test_an_interrupted_run_is_resumed(model: Model, tmp_path: Path) -> None:
     """Interrupted after each number of answers, also in the midst of writing one down."""
     asked = read_prompts(write(tmp_path / "prompts", LINES))
-    write_answers(model, asked, tmp_path / "whole", DEFAULTS, LIMITS)
+    write_answers(model, asked, tmp_path / "whole", DEFAULTS, LIMITS, "e")
     expected = (tmp_path / "whole").read_bytes()
     for stop in range(5):
         out = tmp_path / f"out{stop}"
@@ -76,13 +81,13 @@ def test_an_interrupted_run_is_resumed(model: Model, tmp_path: Path) -> None:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            write_answers(model, asked, out, DEFAULTS, LIMITS, interrupt)
+            write_answers(model, asked, out, DEFAULTS, LIMITS, "e", interrupt)
         assert len(read(out)) == stop
         with out.open("ab") as file:
             file.write(expected[:20])
-        assert write_answers(model, asked, out, DEFAULTS, LIMITS) == (5 - stop, 0)
+        assert write_answers(model, asked, out, DEFAULTS, LIMITS, "e") == (5 - stop, 0)
         assert out.read_bytes() == expected
-        assert write_answers(model, asked, out, DEFAULTS, LIMITS) == (0, 0)
+        assert write_answers(model, asked, out, DEFAULTS, LIMITS, "e") == (0, 0)
         assert out.read_bytes() == expected
     assert {path.name for path in tmp_path.iterdir()} == {"prompts", "whole", *(f"out{stop}" for stop in range(5))}
 
@@ -104,25 +109,29 @@ def test_a_prompt_that_cannot_be_run_fails_alone_and_is_tried_again(run: Run, st
 def test_answers_to_something_else_are_refused(model: Model, tmp_path: Path) -> None:
     asked = read_prompts(write(tmp_path / "prompts", LINES[:2]))
     out = tmp_path / "out"
-    write_answers(model, asked, out, DEFAULTS, LIMITS)
+    write_answers(model, asked, out, DEFAULTS, LIMITS, "e")
     kept = out.read_bytes()
     others = read_prompts(write(tmp_path / "others", LINES[1:3]))
-    with pytest.raises(PromptFileError, match="line 1: answers another prompt or other settings"):
-        write_answers(model, others, out, DEFAULTS, LIMITS)
-    with pytest.raises(PromptFileError, match="line 1: answers another prompt or other settings"):
-        write_answers(model, asked, out, GenerationSettings(9, Sampling(temperature=0.0)), LIMITS)
+    with pytest.raises(
+        PromptFileError, match="line 1: answers another prompt, or is of another store or other settings"
+    ):
+        write_answers(model, others, out, DEFAULTS, LIMITS, "e")
+    with pytest.raises(
+        PromptFileError, match="line 1: answers another prompt, or is of another store or other settings"
+    ):
+        write_answers(model, asked, out, GenerationSettings(9, Sampling(temperature=0.0)), LIMITS, "e")
     foreign = tmp_path / "foreign"
     foreign.write_text("a letter\n")
     with pytest.raises(PromptFileError, match="line 1: no answer of `run`"):
-        write_answers(model, asked, foreign, DEFAULTS, LIMITS)
+        write_answers(model, asked, foreign, DEFAULTS, LIMITS, "e")
     assert (out.read_bytes(), foreign.read_text()) == (kept, "a letter\n")
 
 
 def test_two_runs_do_not_write_to_one_file(model: Model, tmp_path: Path) -> None:
-    held = Answers(tmp_path / "out", {})
+    held = Answers(tmp_path / "out", {}, {})
     asked = read_prompts(write(tmp_path / "prompts", LINES[:1]))
     with pytest.raises(PromptFileError, match="another run writes to it"):
-        write_answers(model, asked, tmp_path / "out", DEFAULTS, LIMITS)
+        write_answers(model, asked, tmp_path / "out", DEFAULTS, LIMITS, "e")
     held.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "scheduler"]
 
@@ -140,6 +149,17 @@ def test_two_runs_do_not_write_to_one_file(model: Model, tmp_path: Path) -> None
         ('{"prompt": "x", "temperature": true}', "line 2: temperature: expected a number, found True"),
         ('{"prompt": "x", "temperature": -1}', "line 2: temperature: expected 0"),
         ('{"prompt": "x", "stop": [""]}', "line 2: stop: expected a text or a list of texts"),
+        ('{"prompt": "x", "temperature": 1' + "0" * 400 + "}", "line 2: temperature: expected at most"),
+        ('{"prompt": "x", "top_p": 1' + "0" * 400 + "}", "line 2: top_p: expected at most"),
+        ('{"prompt": "x", "temperature": 1e400}', "line 2: a number is beyond the range of floats"),
+        ('{"prompt": "x", "id": NaN}', "line 2: not JSON: NaN is not a number of JSON"),
+        ('{"prompt": "x", "id": [1e400]}', "line 2: a number is beyond the range of floats"),
+        ('{"prompt": "x", "id": {"a": "\\ud800"}}', r"line 2: not a text of Unicode: a lone surrogate, '\\ud800'"),
+        ('{"prompt": "a\\ud800b"}', "line 2: not a text of Unicode"),
+        ('{"prompt": "x", "\\ud800": 1}', "line 2: not a text of Unicode"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "line 2: not a text of Unicode"),
+        ('{"prompt": "x", "id": ' + "[" * 990 + "]" * 990 + "}", "line 2: nested too deeply"),
+        ('{"prompt": "x", "max_tokens": 1' + "0" * 30 + "}", "line 2: max_tokens: expected at most"),
         ('{"prompt": "x", "tools": []}', "line 2: 'tools' is not supported; expected"),
     ],
 )
@@ -156,3 +176,84 @@ def test_a_file_without_prompts_and_one_that_would_be_written_over(run: Run, sto
     code, _, errors = run("run", store, prompts, "--out", prompts)
     assert (code, "is the file of prompts" in errors) == (2, True)
     assert len(read(prompts)) == 5
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"precious notes, no newline at the end",
+        b'{"results": [1, 2, 3]}',
+        b'{"line": 1, "key": null, "text": ""}',
+        b'{"line": 99, "key": null, "text": ""}\n',
+        b'{"line": 1, "id": "first", "key": "0123',
+        b'{"line": null, "key": null, "text": ""}\n',
+        b"[" * 100_000 + b"\n",
+        b"\xff",
+    ],
+)
+def test_a_file_of_the_user_is_refused_and_stays(model: Model, tmp_path: Path, content: bytes) -> None:
+    asked = read_prompts(write(tmp_path / "prompts", LINES[:2]))
+    out = tmp_path / "out"
+    out.write_bytes(content)
+    with pytest.raises(PromptFileError, match=r"line 1: (no answer of `run`|answers another prompt)"):
+        write_answers(model, asked, out, DEFAULTS, LIMITS, "e")
+    assert out.read_bytes() == content
+
+
+def test_every_torn_line_is_recognised(tmp_path: Path) -> None:
+    out, keys, ids = tmp_path / "out", {1: "ab", 12: "cd"}, {1: "\u00e9", 12: None}
+    lines = [
+        {"line": 1, "id": ids[1], "key": "ab", "error": "\u00e9"},
+        {"line": 12, "id": None, "key": "cd", "text": "x"},
+    ]
+    for line in lines:
+        written = json.dumps(line, ensure_ascii=False).encode()
+        for length in range(1, len(written)):
+            out.write_bytes(written[:length])
+            Answers(out, keys, ids).close()
+            assert out.read_bytes() == b""
+            out.write_bytes(written[: length - 1] + b"#")
+            if length < written.index(b'": "', written.index(b'"key"') + 10):
+                with pytest.raises(PromptFileError):
+                    Answers(out, keys, ids)
+                assert out.read_bytes() == written[: length - 1] + b"#"
+
+
+def test_nothing_but_the_file_of_answers_is_written_and_a_link_stays(model: Model, tmp_path: Path) -> None:
+    prompts = write(tmp_path / "out.ordered", LINES[:1])
+    before = prompts.read_bytes()
+    (tmp_path / "folder").mkdir()
+    real, link = tmp_path / "folder" / "real", tmp_path / "out"
+    real.touch(0o600)
+    link.symlink_to("folder/real")
+    write_answers(model, read_prompts(prompts), link, DEFAULTS, LIMITS, "e")
+    assert prompts.read_bytes() == before
+    assert link.is_symlink()
+    assert [answer["line"] for answer in read(real)] == [1]
+    assert real.stat().st_mode & 0o777 == 0o600
+    assert {path.name for path in tmp_path.rglob("*")} == {"out.ordered", "folder", "real", "out"}
+
+
+def test_answers_of_another_engine_are_refused(model: Model, store: Path, tmp_path: Path) -> None:
+    other = make_store(tmp_path / "made", groups=2)
+    engines = [engine_of(str(store), *how) for how in ((8, "segment"), (6, "segment"), (8, "token"))]
+    engines.append(engine_of(str(other), 8, "segment"))
+    assert len(set(engines)) == 4
+    shutil.copytree(store, tmp_path / "moved")
+    assert engine_of(str(tmp_path / "moved"), 8, "segment") == engines[0]
+    bincompress.pack(str(store), str(tmp_path / "packed.zip"))
+    assert engine_of(str(tmp_path / "packed.zip"), 8, "segment") == engines[0]
+    asked = read_prompts(write(tmp_path / "prompts", LINES[:1]))
+    write_answers(model, asked, tmp_path / "answers", DEFAULTS, LIMITS, engines[0])
+    kept = (tmp_path / "answers").read_bytes()
+    for engine in engines[1:]:
+        with pytest.raises(PromptFileError, match="of another store or other settings; give another --out"):
+            write_answers(model, asked, tmp_path / "answers", DEFAULTS, LIMITS, engine)
+    assert (tmp_path / "answers").read_bytes() == kept
+
+
+def test_more_tokens_than_the_context_are_refused_before_the_work(model: Model, tmp_path: Path) -> None:
+    asked = read_prompts(write(tmp_path / "prompts", [LINES[0], {"prompt": "x", "max_tokens": 257}]))
+    with pytest.raises(PromptFileError, match="line 2 of the prompts: max_tokens: expected at most 256, the context"):
+        write_answers(model, asked, tmp_path / "out", DEFAULTS, LIMITS, "e")
+    assert not (tmp_path / "out").exists()

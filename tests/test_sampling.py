@@ -1,5 +1,8 @@
 """How tokens are chosen: greedy, filters, seeds, refusals."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -66,7 +69,10 @@ def test_draws_follow_the_probabilities() -> None:
         ("top_p", 1.01),
         ("min_p", -0.1),
         ("min_p", 2.0),
+        ("temperature", 10**400),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-300),
+        ("repetition_penalty", 1e300),
         ("seed", -1),
     ],
 )
@@ -131,3 +137,37 @@ def test_top_p_keeps_what_a_full_sort_keeps(seed: int, top_p: float, temperature
     sure, possible = set(order[below > 1 - top_p + 1e-9]), set(order[below > 1 - top_p - 1e-9]) | {order[-1]}
     found = {int(token) for token in candidates(logits, np.zeros(500, bool), Sampling(temperature, top_p=top_p))[0]}
     assert sure <= found <= possible
+
+
+EXTREMES = [5e-324, 1e-300, 1e-45, 1e-38, 1e-30, 1e-6, 0.5, 1e6, 1e38, 1e300, 1.7e308, 10**300]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", EXTREMES)
+@pytest.mark.parametrize("others", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 7, "top_p": 0.5}])
+def test_extreme_temperatures_draw_as_a_plain_implementation(temperature: float, others: dict[str, float]) -> None:
+    rng = np.random.default_rng(3)
+    for scale in (1.0, 20.0, 1e4):
+        logits = (rng.standard_normal(50) * scale).astype(np.float32)
+        chosen = Sampling(temperature, seed=1, **others)  # type: ignore[arg-type]
+        drawing = Sampler(chosen, 50)
+        ids = {drawing.choose(logits) for _ in range(20)}
+        order = sorted(range(50), key=lambda token: -float(logits[token]))
+        shares = _plain_shares([float(logits[token]) for token in order], temperature)
+        order, shares = order[: chosen.top_k or 50], shares[: chosen.top_k or 50]
+        total, before = math.fsum(shares), 0.0
+        kept: set[int] = set()
+        for token, share in zip(order, shares, strict=True):
+            if share > 0 and (before < chosen.top_p * total or not kept) and share >= chosen.min_p * shares[0]:
+                kept.add(token)
+            before += share
+        # Where the temperature makes all alike, which of the equal tokens top-p keeps is open, but not how many.
+        assert len(ids - kept) == 0 or shares[0] == shares[-1]
+        assert temperature > 1e-30 or ids == {int(np.argmax(logits))}
+        assert temperature < 1e30 or len(ids) > 1
+
+
+def _plain_shares(logits: list[float], temperature: float) -> list[float]:
+    """Return the softmax of logits, the largest first, in exact fractions up to the last step."""
+    exact = [(Fraction(logit) - Fraction(logits[0])) / Fraction(temperature) for logit in logits]
+    return [math.exp(float(max(each, Fraction(-10000)))) for each in exact]

@@ -54,7 +54,11 @@ def of_chat(server: Running, before: str = "user: Hello\n") -> list[int]:
 
 
 def test_models(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    (listed,) = client.models.list()
+    assert listed.id == "tiny"
+    assert client.models.retrieve("tiny") == listed
+    with pytest.raises(openai.NotFoundError, match="model 'an/other' is not served here"):
+        client.models.retrieve("an/other")
 
 
 def test_a_completion_is_what_generate_writes(server: Running, client: openai.OpenAI) -> None:
@@ -98,6 +102,7 @@ def test_echo_and_log_probabilities_over_the_prompt(server: Running, client: ope
     assert choice.logprobs is not None
     assert choice.logprobs.tokens is not None
     assert choice.logprobs.token_logprobs is not None
+    assert choice.logprobs.text_offset == [0, *_begins(choice.logprobs.tokens[1:])]
     assert choice.logprobs.token_logprobs[0] is None
     assert "".join(choice.logprobs.tokens[1:]) == PROMPT
     for token, row, share in zip(ids[1:], rows[:-1], choice.logprobs.token_logprobs[1:], strict=True):
@@ -110,6 +115,10 @@ def test_echo_and_log_probabilities_over_the_prompt(server: Running, client: ope
     assert both.choices[0].logprobs is not None
     assert both.choices[0].logprobs.token_logprobs is not None
     assert len(both.choices[0].logprobs.token_logprobs) == len(ids) + 3
+    assert both.choices[0].logprobs.text_offset == [0, *_begins((both.choices[0].logprobs.tokens or [])[1:])]
+    apart = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=3, logprobs=1, temperature=0)
+    assert apart.choices[0].logprobs is not None
+    assert apart.choices[0].logprobs.text_offset == _begins(apart.choices[0].logprobs.tokens or [])
     streamed = list(
         client.completions.create(
             model="tiny", prompt=PROMPT, max_tokens=3, echo=True, logprobs=1, temperature=0, stream=True
@@ -123,6 +132,10 @@ def test_echo_and_log_probabilities_over_the_prompt(server: Running, client: ope
         for share in chunk.choices[0].logprobs.token_logprobs or []
     ]
     assert joined == both.choices[0].logprobs.token_logprobs
+
+
+def _begins(tokens: list[str]) -> list[int]:
+    return [len("".join(tokens[:place])) for place in range(len(tokens))]
 
 
 def test_a_chat_and_its_stream_are_the_same_text(server: Running, client: openai.OpenAI) -> None:
@@ -256,6 +269,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("/api/chat", {"options": {"mirostat": 1}}, "options.mirostat: this parameter is not supported"),
     ("/api/chat", {"options": {"num_ctx": 100000}}, "options.num_ctx: expected 1 to 512, found 100000"),
     ("/api/chat", {"keep_alive": 0}, "keep_alive: 0: the model stays loaded"),
+    ("/api/chat", {"keep_alive": "0m"}, "keep_alive: '0m': the model stays loaded"),
+    ("/api/chat", {"keep_alive": "long"}, "keep_alive: expected a time such as '5m', found 'long'"),
+    ("/api/generate", {"max_tokens": None, "raw": True, "think": True}, "think: true is not supported"),
+    ("/v1/completions", {"\ud800": 1}, "\\ud800: this parameter is not supported"),
+    ("/v1/chat/completions", {"stream_options": {"\ud800": 1}}, "stream_options.\\ud800: this parameter is not supp"),
+    ("/api/chat", {"options": {"\ud800": 1}}, "options.\\ud800: this parameter is not supported"),
 ]
 
 

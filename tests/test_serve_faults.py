@@ -254,6 +254,12 @@ def test_another_host_needs_a_key(tmp_path: Path, run: Run) -> None:
     assert (code, "--api-key-file" in errors) == (2, True)
 
 
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_timeout_is_a_number_of_seconds(seconds: float) -> None:
+    with pytest.raises(BincompressError, match="--timeout: expected seconds above 0"):
+        ServeSettings(request_seconds=seconds)
+
+
 def test_key_files(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# of the team\nabc\n\n  def  \n")

@@ -36,7 +36,9 @@ def command(store: str, prompts: Path, out: Path, parallel: int, context: int, *
     """
     from tqdm import tqdm
 
-    from bincompress.inference.offline import read_prompts, write_answers
+    from bincompress.inference.engine import engine_of
+    from bincompress.inference.offline import write_answers
+    from bincompress.inference.prompts import read_prompts
     from bincompress.inference.scheduler import Limits
 
     with decoding_announced():
@@ -46,6 +48,7 @@ def command(store: str, prompts: Path, out: Path, parallel: int, context: int, *
         if out.exists() and out.samefile(prompts):
             raise BincompressError(f"--out {out}: is the file of prompts; give another one")
         model = load_with(store, options)
+        engine = engine_of(store, int(options["activation_bits"]), options["activation_scale"])
         limits = Limits(parallel, 2 * parallel, context)
         settings = replace(settings_from(model, options), context=min(context, model.decoder.config.context))
         with tqdm(desc="run", unit="answer", total=len(asked), disable=None) as bar:
@@ -53,7 +56,7 @@ def command(store: str, prompts: Path, out: Path, parallel: int, context: int, *
             def progress(done: int, total: int) -> None:
                 bar.update(done - bar.n)
 
-            written, failed = write_answers(model, asked, out, settings, limits, progress)
+            written, failed = write_answers(model, asked, out, settings, limits, engine, progress)
     click.echo(f"{out}: {written} answers written, {len(asked) - written} were there, {failed} failed", err=True)
     if failed:
         sys.exit(1)

@@ -1,5 +1,6 @@
 """A conversation as the text that the model was trained on: its own template, rendered in a sandbox."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,10 @@ class ChatTemplate:
     def __init__(self, templates: Mapping[str, str], variables: Mapping[str, str] | None = None) -> None:
         self._templates = dict(templates)
         self._variables = dict(variables or {})
+
+    def takes(self, variable: str) -> bool:
+        """Return whether a template names this variable."""
+        return any(re.search(rf"\b{re.escape(variable)}\b", each) for each in self._templates.values())
 
     def render(
         self,

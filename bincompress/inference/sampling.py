@@ -4,6 +4,7 @@ Order: logit bias, repetition penalty, frequency and presence penalty, temperatu
 is greedy (after bias and penalties).
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 from bincompress.model.errors import SamplingError
 
 Floats = NDArray[np.float32]
+Scores = NDArray[np.float64]
 
 _UNLIKELY = 12.0  # logits below the largest
 _MOST_PENALTY, _MOST_BIAS = 2.0, 100.0  # the limits of OpenAI's interface
+_LEAST_REPETITION, _MOST_REPETITION = 0.01, 100.0  # beyond them logits leave float32
 
 
 @dataclass(frozen=True)
@@ -34,18 +37,21 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = (
-            ("temperature", self.temperature, 0.0 <= self.temperature < np.inf, "0 (greedy) or more"),
+            ("temperature", self.temperature, 0.0 <= self.temperature <= sys.float_info.max, "0 (greedy) or more"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
             ("top_p", self.top_p, 0.0 <= self.top_p <= 1.0, "0 to 1"),
             ("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "0 to 1"),
-            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < np.inf, "above 0"),
+            (
+                "repetition_penalty", self.repetition_penalty,
+                _LEAST_REPETITION <= self.repetition_penalty <= _MOST_REPETITION, "0.01 to 100",
+            ),
             ("presence_penalty", self.presence_penalty, abs(self.presence_penalty) <= _MOST_PENALTY, "-2 to 2"),
             ("frequency_penalty", self.frequency_penalty, abs(self.frequency_penalty) <= _MOST_PENALTY, "-2 to 2"),
             ("seed", self.seed, self.seed is None or self.seed >= 0, "0 or more"),
-        )
+        )  # fmt: skip
         for name, value, fine, expected in checks:
             if not fine:
-                raise SamplingError(f"{name}: expected {expected}, found {value}")
+                raise SamplingError(f"{name}: expected {expected}, found {_shown(value)}")
         for token, added in self.logit_bias:
             if token < 0 or not abs(added) <= _MOST_BIAS:
                 raise SamplingError(
@@ -73,8 +79,8 @@ class Sampler:
         if settings.temperature == 0.0:
             token = int(np.argmax(values))
         else:
-            ids, values = filtered(values, settings)
-            steps = np.cumsum(_softmax(values))
+            ids, scores = filtered(values, settings)
+            steps = np.cumsum(_softmax(scores))
             drawn = np.searchsorted(steps, self._random.random() * steps[-1], side="right")
             token = int(ids[min(int(drawn), len(ids) - 1)])
         self._seen[token] = True
@@ -111,29 +117,33 @@ def less_repeated(logits: Floats, counts: NDArray[np.int32], presence: float, fr
     return logits - np.float32(presence) * (counts > 0) - np.float32(frequency) * counts.astype(np.float32)
 
 
-def candidates(logits: Floats, seen: NDArray[np.bool_], settings: Sampling) -> tuple[NDArray[np.intp], Floats]:
-    """Return the tokens that every filter keeps and their logits after the repetition penalty and temperature."""
+def candidates(logits: Floats, seen: NDArray[np.bool_], settings: Sampling) -> tuple[NDArray[np.intp], Scores]:
+    """Return the tokens that every filter keeps and their scores after the repetition penalty and temperature."""
     return filtered(penalised(logits, seen, settings.repetition_penalty), settings)
 
 
-def filtered(logits: Floats, settings: Sampling) -> tuple[NDArray[np.intp], Floats]:
-    """Return the tokens that top-k, top-p and min-p keep of logits (vocab,), and their logits after temperature."""
-    values = logits / np.float32(settings.temperature)
-    ids = np.arange(len(values))
-    if 0 < settings.top_k < len(values):
-        kept = values >= np.partition(values, -settings.top_k)[-settings.top_k]
-        ids, values = ids[kept], values[kept]
+def filtered(logits: Floats, settings: Sampling) -> tuple[NDArray[np.intp], Scores]:
+    """Return the tokens that top-k, top-p and min-p keep of logits (vocab,), and their scores after temperature.
+
+    A score is how far the logit lies below the largest of all, divided by the temperature: 0 or less, perhaps -inf.
+    """
+    ids = np.arange(len(logits))
+    if 0 < settings.top_k < len(logits):  # before the temperature, which keeps the order but may round to ties
+        ids = np.flatnonzero(logits >= np.partition(logits, -settings.top_k)[-settings.top_k])
+    # The difference first, and in float64: a quotient of a logit alone may leave the range of floats.
+    with np.errstate(over="ignore"):
+        values = (logits[ids].astype(np.float64) - float(logits.max())) / float(settings.temperature)
     if settings.top_p < 1.0:
         chosen = _likeliest(_softmax(values), values, settings.top_p)
         ids, values = ids[chosen], values[chosen]
     if settings.min_p > 0.0:
         # probability < min_p * largest probability, without the common denominator
-        kept = np.exp((values - values.max()).astype(np.float64)) >= settings.min_p
+        kept = np.exp(values - values.max()) >= settings.min_p
         ids, values = ids[kept], values[kept]
     return ids, values
 
 
-def _likeliest(shares: NDArray[np.float64], values: Floats, top_p: float) -> NDArray[np.intp]:
+def _likeliest(shares: Scores, values: Scores, top_p: float) -> NDArray[np.intp]:
     """Return, in order, the places of the likeliest tokens whose shares add up to top_p; at least one."""
     # Most of a large vocabulary is so unlikely that together it is left out: only the rest is to be sorted.
     likely = np.flatnonzero(values > values.max() - _UNLIKELY)
@@ -146,6 +156,11 @@ def _likeliest(shares: NDArray[np.float64], values: Floats, top_p: float) -> NDA
     return np.sort(order[kept])
 
 
-def _softmax(values: Floats) -> NDArray[np.float64]:
-    powers = np.exp((values - values.max()).astype(np.float64))
+def _softmax(values: Scores) -> Scores:
+    powers = np.exp(values - values.max())
     return np.asarray(powers / powers.sum())
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -36,7 +36,8 @@ def application(service: Service) -> Starlette:
     """Return the application that serves a model."""
     routes = [
         ("/", "GET", page), ("/health", "GET", health), ("/metrics", "GET", metrics), ("/facts", "GET", facts),
-        ("/v1/models", "GET", models), ("/v1/completions", "POST", completions),
+        ("/v1/models", "GET", models), ("/v1/models/{name:path}", "GET", one_model),
+        ("/v1/completions", "POST", completions),
         ("/v1/chat/completions", "POST", chat_completions), ("/v1/embeddings", "POST", embeddings),
         ("/tokenize", "POST", tokenize),
         ("/detokenize", "POST", detokenize), ("/api/chat", "POST", ollama.chat),
@@ -158,13 +159,22 @@ async def models(request: Request) -> Response:
     """List the one model."""
     service: Service = of_request(request)
     service.ready()
-    entry = {
-        "id": service.settings.model_name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "bincompress",
-    }
-    return JSONResponse({"object": "list", "data": [entry]})
+    return JSONResponse({"object": "list", "data": [_entry(service)]})
+
+
+async def one_model(request: Request) -> Response:
+    """Say of the one model what the list says; another one is not found."""
+    service: Service = of_request(request)
+    service.ready()
+    name = request.path_params["name"]
+    if name != service.settings.model_name:
+        service.unknown_model(name)
+    return JSONResponse(_entry(service))
+
+
+def _entry(service: Service) -> dict[str, Any]:
+    name = service.settings.model_name
+    return {"id": name, "object": "model", "created": service.created, "owned_by": "bincompress"}
 
 
 async def completions(request: Request) -> Response:

@@ -1,6 +1,7 @@
 """Ollama's interface: what its clients need to chat with the model, to continue a text, and to see its model."""
 
 import json
+import re
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -15,10 +16,11 @@ from bincompress.errors import BincompressError
 from bincompress.inference.sequence import Ended, Piece, PromptRead, Request
 from bincompress.serving.asking import check_model, lengths_of, request_for, sampling_of, stops_of
 from bincompress.serving.openai_asking import messages_of, rendered
-from bincompress.serving.reading import Fields, RequestError, in_thread, read_json
+from bincompress.serving.reading import Fields, RequestError, in_thread, read_json, shown
 from bincompress.serving.service import Service
 from bincompress.serving.texts import Streamed, Texts, of_request, refused, while_connected
 
+_DURATION = re.compile(r"[+-]?([0-9]{1,18}(\.[0-9]{0,18})?(ns|us|µs|ms|s|m|h)){1,8}|[+-]?[0-9]{1,18}")
 _NAMES = {"repetition_penalty": "repeat_penalty"}
 
 
@@ -89,8 +91,7 @@ def _asked(fields: Fields, service: Service, is_chat: bool, began: int) -> _Aske
     fields.neutral("format", "")
     fields.neutral("tools", [])
     fields.neutral("images", [])
-    if (kept := fields.take("keep_alive", str, int, float)) in (0, "0", "0s"):
-        fields.refuse("keep_alive", f"{kept!r}: the model stays loaded as long as the server runs")
+    _check_kept(fields)
     fields.neutral("logprobs", False)
     fields.neutral("top_logprobs", 0)
     fields.finish()
@@ -104,13 +105,24 @@ def _asked(fields: Fields, service: Service, is_chat: bool, began: int) -> _Aske
     return _Asked(request, stream is not False, is_chat, began)
 
 
-def _variables(fields: Fields) -> dict[str, Any]:
-    think = fields.take("think", bool)
+def _check_kept(fields: Fields) -> None:
+    """Refuse that the model is dropped at once; another time says what its clients always send, and changes nothing."""
+    kept = fields.take("keep_alive", str, int, float)
+    if isinstance(kept, str) and not _DURATION.fullmatch(kept):
+        fields.refuse("keep_alive", f"expected a time such as '5m', found {shown(kept)}")
+    if kept == 0 or (isinstance(kept, str) and not re.search("[1-9]", kept)):
+        fields.refuse("keep_alive", f"{shown(kept)}: the model stays loaded as long as the server runs")
+
+
+def _variables(fields: Fields, service: Service, raw: bool = False) -> dict[str, Any]:
+    think, template = fields.take("think", bool), service.model.template
+    if think and (raw or template is None or not template.takes("enable_thinking")):
+        fields.refuse("think", "true is not supported: no template with enable_thinking is used; expected false")
     return {} if think is None else {"enable_thinking": think}
 
 
 def _chat_ids(fields: Fields, service: Service) -> list[int]:
-    return rendered(service, messages_of(_without_empty(fields)), _variables(fields))
+    return rendered(service, messages_of(_without_empty(fields)), _variables(fields, service))
 
 
 def _without_empty(fields: Fields) -> Fields:
@@ -129,7 +141,7 @@ def _without_empty(fields: Fields) -> Fields:
 
 def _prompt_ids(fields: Fields, service: Service) -> list[int]:
     prompt, system, raw = fields.take("prompt", str), fields.take("system", str), fields.take("raw", bool)
-    variables = _variables(fields)
+    variables = _variables(fields, service, bool(raw))
     fields.neutral("suffix", "")
     fields.neutral("template", "")
     fields.neutral("context", [])

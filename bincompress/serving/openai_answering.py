@@ -12,6 +12,7 @@ from bincompress.model.tokenizer import Tokenizer
 from bincompress.serving.asking import Asked
 from bincompress.serving.reading import RequestError
 from bincompress.serving.service import Service
+from bincompress.serving.text_offsets import TextOffsets
 from bincompress.serving.texts import Texts
 
 
@@ -56,7 +57,7 @@ class Completion:
     def __init__(self, service: Service, asked: Asked) -> None:
         self._tokenizer = service.model.tokenizer
         self._asked = asked
-        self._offsets = [0] * len(asked.requests)
+        self._offsets: dict[int, TextOffsets] = {}
 
     def logprobs(self, number: int, tokens: Sequence[TokenLogprob], prompt: bool = False) -> Any:
         """Return the log probabilities of tokens; with a prompt's come its first token, which has none."""
@@ -67,12 +68,15 @@ class Completion:
         for each in tokens:
             top = {_name(self._tokenizer, token): share for token, share in (*each.top, (each.token, each.logprob))}
             listed.append((each.token, each.logprob, top))
+        if number not in self._offsets:
+            prompt_ids = self._asked.requests[number].prompt
+            echoed = self._echoed(number) if self._asked.echo else None
+            self._offsets[number] = TextOffsets(self._tokenizer, prompt_ids, echoed)
         for token, logprob, likeliest in listed:
             found["tokens"].append(_name(self._tokenizer, token))
             found["token_logprobs"].append(logprob)
             found["top_logprobs"].append(likeliest)
-            found["text_offset"].append(self._offsets[number])
-            self._offsets[number] += sum(byte & 0xC0 != 0x80 for byte in self._tokenizer.token_bytes(token))
+            found["text_offset"].append(self._offsets[number].next(token))
         return found
 
     def opening(self, number: int) -> dict[str, Any]:

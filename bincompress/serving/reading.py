@@ -31,9 +31,14 @@ class RequestError(Exception):
     def __init__(self, status: int, message: str, param: str | None = None, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.param = param
+        self.message = _encodable(message)
+        self.param = None if param is None else _encodable(param)
         self.retry_after = retry_after
+
+
+def _encodable(text: str) -> str:
+    """Return a text with lone surrogates, which JSON can hold and UTF-8 cannot, escaped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 async def read_json(request: Request, service: "Service") -> "Fields":

@@ -1,6 +1,7 @@
 """How is a model served? Where it listens, who may ask, and how much of everything."""
 
 import ipaddress
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,8 @@ class ServeSettings:
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
+        if not 0 < self.request_seconds < math.inf:
+            raise BincompressError(f"--timeout: expected seconds above 0, found {self.request_seconds}")
         if not self.is_local and not self.api_keys and not self.insecure:
             raise BincompressError(
                 f"--host {self.host} can be reached from other machines: give --api-key-file, "

@@ -1,0 +1,109 @@
+"""A file of answers: what an earlier run wrote is kept, what anyone else wrote is refused and left as it is."""
+
+import json
+import os
+import secrets
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bincompress.inference.prompts import PromptFileError
+
+
+class Answers:
+    """A file of answers, JSON objects one a line, which a second run of the same prompts goes on with."""
+
+    def __init__(self, path: Path, keys: Mapping[int, str], ids: Mapping[int, Any]) -> None:
+        """keys, ids: of the prompts by their lines. Raises PromptFileError where the file holds something else."""
+        self._path = path
+        self._target = Path(os.path.realpath(path))  # a link stays, and what it leads to is written
+        self._keys, self._ids = keys, ids
+        self.done: dict[int, dict[str, Any]] = {}
+        if self._target.exists() and not self._target.is_file():
+            raise PromptFileError(f"{path}: not a file; give another --out")
+        self._file = self._target.open("a+b")
+        try:
+            self._lock()
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        import fcntl
+
+        number = self._file.fileno()
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(number), self._target.stat()):
+                return  # else a run that has just ended put another file there
+        except OSError:
+            pass
+        raise PromptFileError(f"{self._path}: another run writes to it; wait for its end or give another --out")
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        end = 0
+        for number, line in enumerate(self._file, 1):
+            if not line.endswith(b"\n") and self._is_torn(line):
+                self._file.truncate(end)  # an earlier run ended in the midst of it
+                break
+            try:
+                found = json.loads(line)
+                place, key, ours = found["line"], found["key"], "text" in found or "error" in found
+            except (ValueError, TypeError, KeyError, RecursionError):
+                ours = False
+            if not ours or not line.endswith(b"\n") or type(place) is not int:
+                raise PromptFileError(f"{self._path}, line {number}: no answer of `run`; give another --out")
+            if place not in self._keys or self._keys[place] != key:
+                raise PromptFileError(
+                    f"{self._path}, line {number}: answers another prompt, or is of another store or other settings; "
+                    "give another --out, or remove it"
+                )
+            if "error" not in found:  # what failed is tried again
+                self.done[place] = found
+            end += len(line)
+
+    def _is_torn(self, line: bytes) -> bool:
+        """Return whether this is the beginning of a line that this run would write."""
+        for place, key in self._keys.items():
+            head = _encoded({"line": place, "id": self._ids[place], "key": key})[:-2]
+            if head.startswith(line) or any(
+                kind.startswith(line[len(head) :][: len(kind)]) for kind in _KINDS if line.startswith(head)
+            ):
+                return True
+        return False
+
+    def add(self, answer: dict[str, Any]) -> None:
+        """Write an answer down."""
+        self.done[answer["line"]] = answer
+        self._file.write(_encoded(answer))
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Put the answers in the order of their prompts, and close the file."""
+        ordered = self._target.with_name(f".bincompress-{secrets.token_hex(8)}.tmp")
+        file = ordered.open("xb")  # a name that nobody uses: nothing of the user's is written over
+        try:
+            with file:
+                file.writelines(_encoded(self.done[line]) for line in sorted(self.done))
+                os.fchmod(file.fileno(), stat.S_IMODE(os.fstat(self._file.fileno()).st_mode))
+                file.flush()
+                os.fsync(file.fileno())
+            ordered.replace(self._target)
+        except BaseException:
+            ordered.unlink(missing_ok=True)
+            raise
+        self._file.close()
+
+    def close(self) -> None:
+        """Close the file as it is."""
+        self._file.close()
+
+
+_KINDS = (b', "text": "', b', "error": "')  # what follows the head of a line
+
+
+def _encoded(answer: dict[str, Any]) -> bytes:
+    return json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
