@@ -14,6 +14,7 @@ from bincompress.compression.plan import Plan, PlannedTensor, folded
 from bincompress.compression.prepare import prepare
 from bincompress.compression.recipe import Recipe
 from bincompress.compression.records import Job
+from bincompress.compression.root import root_differences, well_formed
 from bincompress.compression.run import make_jobs
 from bincompress.errors import RecipeError, StoreError, TensorError
 from bincompress.methods import KEEP, Settings, checked
@@ -57,7 +58,7 @@ def plan_proof(
     problems |= {
         name: f"is in {checkpoint.name}, and not in the store" for name in checkpoint.tensors if name not in set(names)
     }
-    problems |= _other_files(store, checkpoint)
+    problems |= _other_files(store, checkpoint) | root_differences(store, checkpoint)
     for name in known:
         found, there = store.shape(name), checkpoint.tensors[name].shape
         if found != there:
@@ -102,6 +103,8 @@ def _recomputable(store: Store) -> Mapping[str, Any]:
             f"{store.url}: was calibrated layer after layer (--sequential), so no tensor follows from the source "
             f"alone; {advice}; or compress again with the same text, and compare what `bincompress pack` makes of both"
         )
+    if not well_formed(attributes.get("keep_weights")):
+        raise StoreError(f"{store.url}: zarr.json: keep_weights: expected [row, column] pairs by tensor")
     return attributes
 
 
@@ -119,7 +122,7 @@ def _other_files(store: Store, checkpoint: Checkpoint) -> dict[str, str]:
 def _planned(store: Store, checkpoint: Checkpoint, name: str) -> PlannedTensor:
     """Return a tensor's plan, as its own attributes tell it."""
     attributes = store.complete_attributes(name)
-    kept = store.attributes.get("keep_weights", {}).get(name, [])
+    kept = store.attributes["keep_weights"].get(name, [])
     mark = attributes.get("fingerprint")
     if not isinstance(mark, dict):
         raise StoreError(f"{store.url}: {name}: does not say what it was made from; {_ANOTHER}")
