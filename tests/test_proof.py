@@ -207,3 +207,18 @@ def test_a_changed_root_is_named(model: Path, tmp_path: Path, run: Run, key: str
     assert code == 1
     for each in named:
         assert f"zarr.json: {each}: " in errors
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_lossless_matrices_and_those_that_fell_back(tmp_path: Path, differs: bool) -> None:
+    """A weight that no sample shows makes a matrix fall back to the recipe's settings."""
+    tensors = tiny_tensors()
+    for name in [name for name in tensors if "proj" in name]:
+        values = np.where(np.arange(tensors[name].size).reshape(tensors[name].shape) % 3 == 0, 0.5, -0.5)
+        values[1, 5:10] = (0.123, 0.77, 0.9, 0.31, 0.111) if differs else 0.5
+        tensors[name] = values.astype(ml_dtypes.bfloat16)
+    source = write_model(tmp_path / "few", tensors, tiny_config(), shards=2)
+    bincompress.compress(source, tmp_path / "store")
+    store = open_store(str(tmp_path / "store"))
+    assert store.complete_attributes(UP)["method"] == ("wgm" if differs else "lossless")
+    assert bincompress.verify(tmp_path / "store", source=source).problems == {}

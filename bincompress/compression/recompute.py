@@ -10,6 +10,7 @@ import numpy as np
 
 from bincompress.calibration.statistics import Statistics
 from bincompress.compression.fingerprint import BYTES_VERSION, ROUNDING_VERSION, fingerprint
+from bincompress.compression.job import binarized_or_fallback
 from bincompress.compression.plan import Plan, PlannedTensor, folded
 from bincompress.compression.prepare import prepare
 from bincompress.compression.recipe import Recipe
@@ -131,14 +132,16 @@ def _planned(store: Store, checkpoint: Checkpoint, name: str) -> PlannedTensor:
             raise StoreError(f"{store.url}: {name}: {_ANOTHER} ({key} {mark[key]}; here {own})")
     source = checkpoint.tensors[name]
     kind = roles_of(checkpoint).of(name, source.shape).kind
-    settings = _settings(store, name, mark)
+    settings = _settings(store, name, mark.get("settings"))
+    fallback = _settings(store, name, mark["fallback"]) if mark.get("fallback") else None
     inputs = mark.get("inputs", "") if store.tensors()[name] == "packed" else ""
-    return PlannedTensor(source, kind, settings, tuple((row, col) for row, col in kept), 0, 0, inputs)
+    return PlannedTensor(
+        source, kind, settings, tuple((row, col) for row, col in kept), 0, 0, inputs, fallback=fallback
+    )
 
 
-def _settings(store: Store, name: str, mark: Mapping[str, Any]) -> Settings:
+def _settings(store: Store, name: str, record: Any) -> Settings:
     """Return the settings that a tensor was made with; raises StoreError where this version has no such ones."""
-    record = mark.get("settings")
     if not isinstance(record, dict) or not isinstance(record.get("method"), str):
         raise StoreError(f"{store.url}: {name}: its settings are {record!r:.60}; expected a method and its settings")
     try:
@@ -181,13 +184,12 @@ def _difference(store: Store, job: Job) -> str:
             return "the source's weights are others than those that the store was made from"
     if (before.get("shared") is None) != (job.shared is None):
         return "the norm and its readers are not scaled as they were when the store was made"
-    prepared = prepare(job, weight, mark)
     if job.settings == KEEP:
-        plain = prepared.as_it_is()
+        plain = prepare(job, weight, mark).as_it_is()
         arrays = {"array": plain_values(plain, job.source.shape)}
         own: dict[str, Any] = {"dtype": plain.dtype_name}
     else:
-        tensor = prepared.binarized().tensor
+        tensor = binarized_or_fallback(job, weight, mark)[1].tensor
         arrays, own = tensor.arrays(), {"block": tensor.block, **tensor.attributes()}
     for key, value in own.items():
         if json.loads(json.dumps(value)) != stored.get(key):
