@@ -28,6 +28,7 @@ from bincompress.store.store import open_store
 from bincompress.store.verify import verify
 from tests import fuzz_seeds, fuzz_sources
 from tests.fuzz_mutations import Files, mutated_bytes, mutated_file, mutated_json, mutated_template, written
+from tests.hostile_packs import hostile_packs
 
 TEXT = "Once upon a time, t1 t2  aaaaaaaaaaaaaaaaaaaaaaaaaaaaaab \u00e9\U0001f600 <s> 42\n"
 TALK = [
@@ -152,6 +153,9 @@ def change_pack(chance: random.Random, files: Files) -> Files:
     begin = int.from_bytes(content[end + 16 : end + 20], "little")
     records = [found.start() for found in re.finditer(b"PK\1\2", content) if found.start() >= begin]
     what = chance.random()
+    if what < 0.03:  # what was found once, and what is near to it
+        known, _ = chance.choice(list(hostile_packs().values()))
+        return {PACK: known if chance.random() < 0.3 else mutated_bytes(chance, known)}
     if what < 0.15:
         return {PACK: mutated_bytes(chance, bytes(content))}
     if what < 0.25:

@@ -30,6 +30,7 @@ from bincompress.store.pack_files import LocalRanges, PackFiles
 from bincompress.store.replace import mark_beginning
 from bincompress.store.store import open_store
 from tests.conftest import Run, tiny_config, tiny_tensors, write_model
+from tests.hostile_packs import hostile_packs
 from tests.ranges import range_server
 from tests.s3 import s3_server
 
@@ -221,7 +222,7 @@ def test_over_http_inspect_downloads_no_weights_and_an_array_is_one_request(made
         server.asked.clear()
         assert bincompress.verify(url).ok
         assert len(set(server.asked)) == len(server.asked)
-        with pytest.raises(StoreError, match="it has no zarr"):
+        with pytest.raises(StoreError, match=rf"^{server.url}/missing\.zip: not found: "):
             open_store(f"{server.url}/missing.zip")
         server.ranges = False
         with pytest.raises(StoreError, match="does not answer requests for parts of a file"):
@@ -476,6 +477,15 @@ def test_what_no_pack_holds_is_refused_by_name(tmp_path: Path, content: bytes, m
 
 def crafted(count: int = 0, size: int = 0, begin: int = 0, more: bytes = b"") -> bytes:
     return more + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, size, begin, 0)
+
+
+@pytest.mark.parametrize("case", list(hostile_packs()))
+def test_a_directory_that_is_cut_off_or_has_too_long_numbers_is_refused_by_name(tmp_path: Path, case: str) -> None:
+    content, message = hostile_packs()[case]
+    (tmp_path / "m.zip").write_bytes(content)
+    with pytest.raises(StoreError, match=message) as caught:
+        open_store(str(tmp_path / "m.zip"))
+    assert len(str(caught.value)) < 400
 
 
 ZIP64 = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, *(1 << 62,) * 4) + bytes(20)

@@ -138,7 +138,8 @@ def test_other_files_and_other_tensors_are_named(model: Path, tmp_path: Path) ->
     assert problems[UP].startswith("shape [160, 64]; ")
     assert problems["tokenizer.json"].startswith("differs from that of")
     assert problems["merges.txt"].endswith("alone")
-    assert len(problems) == 5
+    assert "zarr.json: source.fingerprint" in problems
+    assert len(problems) == 6
 
 
 @pytest.mark.parametrize(
@@ -181,3 +182,43 @@ def test_a_damaged_store_and_odd_arguments(model: Path, tmp_path: Path, run: Run
     assert (code, errors.count(UP) >= 1) == (1, True)
     with pytest.raises(BincompressError):
         bincompress.verify(tmp_path / "store", sample=3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("config", {"rms_norm_eps": 0.5, "rope_theta": 1.5}, ["config.rms_norm_eps", "config.rope_theta"]),
+        ("config", {"made_up": 1}, ["config.made_up"]),
+        ("source", {"fingerprint": "0" * 32}, ["source.fingerprint"]),
+        ("fused", ["model.layers.0.mlp.experts"], ["fused"]),
+        ("keep_weights", {UP: [[0, 1]]}, ["keep_weights"]),
+        ("keep_weights", {"no.tensor": [[0, 1]]}, ["keep_weights"]),
+        ("archive", True, ["archive"]),
+        ("failures", {UP: "x"}, ["failures"]),
+        ("made_up", 1, ["made_up"]),
+    ],
+)
+def test_a_changed_root_is_named(model: Path, tmp_path: Path, run: Run, key: str, value: Any, named: list[str]) -> None:
+    """The engine runs the config in the root, which config.json beside it says nothing of."""
+    bincompress.compress(model, tmp_path / "store")
+    before = open_store(str(tmp_path / "store")).attributes.get(key)
+    change_root(tmp_path / "store", **{key: {**before, **value} if isinstance(before, dict) else value})
+    code, _, errors = run("verify", tmp_path / "store", "--source", model, "--sample", 1)
+    assert code == 1
+    for each in named:
+        assert f"zarr.json: {each}: " in errors
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_lossless_matrices_and_those_that_fell_back(tmp_path: Path, differs: bool) -> None:
+    """A weight that no sample shows makes a matrix fall back to the recipe's settings."""
+    tensors = tiny_tensors()
+    for name in [name for name in tensors if "proj" in name]:
+        values = np.where(np.arange(tensors[name].size).reshape(tensors[name].shape) % 3 == 0, 0.5, -0.5)
+        values[1, 5:10] = (0.123, 0.77, 0.9, 0.31, 0.111) if differs else 0.5
+        tensors[name] = values.astype(ml_dtypes.bfloat16)
+    source = write_model(tmp_path / "few", tensors, tiny_config(), shards=2)
+    bincompress.compress(source, tmp_path / "store")
+    store = open_store(str(tmp_path / "store"))
+    assert store.complete_attributes(UP)["method"] == ("wgm" if differs else "lossless")
+    assert bincompress.verify(tmp_path / "store", source=source).problems == {}

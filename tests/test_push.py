@@ -3,21 +3,26 @@
 import base64
 import hashlib
 import json
+import struct
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
+from huggingface_hub.errors import RevisionNotFoundError
 
 import bincompress
 from bincompress.compression.recipe import load_recipe
-from bincompress.errors import BincompressError
+from bincompress.errors import BincompressError, DamagedError, StoreError
 from bincompress.reporting.card import read_evaluation, recipe_toml
-from bincompress.store.hub import FILE, located
+from bincompress.store.hub import CARD, FILE, _check, located, upload
 from bincompress.store.store import open_store
 from tests.conftest import tiny_config, tiny_tensors, write_model
+from tests.hostile_packs import hostile_packs
 from tests.test_hub import bincompress as run_with_hub
 
 BASE = "team/base"
@@ -277,3 +282,108 @@ def test_an_evaluation_that_is_none_is_refused(tmp_path: Path, content: str) -> 
     (tmp_path / "e.json").write_text(content)
     with pytest.raises(BincompressError, match=r"e\.json: (not readable|expected what)"):
         read_evaluation(tmp_path / "e.json")
+
+
+class Branches:
+    """The calls of the Hub's client that `upload` makes, over files by branch."""
+
+    def __init__(self, **files: dict[str, bytes]) -> None:
+        self.files, self.committed = files, ""
+
+    def create_repo(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def model_info(self, repo: str, *, revision: str | None = None, timeout: float) -> Any:
+        if (revision or "main") not in self.files:
+            raise RevisionNotFoundError("no such branch", response=httpx.Response(404, request=REQUEST))
+        names = [SimpleNamespace(rfilename=name) for name in self.files[revision or "main"]]
+        return SimpleNamespace(private=False, siblings=names)
+
+    def create_branch(self, repo: str, *, branch: str, exist_ok: bool) -> None:
+        self.files.setdefault(branch, dict(self.files["main"]))
+
+    def hf_hub_download(self, repo: str, name: str, *, revision: str | None = None) -> str:
+        path = self.folder / (revision or "main") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(self.files[revision or "main"][name])
+        return str(path)
+
+    def create_commit(self, repo: str, operations: Any, *, commit_message: str, revision: str | None) -> Any:
+        self.committed = revision or "main"
+        return SimpleNamespace(commit_url="url")
+
+    folder = Path()
+
+
+REQUEST = httpx.Request("GET", "http://127.0.0.1")
+MINE = {CARD: b"# by hand"}
+OURS = {CARD: b"---\nlibrary_name: bincompress\n---\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "revision", "overwrite", "taken"),
+    [
+        ({"main": {}, "dev": MINE}, "dev", False, False),  # only main was looked at once
+        ({"main": OURS, "dev": MINE}, "dev", False, False),
+        ({"main": {}, "dev": MINE}, "dev", True, True),
+        ({"main": MINE, "dev": {}}, "dev", False, True),
+        ({"main": MINE, "dev": OURS}, "dev", False, True),
+        ({"main": MINE}, "new", False, True),  # which begins with a copy of main's card
+        ({"main": MINE, "dev": MINE}, "dev", False, True),  # the same, after an upload that was interrupted
+        ({"main": MINE, "dev": {}}, None, False, False),
+        ({"main": MINE, "dev": {}}, "main", False, False),
+        ({"main": OURS, "dev": MINE}, None, False, True),
+    ],
+)
+def test_the_card_of_the_branch_that_is_written_to_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, dict[str, bytes]], revision: str | None,
+    overwrite: bool, taken: bool,
+) -> None:  # fmt: skip
+    hub = Branches(**files)
+    hub.folder = tmp_path
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    (tmp_path / FILE).write_bytes(b"x")
+
+    def push() -> None:
+        upload("me/x", tmp_path / FILE, "card", {}, revision=revision, private=False, overwrite=overwrite)
+
+    before = set(hub.files)
+    if taken:
+        push()
+        assert hub.committed == (revision or "main")
+        return
+    with pytest.raises(
+        StoreError, match=r"has a README\.md that bincompress did not write; nothing was uploaded"
+    ) as no:
+        push()
+    assert (hub.committed, set(hub.files)) == ("", before)
+    assert ("(branch dev)" in str(no.value)) == (revision == "dev")
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), KeyError("x"), RecursionError(), struct.error("short")])
+def test_a_download_that_cannot_be_checked_does_not_stay_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    blob, link = tmp_path / "blob", tmp_path / FILE
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("bincompress.store.verify.verify", fail)
+    monkeypatch.setattr("bincompress.store.store.open_store", lambda path: path)
+    for kind, raised in ((error, DamagedError), (KeyboardInterrupt(), KeyboardInterrupt)):
+        error = kind
+        blob.write_bytes(b"x")
+        link.symlink_to(blob)
+        with pytest.raises(raised):
+            _check("me/x", link)
+        assert not blob.exists()
+        assert not link.is_symlink()
+
+
+@pytest.mark.parametrize("case", ["cut64", "digits5000"])
+def test_a_hostile_download_is_removed(tmp_path: Path, case: str) -> None:
+    (tmp_path / FILE).write_bytes(hostile_packs()[case][0])
+    with pytest.raises(DamagedError, match="came damaged, and was removed from the cache"):
+        _check("me/x", tmp_path / FILE)
+    assert not (tmp_path / FILE).exists()

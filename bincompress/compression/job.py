@@ -63,7 +63,7 @@ def _done(job: Job) -> tuple[Literal["done", "unchanged"], dict[str, Any]]:
         hashes, nbytes = store.write_plain(job.name, plain, job.source.shape, job.archive)
         attributes: dict[str, Any] = {"dtype": plain.dtype_name}
     else:
-        job, found = _binarized(job, weight, mark)
+        job, found = binarized_or_fallback(job, weight, mark)
         written, bad = found, ""
         hashes, nbytes = store.write_packed(job.name, found.tensor, job.archive)
         record = {"shape": list(job.source.shape), "method": job.settings.method, "settings": job.settings.record()}
@@ -74,7 +74,7 @@ def _done(job: Job) -> tuple[Literal["done", "unchanged"], dict[str, Any]]:
     return "done", report
 
 
-def _binarized(job: Job, weight: Weight, mark: dict[str, Any]) -> tuple[Job, Binarized]:
+def binarized_or_fallback(job: Job, weight: Weight, mark: dict[str, Any]) -> tuple[Job, Binarized]:
     """Return what the method makes of the tensor, and the job with the settings that were used in the end.
 
     mark: the job's fingerprint. Where a method that gives every weight exactly cannot, the job's fallback is used, and

@@ -10,10 +10,12 @@ import numpy as np
 
 from bincompress.calibration.statistics import Statistics
 from bincompress.compression.fingerprint import BYTES_VERSION, ROUNDING_VERSION, fingerprint
+from bincompress.compression.job import binarized_or_fallback
 from bincompress.compression.plan import Plan, PlannedTensor, folded
 from bincompress.compression.prepare import prepare
 from bincompress.compression.recipe import Recipe
 from bincompress.compression.records import Job
+from bincompress.compression.root import root_differences, well_formed
 from bincompress.compression.run import make_jobs
 from bincompress.errors import RecipeError, StoreError, TensorError
 from bincompress.methods import KEEP, Settings, checked
@@ -57,7 +59,7 @@ def plan_proof(
     problems |= {
         name: f"is in {checkpoint.name}, and not in the store" for name in checkpoint.tensors if name not in set(names)
     }
-    problems |= _other_files(store, checkpoint)
+    problems |= _other_files(store, checkpoint) | root_differences(store, checkpoint)
     for name in known:
         found, there = store.shape(name), checkpoint.tensors[name].shape
         if found != there:
@@ -102,6 +104,8 @@ def _recomputable(store: Store) -> Mapping[str, Any]:
             f"{store.url}: was calibrated layer after layer (--sequential), so no tensor follows from the source "
             f"alone; {advice}; or compress again with the same text, and compare what `bincompress pack` makes of both"
         )
+    if not well_formed(attributes.get("keep_weights")):
+        raise StoreError(f"{store.url}: zarr.json: keep_weights: expected [row, column] pairs by tensor")
     return attributes
 
 
@@ -119,7 +123,7 @@ def _other_files(store: Store, checkpoint: Checkpoint) -> dict[str, str]:
 def _planned(store: Store, checkpoint: Checkpoint, name: str) -> PlannedTensor:
     """Return a tensor's plan, as its own attributes tell it."""
     attributes = store.complete_attributes(name)
-    kept = store.attributes.get("keep_weights", {}).get(name, [])
+    kept = store.attributes["keep_weights"].get(name, [])
     mark = attributes.get("fingerprint")
     if not isinstance(mark, dict):
         raise StoreError(f"{store.url}: {name}: does not say what it was made from; {_ANOTHER}")
@@ -128,14 +132,16 @@ def _planned(store: Store, checkpoint: Checkpoint, name: str) -> PlannedTensor:
             raise StoreError(f"{store.url}: {name}: {_ANOTHER} ({key} {mark[key]}; here {own})")
     source = checkpoint.tensors[name]
     kind = roles_of(checkpoint).of(name, source.shape).kind
-    settings = _settings(store, name, mark)
+    settings = _settings(store, name, mark.get("settings"))
+    fallback = _settings(store, name, mark["fallback"]) if mark.get("fallback") else None
     inputs = mark.get("inputs", "") if store.tensors()[name] == "packed" else ""
-    return PlannedTensor(source, kind, settings, tuple((row, col) for row, col in kept), 0, 0, inputs)
+    return PlannedTensor(
+        source, kind, settings, tuple((row, col) for row, col in kept), 0, 0, inputs, fallback=fallback
+    )
 
 
-def _settings(store: Store, name: str, mark: Mapping[str, Any]) -> Settings:
+def _settings(store: Store, name: str, record: Any) -> Settings:
     """Return the settings that a tensor was made with; raises StoreError where this version has no such ones."""
-    record = mark.get("settings")
     if not isinstance(record, dict) or not isinstance(record.get("method"), str):
         raise StoreError(f"{store.url}: {name}: its settings are {record!r:.60}; expected a method and its settings")
     try:
@@ -178,13 +184,12 @@ def _difference(store: Store, job: Job) -> str:
             return "the source's weights are others than those that the store was made from"
     if (before.get("shared") is None) != (job.shared is None):
         return "the norm and its readers are not scaled as they were when the store was made"
-    prepared = prepare(job, weight, mark)
     if job.settings == KEEP:
-        plain = prepared.as_it_is()
+        plain = prepare(job, weight, mark).as_it_is()
         arrays = {"array": plain_values(plain, job.source.shape)}
         own: dict[str, Any] = {"dtype": plain.dtype_name}
     else:
-        tensor = prepared.binarized().tensor
+        tensor = binarized_or_fallback(job, weight, mark)[1].tensor
         arrays, own = tensor.arrays(), {"block": tensor.block, **tensor.attributes()}
     for key, value in own.items():
         if json.loads(json.dumps(value)) != stored.get(key):

@@ -72,10 +72,22 @@ def _check(repo: str, path: Path) -> None:
         problem = next((f"{name}: {problem}" for name, problem in verify(open_store(str(path))) if problem), "")
     except StoreError as error:
         problem = str(error)
+    except BaseException as error:  # Ctrl-C among them: what was not checked to its end would not be checked again
+        _forget(path)
+        if isinstance(error, Exception) and not isinstance(error, OSError | MemoryError):
+            raise DamagedError(
+                f"{repo}: {FILE} cannot be checked, and was removed from the cache: {one_line(error)}"
+            ) from error
+        raise
     if problem:
-        path.resolve().unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
+        _forget(path)
         raise DamagedError(f"{repo}: {FILE} came damaged, and was removed from the cache: {problem}")
+
+
+def _forget(path: Path) -> None:
+    """Remove a download from the cache: the file, and the link to it by which it is found."""
+    path.resolve().unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def cached_models() -> list[CachedModel]:
@@ -159,10 +171,12 @@ def upload(
         info = api.model_info(repo, timeout=ANSWER_SECONDS)
         if private and info.private is False:
             raise StoreError(f"{repo}: exists and is public; --private is for a new repository: change it on its page")
-        if not overwrite and any(sibling.rfilename == CARD for sibling in info.siblings or []):
-            _check_card(api, repo)
-        if revision is not None and revision != "main":
-            api.create_branch(repo, branch=revision, exist_ok=True)
+        branch = revision if revision is not None and revision != "main" else None
+        there = info if branch is None else _branch(api, repo, branch)
+        if not overwrite and there is not None and _has_card(there):
+            _check_card(api, repo, branch, _has_card(info))
+        if branch is not None:
+            api.create_branch(repo, branch=branch, exist_ok=True)
         contents: dict[str, Any] = {**assets, CARD: card.encode(), FILE: str(file)}
         operations = [
             huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
@@ -187,11 +201,32 @@ def _refusal(error: Exception) -> str:
     return f"{text}; run the same command again to go on"
 
 
-def _check_card(api: Any, repo: str) -> None:
-    """Raise StoreError where a repository's card is not one that `push` has written."""
-    there = Path(api.hf_hub_download(repo, CARD)).read_text("utf-8", "replace")
-    if not _OURS.search(there):
-        raise StoreError(
-            f"{repo}: has a {CARD} that bincompress did not write; nothing was uploaded: choose another repository, or "
-            "--overwrite replaces it"
-        )
+def _branch(api: Any, repo: str, branch: str) -> Any:
+    """Return what the Hub says of a branch; None where there is none yet."""
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        return api.model_info(repo, revision=branch, timeout=ANSWER_SECONDS)
+    except RevisionNotFoundError:
+        return None
+
+
+def _has_card(info: Any) -> bool:
+    return any(sibling.rfilename == CARD for sibling in info.siblings or [])
+
+
+def _check_card(api: Any, repo: str, branch: str | None, on_main: bool) -> None:
+    """Raise StoreError where the card of a branch (of main where None is given) is not one that `push` has written.
+
+    on_main: whether main has a card. A new branch begins with a copy of it, which may be replaced: main keeps it.
+    """
+    there = Path(api.hf_hub_download(repo, CARD, revision=branch)).read_bytes()
+    if _OURS.search(there.decode("utf-8", "replace")):
+        return
+    if branch is not None and on_main and Path(api.hf_hub_download(repo, CARD)).read_bytes() == there:
+        return
+    where = f"{repo} (branch {branch})" if branch is not None else repo
+    raise StoreError(
+        f"{where}: has a {CARD} that bincompress did not write; nothing was uploaded: choose another "
+        f"{'branch' if branch is not None else 'repository'}, or --overwrite replaces it"
+    )

@@ -27,7 +27,7 @@ from bincompress.store.layout import (
     parse_node,
     seal_problem,
 )
-from bincompress.store.pack_files import PackFiles, store_files
+from bincompress.store.pack_files import PackFiles, names_a_pack, store_files
 from bincompress.store.report import report_problem
 from bincompress.tensors.packed import PackedTensor, assemble
 from bincompress.tensors.weight import DTYPE_NAMES, Weight
@@ -374,7 +374,11 @@ def read_root(url: str) -> tuple[dict[str, Any], Files]:
     files = store_files(url)
     try:
         attributes = root_attributes(files)
-    except (FileNotFoundError, KeyError, ValueError, RecursionError) as error:
+    except FileNotFoundError as error:
+        if not is_local(url) and names_a_pack(url) and not isinstance(files, PackFiles):
+            raise StoreError(f"{url}: not found: no such file, and no store below that name; check the URL") from None
+        raise StoreError(f"{url}: not a Zarr v3 store: {error}") from None
+    except (KeyError, ValueError, RecursionError) as error:
         raise StoreError(f"{url}: not a Zarr v3 store: {str(error) or type(error).__name__}") from None
     check_format(url, attributes)
     return attributes, files

@@ -30,7 +30,8 @@ _MODE = 0o100644 << 16  # of a file, readable
 _LINK, _KIND = 0o120000, 0o170000
 _PADDING_ID = 0xD935  # of the extra field with which zipalign fills up
 _COMMENT = b"bincompress pack 1 "
-_CHUNK = re.compile(r"(.*?)/c((?:/\d+)*)")
+_CHUNK = re.compile(r"(.*?)/c((?:/\d+)*)", re.ASCII)
+_MOST_DIGITS = 18  # of a chunk's place, below 2^63; Python refuses to read thousands
 
 
 class Ranges(Protocol):
@@ -210,6 +211,8 @@ def _entries(url: str, content: bytes, count: int) -> dict[str, Entry]:
         begin = place + _CENTRAL.size
         name = content[begin : begin + name_size].decode("latin-1")
         place = begin + name_size + extra_size + comment_size
+        if place > len(content):
+            raise DamagedError(f"{url}: a zip file whose directory ends within the entry {name[:80]!r}")
         problem = _problem(name, found, flags=record[3], method=record[4], sizes=record[8:10], mode=record[15] >> 16)
         if problem:
             raise StoreError(f"{url}: {problem}")
@@ -240,6 +243,9 @@ def _problem(
         )
     if not name.endswith("/") and not (name.isascii() and MODEL.owns(name) and all(p not in ("", ".") for p in parts)):
         return f"a zip file with the entry {shown}, which is no part of a store"
+    chunk = _CHUNK.fullmatch(name)
+    if chunk is not None and any(len(number) > _MOST_DIGITS for number in chunk[2].split("/")):
+        return f"a zip file with the entry {shown}, whose chunk has a place of more than {_MOST_DIGITS} digits"
     return ""
 
 
