@@ -303,7 +303,7 @@ def test_one_weight_that_the_sample_missed_makes_a_lossy_tensor_and_a_loud_summa
     # Asked for by name there is no other method to take: the tensor fails, and the others do not.
     code, out, _ = run("compress", model, tmp_path / "strict", "--method", "lossless")
     assert code == 1
-    assert f"failed: {name}: " in out
+    assert f"failed: {name}: row 2, " in out
     assert "hold more than 4 different values" in out
 
 
