@@ -34,7 +34,7 @@ class Reading(Mapping[str, Any]):
     def left_over(self, idle: tuple[str, ...]) -> list[str]:
         """Return the fields with a value that nothing asked for, but for those that change no value of a weight."""
         given = self._given.items()
-        empty = (None, False, [], {})
+        empty: tuple[Any, ...] = (None, False, [], {})
         return sorted(
             ascii(name)[1:-1][:60] for name, value in given if name not in {*self._read, *idle} and value not in empty
         )
