@@ -145,12 +145,12 @@ def compressed(
         parts["weight_shape"] = np.array([rows, cols], np.int64)
         if not symmetric:
             parts["weight_zero_point"] = np.ascontiguousarray(packed_words((zero - low).T, bits).T)
-        if order:
-            parts["weight_g_idx"] = groups.astype(np.int32)
     else:
         parts["weight"] = q
         if not symmetric:
             parts["weight_zero_point"] = zero.astype(np.int8)
+    if order:
+        parts["weight_g_idx"] = groups.astype(np.int32)
     weights = {
         "num_bits": bits, "type": kind, "symmetric": symmetric, "strategy": strategy, "dynamic": False,
         "group_size": group if strategy == "group" else None, "actorder": "group" if order else None,

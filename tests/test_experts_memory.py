@@ -156,3 +156,5 @@ def test_a_model_without_experts_fits_or_is_refused(tiny_model: Path, run: Run, 
     assert bincompress.load(str(tmp_path / "store"), memory=1 << 30).decoder.residents is None
     with pytest.raises(BincompressError, match=r"--memory 100 MB is too little: the model needs about \d+ MB$"):
         bincompress.load(str(tmp_path / "store"), memory=100_000_000)
+    with pytest.raises(BincompressError, match=r"--memory 100 KB is too little: the model needs about \d+ MB$"):
+        bincompress.load(str(tmp_path / "store"), memory=100_000)

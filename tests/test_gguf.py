@@ -11,7 +11,7 @@ import pytest
 from bincompress.compression.plan import make_plan
 from bincompress.compression.recipe import load_recipe
 from bincompress.compression.run import compress
-from bincompress.errors import CheckpointError, RecipeError
+from bincompress.errors import CheckpointError
 from bincompress.inference.chat import load_template
 from bincompress.inference.load import load_decoder
 from bincompress.model.architectures import ARCHITECTURES
@@ -156,18 +156,63 @@ def test_other_scaling_is_read_or_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "yarn").mkdir()
     yarn = {"qwen2.rope.scaling.type": "yarn", "qwen2.rope.scaling.factor": 4.0}
     _, file = both(tmp_path / "yarn", "Qwen2ForCausalLM", more=yarn)
-    with pytest.raises(RecipeError, match="rope type 'yarn' is not supported"):
-        make_plan(open_source(str(file)), load_recipe(None, {})).verdict.require(export_only=False)
+    rope = parse(open_source(str(file)).config).rope
+    assert (rope.kind, rope.factor) == ("yarn", 4.0)
 
 
-def test_the_factors_of_longrope_are_refused_by_name_and_exported(tmp_path: Path) -> None:
+def test_a_factor_alone_is_linear_scaling_and_none_is_none(tmp_path: Path) -> None:
+    for number, (more, expected) in enumerate(
+        [
+            ({"llama.rope.scaling.factor": 4.0}, 4.0),
+            ({"llama.rope.scale_linear": 2.0}, 2.0),
+            ({"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.type": "none"}, 1.0),
+        ]
+    ):
+        _, file = both(tmp_path / str(number), "LlamaForCausalLM", more=more)
+        assert parse(open_source(str(file)).config).rope.factor == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.scale", 0.5), ("logit_scale", 8.0), ("attn_logit_softcapping", 50.0), ("expert_used_count", 2),
+        ("final_logit_softcapping", 30.0), ("attention.sliding_window_pattern", [True, False]),
+        ("rope.scaling.yarn_log_multiplier", 0.1), ("attention.clamp_kqv", 8.0),
+    ],
+)  # fmt: skip
+def test_metadata_that_changes_the_numbers_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    _, file = both(tmp_path, "LlamaForCausalLM", more={f"llama.{key}": value})
+    with pytest.raises(CheckpointError, match=rf"llama\.{key} = .* changes the numbers"):
+        open_source(str(file))
+
+
+def test_all_metadata_that_is_not_read_is_counted(tmp_path: Path) -> None:
+    more: dict[str, Any] = {f"qwen2.unknown_{number}": 1 for number in range(9)}
+    more |= {"tokenizer.ggml.remove_extra_whitespaces": True, "qwen2.logit_scale": 1.0}
+    _, file = both(tmp_path, "Qwen2ForCausalLM", more=more)
+    (note,) = [note for note in open_source(str(file)).notes if "not read" in note]
+    assert note.startswith("metadata that is not read: qwen2.logit_scale, qwen2.unknown_0, ")
+    assert note.endswith(" and 3 more")
+
+
+def test_a_text_begins_with_a_space_unless_the_file_says_no(tmp_path: Path) -> None:
+    words = ["<unk>", "<s>", "</s>", "\u2581", "a", "\u2581a", *(f"w{number}" for number in range(90))]
+    own = {"model": "llama", "pre": None, "tokens": words, "scores": [-float(n) for n in range(96)], "merges": None}
+    for number, (prefix, expected) in enumerate([(None, [5]), (True, [5]), (False, [4])]):
+        (tmp_path / str(number)).mkdir()
+        changes = own | {"add_space_prefix": prefix, "add_bos_token": False, "token_type": [1] * 96}
+        more = {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+        _, file = both(tmp_path / str(number), "LlamaForCausalLM", more=more)
+        tokenizer = load_tokenizer(open_source(str(file)).assets())
+        assert list(tokenizer.encode("a")) == expected
+
+
+def test_the_factors_of_longrope_are_read_and_exported(tmp_path: Path) -> None:
     config, tensors = tiny("Phi3ForCausalLM", partial_rotary_factor=1.0)
     factors = {f"rope_factors_{end}.weight": np.full(8, 1.5, np.float32) for end in ("long", "short")}
     metadata = metadata_of(config) | TOKENS | {"phi3.rope.scaling.original_context_length": 64}
     file = write_gguf(tmp_path / "m.gguf", metadata, converted(config, fused(config, tensors)) | factors)
     plan = make_plan(open_source(str(file)), load_recipe(None, {}))
-    with pytest.raises(RecipeError, match="rope type 'longrope' is not supported"):
-        plan.verdict.require(export_only=False)
     assert compress(plan, str(tmp_path / "store")).complete
     out = json.loads((export(open_store(str(tmp_path / "store")), tmp_path / "out") / "config.json").read_text())
     assert out["rope_scaling"]["long_factor"] == [1.5] * 8

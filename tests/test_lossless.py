@@ -213,6 +213,35 @@ def test_what_is_not_of_few_levels_is_refused_with_its_place() -> None:
     assert lossless.recognize(narrow, narrow.shape) is None  # four values a row are no sign of few levels
 
 
+def test_pairs_whose_sums_round_are_sought_among_their_neighbours() -> None:
+    random, exact, plain = np.random.default_rng(3), 0, 0
+    for _ in range(200):
+        pair = np.sort((random.standard_normal(2) * 0.05).astype(np.float32))
+        codebook = FORMS[1].codebook
+        plain += set(reached(codebook, pair.reshape(2, 1, 1)).ravel().tolist()) == set(pair.tolist())
+        values = pair[random.integers(0, 2, (4, 128))]
+        weight = as_weight(values, "F32")
+        if lossless.recognize(weight, weight.shape) is None:
+            continue
+        found = lossless.binarize(weight, SETTINGS)
+        np.testing.assert_array_equal(dequantize(found.tensor), values)
+        exact += len(found.tensor.planes) == 1
+    assert exact > plain
+
+
+def test_few_levels_that_float32_cannot_give_are_named(tmp_path: Path) -> None:
+    levels = np.array([0.01, 0.05], np.float32)
+
+    def spoil(tensors: dict[str, Any]) -> None:
+        for name, value in tensors.items():
+            if "up_proj" in name:
+                tensors[name] = levels[np.random.default_rng(0).integers(0, 2, value.shape)]
+
+    model = low_bit_model(tmp_path / "model", "ternary", spoil=spoil)
+    remarks = api.plan(model, headers_only=False).remarks()
+    assert "few levels, but planes and scales cannot give them exactly in float32: 2 matrices" in remarks
+
+
 def low_bit_model(
     folder: Path, kind: str, block: int | str = "row", spoil: Callable[[dict[str, Any]], None] = lambda tensors: None
 ) -> Path:
@@ -303,7 +332,7 @@ def test_one_weight_that_the_sample_missed_makes_a_lossy_tensor_and_a_loud_summa
     # Asked for by name there is no other method to take: the tensor fails, and the others do not.
     code, out, _ = run("compress", model, tmp_path / "strict", "--method", "lossless")
     assert code == 1
-    assert f"failed: {name}: " in out
+    assert f"failed: {name}: row 2, " in out
     assert "hold more than 4 different values" in out
 
 

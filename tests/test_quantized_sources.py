@@ -165,6 +165,41 @@ def test_fused_matrices_are_parts_of_what_is_decoded(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.concatenate([gate, up]), form.values)
 
 
+def test_an_order_of_columns_that_is_none_changes_nothing(tmp_path: Path) -> None:
+    stored, forms = quantized(tiny_tensors(layers=LAYERS), FORMS["int4 group"])
+    for name, form in forms.items():
+        stored[f"{name}_g_idx"] = np.full(form.values.shape[1], -1, np.int32)
+    declared = json.loads(json.dumps(next(iter(forms.values())).config))
+    declared["config_groups"]["group_0"]["weights"]["actorder"] = "weight"
+    folder = write_model(tmp_path / "m", stored, tiny_config(layers=LAYERS) | {"quantization_config": declared})
+    for name, form in forms.items():
+        np.testing.assert_array_equal(read_weight(open_checkpoint(folder).tensors[name]).float32(), form.values)
+
+
+def test_integers_a_byte_are_read_in_their_order_of_columns(tmp_path: Path) -> None:
+    folder, forms = written(tmp_path / "m", lambda r, c: compressed(r, c, 8, "group", packed=False, order=True))
+    stored = safetensors.numpy.load_file(folder / "model.safetensors")
+    assert any(name.endswith("_g_idx") for name in stored)
+    for name, form in forms.items():
+        np.testing.assert_array_equal(read_weight(open_checkpoint(folder).tensors[name]).float32(), form.values)
+
+
+def test_a_group_size_of_minus_one_means_channels(tmp_path: Path) -> None:
+    stored, forms = quantized(tiny_tensors(layers=LAYERS), FORMS["int8 channel"])
+    declared = json.loads(json.dumps(next(iter(forms.values())).config))
+    weights = declared["config_groups"]["group_0"]["weights"]
+    del weights["strategy"]
+    weights["group_size"] = -1
+    folder = write_model(tmp_path / "m", stored, tiny_config(layers=LAYERS) | {"quantization_config": declared})
+    for name, form in forms.items():
+        np.testing.assert_array_equal(read_weight(open_checkpoint(folder).tensors[name]).float32(), form.values)
+
+
+def test_fields_that_nothing_reads_are_named(tmp_path: Path) -> None:
+    folder, _ = written(tmp_path / "m", FORMS["gptq 4"], sym=True, damp_percent=0.1, unheard_of=3, kernel=None)
+    assert "fields of quantization_config that are not read: unheard_of" in open_checkpoint(folder).notes
+
+
 # What is refused, each in one line and before any work
 
 Change = Callable[[dict[str, Any], dict[str, Any]], None]  # of tensors and of quantization_config
@@ -190,6 +225,14 @@ def says(**values: Any) -> Change:
 
 def weights_say(**values: Any) -> Change:
     return lambda tensors, config: config["config_groups"]["group_0"]["weights"].update(values)
+
+
+def with_group(**values: Any) -> Change:
+    def apply(tensors: dict[str, Any], config: dict[str, Any]) -> None:
+        first = config["config_groups"]["group_0"]
+        config["config_groups"]["group_1"] = first | {"weights": first["weights"] | values}
+
+    return apply
 
 
 def not_finite(scale: Any) -> Any:
@@ -254,6 +297,26 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("int4 group", says(sparsity_config={"format": "sparse-24-bitmask"}), "'sparse-24-bitmask' is not read"),
     ("int4 group", says(quantization_status="frozen"), "quantization_status = 'frozen' is not read"),
     ("int4 group order", with_part("weight_g_idx", lambda g: g + 5), r"weight_g_idx: groups 5 to 6; expected 0 to 1"),
+    ("int4 group order", without("weight_g_idx"), r"up_proj\.weight_g_idx: missing; .*actorder"),
+    (
+        "int4 group order",
+        with_part("weight_g_idx", lambda g: np.where(np.arange(len(g)) == 3, -1, g)),
+        r"weight_g_idx: 1 of 64 columns have no group \(-1\)",
+    ),
+    ("int4 group order", with_part("weight_g_idx", lambda g: 0 * g - 1), r"weight_g_idx: 64 of 64 columns have no"),
+    ("int4 group", weights_say(actorder="GROUP"), r"weight_g_idx: missing; .*actorder"),
+    ("int4 group", weights_say(actorder="dynamic"), r"weight_g_idx: missing; .*actorder"),
+    ("int4 group", weights_say(actorder="other"), "actorder = 'other' is not read"),
+    ("int4 group", weights_say(strategy="channel"), "group_size = 32 contradicts strategy = 'channel'"),
+    ("int4 group", weights_say(block_structure=[2, 2]), "block_structure contradicts strategy = 'group'"),
+    ("int4 group", weights_say(rotated=True), "group_0: weights: rotated: not read"),
+    ("int4 group", with_group(num_bits=8), "group_0 and group_1 both target it and differ; expected one"),
+    ("int4 group", says(quant_method="Compressed_Tensors"), "is not known; expected 'compressed-tensors'"),
+    ("gptq 4", says(quant_method="GPTQ"), "quant_method = 'GPTQ' is not known; expected 'gptq'"),
+    ("gptq 4", says(desc_act="yes"), "desc_act = 'yes' is not read"),
+    ("gptq 4", says(rotation="hadamard"), "rotation = 'hadamard' is not read"),
+    ("awq", says(zero_point=False), "zero_point = False is not read"),
+    ("awq", says(desc_act=True), "desc_act = True is not read"),
     ("int8 channel", without("weight_scale"), r"up_proj\.weight_scale: missing"),
     ("int8 channel", says(format="float-quantized"), "type = 'int' is not read; known: 'float'"),
     ("float channel", with_part("weight_scale", not_finite), "weight_scale: holds a scale that is not"),

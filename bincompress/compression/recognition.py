@@ -17,6 +17,7 @@ from bincompress.compression.plan import Plan, PlannedTensor, peak_memory
 from bincompress.compression.recipe import Override, Recipe
 from bincompress.errors import RecipeError
 from bincompress.methods import KEEP, METHODS, Method, Recognized, method_named
+from bincompress.methods.rounding.few_levels import crowded
 from bincompress.model.roles import Kind
 from bincompress.model.runnable import roles_of
 from bincompress.sources.checkpoint import ITEM_BYTES, Checkpoint, read_weight
@@ -145,6 +146,9 @@ def remarks(plan: Plan, few: Mapping[str, Few]) -> tuple[str, ...]:
     exact = [each for name, each in few.items() if settings[name] == each.method]
     could = [each for name, each in few.items() if settings[name] != each.method]
     lines = []
+    inexact = sum(_has_few(tensor) for tensor in plan.tensors if tensor.source.name not in few)
+    if inexact:
+        lines.append(f"few levels, but planes and scales cannot give them exactly in float32: {inexact} matrices")
     if exact:
         lines.append(
             f"few levels: {_told(exact)}: packed by method {exact[0].method}, in about {_bits(exact):.3f} bits a "
@@ -156,6 +160,19 @@ def remarks(plan: Plan, few: Mapping[str, Few]) -> tuple[str, ...]:
             f"{_bits(could):.3f} bits a weight, but other settings were asked for"
         )
     return tuple(lines)
+
+
+def _has_few(tensor: PlannedTensor) -> bool:
+    """Return whether a float32 matrix has few levels by its sampled rows, and enough weights for each to be a sign."""
+    source = tensor.source
+    if source.dtype != "F32" or source.encoding is not None or tensor.kind == "other" or not _is_readable(source):
+        return False
+    rows, cols = source.shape
+    weight = read_weight(source)
+    least, most = _SAMPLE_ROWS
+    chosen = np.linspace(0, rows - 1, min(rows, max(least, min(most, _SAMPLE // cols)))).astype(np.intp)
+    samples = [weight.bits[:1, :_FIRST], weight.bits[chosen]]
+    return cols >= 32 and all(crowded(Weight(np.ascontiguousarray(each), weight.dtype)) is None for each in samples)
 
 
 def _told(few: Iterable[Few]) -> str:

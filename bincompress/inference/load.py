@@ -20,7 +20,7 @@ from bincompress.model.residents import Residents
 from bincompress.model.store_source import StoreSource, store_config
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.process.blas import one_blas_thread
-from bincompress.process.machine import free_memory, usable_cpus
+from bincompress.process.machine import free_memory, size_text, usable_cpus
 from bincompress.sources.checkpoint import Checkpoint
 from bincompress.store.store import Store, open_store
 from cpu_kernels.matmul.prepacking import kernels
@@ -185,10 +185,10 @@ def _residents(
     rest = needed - sum(sizes.values())
     at_a_time = (config.experts.chosen + threads if config.experts is not None else 0) * max(sizes.values(), default=0)
     if rest + at_a_time > memory:
-        beside = f" and {at_a_time / 1e6:,.0f} MB for the experts that are used at a time" if sizes else ""
+        beside = f" and {size_text(at_a_time)} for the experts that are used at a time" if sizes else ""
         raise TooLittleMemoryError(
-            f"{store.url}: --memory {memory / 1e6:,.0f} MB is too little: {'without its experts ' if sizes else ''}the "
-            f"model needs about {rest / 1e6:,.0f} MB{beside}"
+            f"{store.url}: --memory {size_text(memory)} is too little: {'without its experts ' if sizes else ''}the "
+            f"model needs about {size_text(rest)}{beside}"
         )
     return Residents(memory - rest)
 
@@ -221,6 +221,6 @@ def check_memory(what: str, needed: int, free: tuple[int, str]) -> None:
     available, limit = free
     if needed > available:
         raise TooLittleMemoryError(
-            f"{what}: needs about {needed / 1e6:,.0f} MB of memory, {available / 1e6:,.0f} MB are free ({limit}); "
+            f"{what}: needs about {size_text(needed)} of memory, {size_text(available)} are free ({limit}); "
             "close other programs, raise the limit, or compress with fewer bits (--embeddings 4bit)"
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from bincompress.model.linear import Linear
+from bincompress.process.machine import size_text
 
 Pair = tuple[Linear, Linear]  # an expert's gate and up as one matrix (2 * inner, hidden), and down (hidden, inner)
 
@@ -53,7 +54,7 @@ class Residents:
         """Return what a summary says, of so many experts in all."""
         share = 100 * self.read / max(1, self.asked)
         return (
-            f"experts in memory: {len(self):,} of {experts:,} ({self.used / 1e6:,.0f} MB); {share:.1f}% of those that "
+            f"experts in memory: {len(self):,} of {experts:,} ({size_text(self.used)}); {share:.1f}% of those that "
             "were chosen had to be read first"
         )
 

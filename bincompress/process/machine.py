@@ -129,3 +129,8 @@ def _statistic(path: Path, name: str) -> int:
 
 def _as_number(text: str) -> int | None:
     return int(text) if text.isdecimal() else None
+
+
+def size_text(nbytes: float) -> str:
+    """Return a number of bytes for a message: whole MB, below one of them whole KB."""
+    return f"{nbytes / 1e6:,.0f} MB" if nbytes >= 1e6 or not nbytes else f"{max(1.0, nbytes / 1e3):,.0f} KB"

@@ -222,5 +222,5 @@ def totals(total: dict[str, Any]) -> list[str]:
         listed = ", ".join(f"{count} tensors from {name}" for name, count in total["source_formats"].items())
         lines.append(f"quantized source, dequantized as it was read: {listed}")
     lines += total["trained"]
-    lines += [f"failed: {name}: {cause}" for name, cause in total["failures"].items()]
+    lines += [f"failed: {name}: {cause.removeprefix(f'{name}: ')}" for name, cause in total["failures"].items()]
     return lines

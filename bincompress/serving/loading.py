@@ -4,7 +4,7 @@ from bincompress.errors import BincompressError
 from bincompress.inference.generate import Model
 from bincompress.inference.scheduler import Limits
 from bincompress.model.cache import cache_bytes
-from bincompress.process.machine import free_memory
+from bincompress.process.machine import free_memory, size_text
 from bincompress.reporting.inspection import inspect as inspect_store
 from bincompress.store.store import open_store
 
@@ -22,7 +22,7 @@ def check_fits(store: str, model: Model, limits: Limits, context: int | None) ->
     if limits.parallel * each > free:
         raise BincompressError(
             f"{store}: {limits.parallel} texts of {min(limits.context, config.context):,} tokens need "
-            f"{limits.parallel * each / 1e6:,.0f} MB for their keys and values, {free / 1e6:,.0f} MB are free "
+            f"{size_text(limits.parallel * each)} for their keys and values, {size_text(free)} are free "
             f"({limit}); give a smaller --parallel or --context"
         )
 

@@ -20,6 +20,7 @@ from cpu_kernels.quantize.packing import BLOCK_STEP, words_for
 Floats = NDArray[np.float32]
 CELL = 32  # columns of the finest blocks that have scales of their own
 _WEIGHTS_A_NUMBER = 4  # at least: with fewer, any matrix of a few columns would have "few levels"
+_NEAR = 2  # floats to both sides that are tried where sums round
 _LIFT = 15  # float16 reaches so many powers of two above 1, where the numbers' range needs them
 
 
@@ -192,17 +193,53 @@ def _fitted(form: Form, block: int | Literal["matrix"], halves: bool, units: "_U
         if second.shape[2] < first.shape[2]:
             second = np.concatenate([second, first[..., -1:]], axis=2)
         numbers = np.concatenate([first, second])
+    good = _good(form, numbers, halves, values)
+    if not good.all() and len(numbers) == 2:  # sums that round: others nearby may round to the values
+        numbers = _nearby(form, numbers, halves, values, good)
+        good = _good(form, numbers, halves, values)
+    if not good.all():
+        return None
+    if block == "matrix":
+        return Fit(form, block, halves, numbers, 0)
+    return Fit(form, block, halves, *_stored(numbers))
+
+
+def _good(form: Form, numbers: Floats, halves: bool, values: Floats) -> NDArray[np.bool_]:
+    """Return for each block of numbers (stored, rows, blocks) whether its levels have all the values (rows, units, 4).
+
+    halves: two units a block.
+    """
+    if halves:
         codebook = split(form.codebook)
         levels = np.stack([reached(codebook, numbers, bit) for bit in (0, 1)], axis=2)
         levels = levels.reshape(values.shape[0], -1, levels.shape[-1])[:, : values.shape[1]]
     else:
         levels = reached(form.codebook, numbers)
+    good = np.ones(values.shape[:2], bool)
     for number in range(values.shape[2]):
-        if not np.all(np.any(levels == values[..., number, None], axis=2)):
-            return None
-    if block == "matrix":
-        return Fit(form, block, halves, numbers, 0)
-    return Fit(form, block, halves, *_stored(numbers))
+        good &= np.any(levels == values[..., number, None], axis=2)
+    if not halves:
+        return good
+    padded = np.ones((len(good), 2 * numbers.shape[2]), bool)
+    padded[:, : good.shape[1]] = good
+    return padded.reshape(len(good), -1, 2).all(axis=2)
+
+
+def _nearby(form: Form, numbers: Floats, halves: bool, values: Floats, good: NDArray[np.bool_]) -> Floats:
+    """Return pairs of numbers, each up to two floats away, that give the values, as far as there are such."""
+    near = [numbers]
+    for _ in range(_NEAR):
+        near = [np.nextafter(near[0], np.float32(-np.inf)), *near, np.nextafter(near[-1], np.float32(np.inf))]
+    found, good = numbers.copy(), good.copy()
+    for first in near:
+        for second in near:
+            tried = np.stack([first[0], second[1]])
+            better = ~good & _good(form, tried, halves, values)
+            found[:, better] = tried[:, better]
+            good |= better
+        if good.all():
+            break
+    return found
 
 
 def _stored(numbers: Floats) -> tuple[NDArray[Any], int]:

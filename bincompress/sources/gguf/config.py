@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from bincompress.errors import CheckpointError
 from bincompress.sources.gguf.names import Family
+from bincompress.sources.gguf.tokenizer import TOKENIZER_KEYS
 
 _TOKENS = "tokenizer.ggml."
 _GEMMA_27B = 62  # layers; the one Gemma 3 whose queries are not scaled by its head size
@@ -23,6 +24,33 @@ _CLOSE = 1e-4
 _LONGEST_NAME = 60
 _MOST_NAMED = 8  # keys in a note
 _WINDOWED = ("gemma3_text", "phi3", "mistral", "olmo2")
+# Keys that change what a model computes, each with the values that change nothing; any other is refused, not noted.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.scale": (0.0,),
+    "attention.output_scale": (0.0, 1.0),
+    "attention.temperature_scale": (0.0,),
+    "attention.temperature_length": (0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.sliding_window_pattern": (),
+    "attention.layer_norm_epsilon": (),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "final_logit_softcapping": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "router_logit_softcapping": (0.0,),
+    "use_parallel_residual": (False,),
+    "rope.dimension_sections": (),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    "rope.scaling.yarn_ext_factor": (),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_beta_fast": (32.0,),
+    "rope.scaling.yarn_beta_slow": (1.0,),
+    "expert_used_count": (0,),
+    "expert_shared_count": (0,),
+    "expert_weights_scale": (0.0, 1.0),
+}
 # Keys of an architecture that say nothing of the arithmetic, or what is read elsewhere.
 _IDLE = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")
 
@@ -67,8 +95,16 @@ class Fields:
         return CheckpointError(f"GGUF metadata: {self.arch}.{key}: expected {expected}, found {shown}")
 
     def left_over(self) -> list[str]:
-        """Return the keys of this architecture that nothing asked for."""
-        return sorted(key for key in self.metadata if key.startswith(f"{self.arch}.") and key not in self._read)
+        """Return the keys of this architecture that nothing asked for; raises where one changes the arithmetic."""
+        left = sorted(key for key in self.metadata if key.startswith(f"{self.arch}.") and key not in self._read)
+        for full in left:
+            key, found = full.removeprefix(f"{self.arch}."), self.metadata[full]
+            if key in _NEUTRAL and (isinstance(found, np.ndarray | list) or found not in _NEUTRAL[key]):
+                shown = f"an array of {len(found)}" if isinstance(found, np.ndarray | list) else f"{found!r:.60}"
+                raise CheckpointError(
+                    f"GGUF metadata: {full} = {shown} changes the numbers; it is not supported for {self.arch}"
+                )
+        return left
 
 
 def config_of(
@@ -107,7 +143,7 @@ def config_of(
         "num_attention_heads": heads,
         "num_key_value_heads": fields.whole("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon", 1e-5),
+        "rms_norm_eps": _required(fields, "attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": fields.whole("context_length"),
         "vocab_size": vocab,
         "tie_word_embeddings": "output.weight" not in names,
@@ -121,8 +157,30 @@ def config_of(
     experts = fields.whole("expert_count", 0)
     if experts:
         config["num_local_experts"] = experts
-    left = [ascii(key)[1:-1][:_LONGEST_NAME] for key in fields.left_over()[:_MOST_NAMED]]
-    return config, [f"metadata that is not read: {', '.join(left)}"] if left else []
+    left = [*fields.left_over(), *_unknown_of_tokenizer(metadata)]
+    return config, [f"metadata that is not read: {_listed(left)}"] if left else []
+
+
+def _listed(keys: list[str]) -> str:
+    named = ", ".join(ascii(key)[1:-1][:_LONGEST_NAME] for key in keys[:_MOST_NAMED])
+    return named + (f" and {len(keys) - _MOST_NAMED:,} more" if len(keys) > _MOST_NAMED else "")
+
+
+def _unknown_of_tokenizer(metadata: Mapping[str, Any]) -> list[str]:
+    """Return the keys of the tokenizer that say how texts become tokens, or may, and that are not read."""
+    keys = sorted(key for key in metadata if key.startswith(_TOKENS) and metadata[key] is not False)
+    return [
+        key
+        for key in keys
+        if key.removeprefix(_TOKENS) not in TOKENIZER_KEYS and not key.endswith(("_token_id", "_token_ids"))
+    ]
+
+
+def _required(fields: Fields, key: str) -> float:
+    found = fields.number(key)
+    if found is None:
+        raise CheckpointError(f"GGUF metadata: {fields.arch}.{key}: missing")
+    return found
 
 
 def _head_dim(family: Family, fields: Fields, hidden: int, heads: int) -> int:
@@ -144,7 +202,7 @@ def _of_family(family: Family, fields: Fields, head_dim: int) -> dict[str, Any]:
     window = fields.whole("attention.sliding_window", 0) if kind in _WINDOWED else 0
     if kind == "gemma3_text":
         pattern = fields.value("attention.sliding_window_pattern")
-        if isinstance(pattern, list):
+        if isinstance(pattern, np.ndarray | list):
             found["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
         elif pattern is not None:
             found["sliding_window_pattern"] = fields.whole("attention.sliding_window_pattern")
@@ -152,6 +210,8 @@ def _of_family(family: Family, fields: Fields, head_dim: int) -> dict[str, Any]:
         local, cap = fields.number("rope.freq_base_swa"), fields.number("final_logit_softcapping")
         found |= {} if local is None else {"rope_local_base_freq": local}
         found |= {} if cap is None else {"final_logit_softcapping": cap}
+        if not window:  # llama.cpp: all layers are full; transformers: a window of 4,096
+            raise CheckpointError("GGUF metadata: gemma3.attention.sliding_window: missing")
         if fields.whole("block_count") == _GEMMA_27B:
             found["query_pre_attn_scalar"] = fields.whole("embedding_length") // fields.whole("attention.head_count")
     elif kind == "phi3":
@@ -183,13 +243,17 @@ def _rope_scaling(fields: Fields, factors: Mapping[str, NDArray[Any]], head_dim:
         lists = {f"{end}_factor": found.tolist() for end, found in both.items() if found is not None}
         beside = {"original_max_position_embeddings": context} if context else {}
         return {"rope_scaling": {"type": "longrope", "rope_type": "longrope", **lists}, **beside}
+    if "rope_freqs.weight" in factors and kind != "none" and factor not in (None, 0.0, 1.0):
+        raise CheckpointError(
+            f"GGUF metadata: {fields.arch}.rope.scaling.factor {factor} beside rope_freqs.weight is not supported"
+        )
     if "rope_freqs.weight" in factors:
         theta = fields.number("rope.freq_base", 10000.0) or 1.0
         return _llama3(factors["rope_freqs.weight"], theta, head_dim, context)
-    if factor is None:
-        factor = fields.number("rope.scale_linear")  # of old files
-        kind = "linear" if factor not in (None, 1.0) else kind
-    if kind in (None, "none") or factor in (None, 0.0, 1.0):
+    old = fields.number("rope.scale_linear")  # of old files
+    factor = old if factor is None else factor
+    kind = "linear" if kind is None else kind  # as llama.cpp takes a factor alone
+    if kind == "none" or factor in (None, 0.0, 1.0):
         return {}
     scaling: dict[str, Any] = {"rope_type": str(kind)[:_LONGEST_NAME], "factor": factor}
     return {"rope_scaling": scaling | ({"original_max_position_embeddings": context} if context else {})}

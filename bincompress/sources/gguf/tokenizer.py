@@ -21,6 +21,11 @@ _KEY = "tokenizer.ggml."
 _SPACE = "\u2581"
 _CONTROL, _USER_DEFINED = 3, 4
 _GEMMA = ("gemma", "gemma2", "gemma3")
+# Keys that are read, or that say nothing of how texts become tokens.
+TOKENIZER_KEYS = (
+    "model", "pre", "tokens", "token_type", "token_type_count", "scores", "merges", "added_tokens", "add_bos_token",
+    "add_eos_token", "add_space_prefix", "add_sep_token", "chat_template", "huggingface.json",
+)  # fmt: skip
 _NAMED = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -102,6 +107,10 @@ def _adds(metadata: Mapping[str, Any], end: str) -> bool:
     """Return whether a text gets a token at its beginning (bos) or end (eos)."""
     key = f"{_KEY}add_{end}_token"
     default = end == "bos" and metadata[f"{_KEY}model"] == "llama"  # as llama.cpp does for files that do not say
+    return _truth(metadata, key, default)
+
+
+def _truth(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
     value = metadata.get(key, default)
     if not isinstance(value, bool):
         raise CheckpointError(f"GGUF metadata: {key}: expected a truth, found {value!r:.40}")
@@ -166,7 +175,10 @@ def _sentencepiece(arch: str, tokens: list[str], metadata: Mapping[str, Any]) ->
         vocab, _merges(metadata, vocab, dict(zip(tokens, map(float, scores), strict=False))), byte_fallback=True,
         fuse_unk=True,
     )  # fmt: skip
-    if arch == "phi3":  # whose own tokenizer.json does it so
+    prefixed = _truth(metadata, f"{_KEY}add_space_prefix", True)
+    if not prefixed:
+        backend.normalizer = normalizers.Replace(pattern=" ", content=_SPACE)
+    elif arch == "phi3":  # whose own tokenizer.json does it so
         prefix = [normalizers.Prepend(prepend=_SPACE), normalizers.Replace(pattern=" ", content=_SPACE)]
         backend.normalizer = normalizers.Sequence(prefix)
     else:
@@ -175,13 +187,15 @@ def _sentencepiece(arch: str, tokens: list[str], metadata: Mapping[str, Any]) ->
         decoders.Replace(_SPACE, " "),
         decoders.ByteFallback(),
         decoders.Fuse(),
-        decoders.Strip(content=" ", left=1),
+        *([decoders.Strip(content=" ", left=1)] if prefixed else []),
     ]
     backend.decoder = decoders.Sequence(parts)
     return backend
 
 
 def _gemma(tokens: list[str], metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    if _truth(metadata, f"{_KEY}add_space_prefix", False):
+        raise CheckpointError(f"GGUF metadata: {_KEY}add_space_prefix: True is not supported of Gemma")
     # Tokens of spaces alone are stored as spaces; the order of the vocabulary is that of the merges.
     spelled = [_SPACE * len(token) if " " in token and not token.strip() else token for token in tokens]
     vocab = {token: number for number, token in enumerate(spelled)}

@@ -1,6 +1,6 @@
 """What quantization_config says: untrusted, so every value is checked as it is read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bincompress.errors import CheckpointError
@@ -9,6 +9,35 @@ from bincompress.tensors.weight import TensorSource
 WHERE = "config.json: quantization_config"
 FLOATS = ("F32", "F16", "BF16")
 _LARGEST = 1 << 24
+
+
+class Reading(Mapping[str, Any]):
+    """An object of quantization_config that remembers what was asked of it, so that nothing is left out silently."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        """Begin with nothing read."""
+        self._given, self._read = given, set[str]()
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a field."""
+        self._read.add(name)
+        return self._given[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names of all fields."""
+        return iter(self._given)
+
+    def __len__(self) -> int:
+        """Return how many fields there are."""
+        return len(self._given)
+
+    def left_over(self, idle: tuple[str, ...]) -> list[str]:
+        """Return the fields with a value that nothing asked for, but for those that change no value of a weight."""
+        given = self._given.items()
+        empty: tuple[Any, ...] = (None, False, [], {})
+        return sorted(
+            ascii(name)[1:-1][:60] for name, value in given if name not in {*self._read, *idle} and value not in empty
+        )
 
 
 def whole(declared: Mapping[str, Any], *names: str, default: int | None = None, least: int = 1) -> int:

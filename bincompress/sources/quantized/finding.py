@@ -14,7 +14,7 @@ import numpy as np
 from bincompress.errors import CheckpointError
 from bincompress.sources.mapping import map_floats, map_items
 from bincompress.sources.quantized import compressed_tensors, gptq, methods
-from bincompress.sources.quantized.declared import WHERE
+from bincompress.sources.quantized.declared import WHERE, Reading
 from bincompress.sources.quantized.methods import Quantized
 from bincompress.tensors.weight import TensorSource
 
@@ -26,6 +26,16 @@ _METHODS: dict[str, Callable[[Mapping[str, Any], Mapping[str, TensorSource], boo
     "awq": methods.awq,
     "mxfp4": methods.mxfp4,
 }
+# Fields that change no value of a weight: how it was quantized, with which kernel it is to run, what was left out.
+_IDLE = (
+    "quant_method", "activation_scheme", "activation_scale_ub", "scale_fmt", "dequantize", "sym", "true_sequential",
+    "damp_percent", "damp_auto_increment", "static_groups", "model_seqlen", "block_name_to_quantize", "dataset",
+    "modules_in_block_to_quantize", "tokenizer", "cache_block_outputs", "max_input_length", "exllama_config",
+    "use_exllama", "disable_exllama", "use_cuda_fp16", "batch_size", "pad_token_id", "meta", "lm_head", "backend",
+    "model_name_or_path", "model_file_base_name", "quantizer", "mse", "act_group_aware", "do_fuse",
+    "fuse_max_seq_len", "modules_to_fuse", "global_compression_ratio", "module_name_preceding_first_block",
+    "version", "nsamples", "seqlen", "iters", "low_gpu_mem_usage", "autoround_version",
+)  # fmt: skip
 
 
 def unquantized(
@@ -37,10 +47,19 @@ def unquantized(
     """
     declared = config.get("quantization_config")
     method = declared.get("quant_method") if isinstance(declared, Mapping) else None
-    if not isinstance(declared, Mapping) or not isinstance(method, str) or method not in _METHODS:
+    if not isinstance(declared, Mapping) or not isinstance(method, str):
+        return dict(config), dict(tensors), ()
+    if method not in _METHODS:
+        meant = {_spelled(known): known for known in _METHODS}.get(_spelled(method))
+        if meant is not None:  # transformers knows this spelling alone
+            raise CheckpointError(f"{WHERE}: quant_method = {method!r:.60} is not known; expected {meant!r}")
         return dict(config), dict(tensors), ()
     local = all(Path(tensor.file).is_file() for tensor in tensors.values())
-    found = _METHODS[method](declared, tensors, local)
+    reading = Reading(declared)
+    found = _METHODS[method](reading, tensors, local)
+    left = reading.left_over(_IDLE)
+    if left:
+        found.notes.append(f"fields of quantization_config that are not read: {', '.join(left)}")
     if not found.tensors:
         raise CheckpointError(
             f"{WHERE} says {method}, but no tensor is quantized so; remove it from config.json if the weights are plain"
@@ -56,6 +75,10 @@ def unquantized(
             _check_values(tensor)
     rest = {key: value for key, value in config.items() if key != "quantization_config"}
     return rest, kept, (*formats_note(kept.values()), *found.notes)
+
+
+def _spelled(method: str) -> str:
+    return method.strip().lower().replace("_", "").replace("-", "")
 
 
 def formats_note(tensors: Iterable[TensorSource]) -> tuple[str, ...]:

@@ -119,7 +119,8 @@ def gptq(declared: Mapping[str, Any], tensors: Tensors, local: bool) -> Quantize
     if len(stated) > 1:
         raise CheckpointError(f"{WHERE}: checkpoint_format and format contradict each other: {sorted(stated)}")
     layout = one_of({"checkpoint_format": next(iter(stated), None)}, "checkpoint_format", ("gptq", "gptq_v2"), "gptq")
-    absent(declared, "dynamic", "is_marlin_format")
+    absent(declared, "dynamic", "is_marlin_format", "rotation", "adapter", "extra_config")
+    ordered = one_of(declared, "desc_act", (True, False), False)
     one_of(declared, "pack_dtype", ("int32",), "int32")
     found = Quantized()
     for module in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
@@ -139,7 +140,7 @@ def gptq(declared: Mapping[str, Any], tensors: Tensors, local: bool) -> Quantize
         }
         if f"{module}.g_idx" in tensors:
             parts["group"] = check(tensors[f"{module}.g_idx"], ("I32", "I64"), [(inputs,)], why)
-        elif declared.get("desc_act") is True:
+        elif ordered:
             required(tensors, f"{module}.g_idx", weight.name)
         groups = "one group" if count == 1 else f"groups of {width}"
         what = f"GPTQ {bits}-bit, {groups}{', in order of activations' if declared.get('desc_act') is True else ''}"
@@ -156,6 +157,7 @@ def awq(declared: Mapping[str, Any], tensors: Tensors, local: bool) -> Quantized
         value = declared.get(key)
         one_of({key: value.lower() if isinstance(value, str) else value}, key, ("gemm",), "gemm")
     one_of(declared, "zero_point", (True,), True)
+    absent(declared, "desc_act", "dynamic", "extra_config")
     found = Quantized()
     for module in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
         weight = tensors[f"{module}.qweight"]
