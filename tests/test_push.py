@@ -362,7 +362,7 @@ def test_the_card_of_the_branch_that_is_written_to_counts(
 
 @pytest.mark.parametrize("error", [ValueError("odd"), KeyError("x"), RecursionError(), struct.error("short")])
 def test_a_download_that_cannot_be_checked_does_not_stay_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     blob, link = tmp_path / "blob", tmp_path / FILE
 
