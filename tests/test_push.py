@@ -295,7 +295,7 @@ class Branches:
 
     def model_info(self, repo: str, *, revision: str | None = None, timeout: float) -> Any:
         if (revision or "main") not in self.files:
-            raise RevisionNotFoundError("no such branch", response=httpx.Response(404, request=REQUEST))
+            raise RevisionNotFoundError("no such branch", response=MISSING)
         names = [SimpleNamespace(rfilename=name) for name in self.files[revision or "main"]]
         return SimpleNamespace(private=False, siblings=names)
 
@@ -315,7 +315,7 @@ class Branches:
     folder = Path()
 
 
-REQUEST = httpx.Request("GET", "http://127.0.0.1")
+MISSING: Any = httpx.Response(404, request=httpx.Request("GET", "http://127.0.0.1"))
 MINE = {CARD: b"# by hand"}
 OURS = {CARD: b"---\nlibrary_name: bincompress\n---\n"}
 
@@ -362,7 +362,7 @@ def test_the_card_of_the_branch_that_is_written_to_counts(
 
 @pytest.mark.parametrize("error", [ValueError("odd"), KeyError("x"), RecursionError(), struct.error("short")])
 def test_a_download_that_cannot_be_checked_does_not_stay_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     blob, link = tmp_path / "blob", tmp_path / FILE
 
