@@ -215,14 +215,14 @@ def _good(form: Form, numbers: Floats, halves: bool, values: Floats) -> NDArray[
         levels = levels.reshape(values.shape[0], -1, levels.shape[-1])[:, : values.shape[1]]
     else:
         levels = reached(form.codebook, numbers)
-    good = np.ones(values.shape[:2], bool)
+    good: NDArray[Any] = np.ones(values.shape[:2], bool)
     for number in range(values.shape[2]):
         good &= np.any(levels == values[..., number, None], axis=2)
     if not halves:
         return good
-    padded = np.ones((len(good), 2 * numbers.shape[2]), bool)
+    padded: NDArray[Any] = np.ones((len(good), 2 * numbers.shape[2]), bool)
     padded[:, : good.shape[1]] = good
-    return padded.reshape(len(good), -1, 2).all(axis=2)
+    return np.logical_and(padded[:, ::2], padded[:, 1::2]).astype(np.bool_)
 
 
 def _nearby(form: Form, numbers: Floats, halves: bool, values: Floats, good: NDArray[np.bool_]) -> Floats:
