@@ -161,13 +161,12 @@ def test_other_scaling_is_read_or_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_factor_alone_is_linear_scaling_and_none_is_none(tmp_path: Path) -> None:
-    for number, (more, expected) in enumerate(
-        [
-            ({"llama.rope.scaling.factor": 4.0}, 4.0),
-            ({"llama.rope.scale_linear": 2.0}, 2.0),
-            ({"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.type": "none"}, 1.0),
-        ]
-    ):
+    cases: list[tuple[dict[str, Any], float]] = [
+        ({"llama.rope.scaling.factor": 4.0}, 4.0),
+        ({"llama.rope.scale_linear": 2.0}, 2.0),
+        ({"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.type": "none"}, 1.0),
+    ]
+    for number, (more, expected) in enumerate(cases):
         _, file = both(tmp_path / str(number), "LlamaForCausalLM", more=more)
         assert parse(open_source(str(file)).config).rope.factor == expected
 

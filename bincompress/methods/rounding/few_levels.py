@@ -222,7 +222,8 @@ def _good(form: Form, numbers: Floats, halves: bool, values: Floats) -> NDArray[
         return good
     padded: NDArray[Any] = np.ones((len(good), 2 * numbers.shape[2]), bool)
     padded[:, : good.shape[1]] = good
-    return np.logical_and(padded[:, ::2], padded[:, 1::2]).astype(np.bool_)
+    pairs: NDArray[np.bool_] = padded[:, ::2] & padded[:, 1::2]
+    return pairs
 
 
 def _nearby(form: Form, numbers: Floats, halves: bool, values: Floats, good: NDArray[np.bool_]) -> Floats:
