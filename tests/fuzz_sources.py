@@ -99,6 +99,8 @@ def _tree(arch: str) -> dict[str, Any]:
     keys: dict[str, Any] = {"general.architecture": [8, arch], "general.alignment": [4, 32]}
     keys |= {f"{arch}.{key}": [4, value] for key, value in sizes.items()}
     keys[f"{arch}.attention.layer_norm_rms_epsilon"] = [6, 1e-5]
+    if arch == "gemma3":
+        keys |= {"gemma3.attention.sliding_window": [4, 16], "tokenizer.ggml.add_space_prefix": [7, False]}
     keys |= {
         "tokenizer.ggml.model": [8, "llama" if arch != "phi3" else "gpt2"],
         "tokenizer.ggml.pre": [8, "llama-bpe"],

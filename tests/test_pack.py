@@ -247,15 +247,15 @@ def test_in_a_bucket(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             ("AWS_SECRET_ACCESS_KEY", "test"), ("AWS_DEFAULT_REGION", "us-east-1"),
         ):  # fmt: skip
             monkeypatch.setenv(name, value)
-        bincompress.unpack(made / "model.bincompress.zip", "s3://bucket/store")
-        assert bincompress.verify("s3://bucket/store").ok
-        assert np.array_equal(logits("s3://bucket/store"), logits(made / "store"))
-        bincompress.pack("s3://bucket/store", "s3://bucket/m.zip")
-        assert files_at("s3://bucket").read("m.zip") == (made / "model.bincompress.zip").read_bytes()
-        assert np.array_equal(logits("s3://bucket/m.zip"), logits(made / "store"))
-        assert bincompress.pack("s3://bucket/store", "s3://bucket/m.zip").unchanged
-        bincompress.compress(made / "model", "s3://bucket/folder.zip")  # a folder of that name
-        assert bincompress.verify("s3://bucket/folder.zip").ok
+        bincompress.unpack(made / "model.bincompress.zip", "s3://bucket/unpacked")
+        assert bincompress.verify("s3://bucket/unpacked").ok
+        assert np.array_equal(logits("s3://bucket/unpacked"), logits(made / "store"))
+        bincompress.pack("s3://bucket/unpacked", "s3://bucket/packed.zip")
+        assert files_at("s3://bucket").read("packed.zip") == (made / "model.bincompress.zip").read_bytes()
+        assert np.array_equal(logits("s3://bucket/packed.zip"), logits(made / "store"))
+        assert bincompress.pack("s3://bucket/unpacked", "s3://bucket/packed.zip").unchanged
+        bincompress.compress(made / "model", "s3://bucket/a-folder.zip")  # a folder of that name
+        assert bincompress.verify("s3://bucket/a-folder.zip").ok
 
 
 # What is there is not lost
