@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import signal
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +17,8 @@ from bincompress.compression.records import Job, JobReport, failed_report
 from bincompress.errors import BincompressError
 from bincompress.process.blas import one_blas_thread
 from bincompress.process.interrupts import end_with, termination_came
+
+_END_SECONDS = 5.0  # for the thread of a pool whose processes are killed
 
 
 class Processes:
@@ -59,6 +62,7 @@ class Processes:
         if executor is None:
             return
         processes = list((executor._processes or {}).values())
+        manager = getattr(executor, "_executor_manager_thread", None)
         try:
             if termination_came():
                 raise KeyboardInterrupt
@@ -67,9 +71,12 @@ class Processes:
                 self.on_event(JobEvent("stopping", detail=f"{left}; interrupt again to end at once"))
             executor.shutdown(cancel_futures=True)
         except KeyboardInterrupt:
-            for process in processes:
-                process.kill()
-            executor.shutdown()
+            with _silent(manager):
+                for process in processes:
+                    process.kill()
+                executor.shutdown()
+                if manager is not None:
+                    manager.join(_END_SECONDS)
             if not termination_came():
                 raise
 
@@ -80,6 +87,22 @@ class Processes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end(kind is not None and issubclass(kind, KeyboardInterrupt | GeneratorExit))
+
+
+@contextlib.contextmanager
+def _silent(thread: threading.Thread | None) -> Iterator[None]:
+    """Let a pool's thread end without a word: its processes are killed, and what it waits for is closed under it."""
+    before = threading.excepthook
+
+    def hook(fault: threading.ExceptHookArgs) -> None:
+        if thread is None or fault.thread is not thread:
+            before(fault)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _begin() -> None:
