@@ -63,22 +63,22 @@ class Processes:
             return
         processes = list((executor._processes or {}).values())
         manager = getattr(executor, "_executor_manager_thread", None)
-        try:
-            if termination_came():
-                raise KeyboardInterrupt
-            if interrupted and self._running:
-                left = f"{min(self.count, len(self._running))} jobs that run are finished"
-                self.on_event(JobEvent("stopping", detail=f"{left}; interrupt again to end at once"))
-            executor.shutdown(cancel_futures=True)
-        except KeyboardInterrupt:
-            with _silent(manager):
+        with _silent(manager):
+            try:
+                if termination_came():
+                    raise KeyboardInterrupt
+                if interrupted and self._running:
+                    left = f"{min(self.count, len(self._running))} jobs that run are finished"
+                    self.on_event(JobEvent("stopping", detail=f"{left}; interrupt again to end at once"))
+                executor.shutdown(cancel_futures=True)
+            except KeyboardInterrupt:
                 for process in processes:
                     process.kill()
                 executor.shutdown()
                 if manager is not None:
                     manager.join(_END_SECONDS)
-            if not termination_came():
-                raise
+                if not termination_came():
+                    raise
 
     def __enter__(self) -> "Processes":
         return self
