@@ -4,11 +4,12 @@ import contextlib
 import multiprocessing
 import signal
 import sys
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from importlib.machinery import ModuleSpec
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 
 from bincompress.compression.events import JobEvent, OnEvent
@@ -17,8 +18,6 @@ from bincompress.compression.records import Job, JobReport, failed_report
 from bincompress.errors import BincompressError
 from bincompress.process.blas import one_blas_thread
 from bincompress.process.interrupts import end_with, termination_came
-
-_END_SECONDS = 5.0  # for the thread of a pool whose processes are killed
 
 
 class Processes:
@@ -63,22 +62,24 @@ class Processes:
             return
         processes = list((executor._processes or {}).values())
         manager = getattr(executor, "_executor_manager_thread", None)
-        with _silent(manager):
-            try:
-                if termination_came():
-                    raise KeyboardInterrupt
-                if interrupted and self._running:
-                    left = f"{min(self.count, len(self._running))} jobs that run are finished"
-                    self.on_event(JobEvent("stopping", detail=f"{left}; interrupt again to end at once"))
-                executor.shutdown(cancel_futures=True)
-            except KeyboardInterrupt:
-                for process in processes:
-                    process.kill()
-                executor.shutdown()
-                if manager is not None:
-                    manager.join(_END_SECONDS)
-                if not termination_came():
-                    raise
+        try:
+            if termination_came():
+                raise KeyboardInterrupt
+            if interrupted and self._running:
+                left = f"{min(self.count, len(self._running))} jobs that run are finished"
+                self.on_event(JobEvent("stopping", detail=f"{left}; interrupt again to end at once"))
+            executor.shutdown(wait=False, cancel_futures=True)
+            _wait_for_end(processes)
+        except KeyboardInterrupt:
+            for process in processes:
+                process.kill()
+            executor.shutdown(wait=False)
+            _wait_for_end(processes)
+            if not termination_came():
+                raise
+        finally:
+            if manager is not None:
+                manager.join()
 
     def __enter__(self) -> "Processes":
         return self
@@ -89,20 +90,15 @@ class Processes:
         self.end(kind is not None and issubclass(kind, KeyboardInterrupt | GeneratorExit))
 
 
-@contextlib.contextmanager
-def _silent(thread: threading.Thread | None) -> Iterator[None]:
-    """Let a pool's thread end without a word: its processes are killed, and what it waits for is closed under it."""
-    before = threading.excepthook
+def _wait_for_end(processes: Sequence[BaseProcess]) -> None:
+    """Wait until all of these have ended; an interrupt ends the waiting and does no other harm.
 
-    def hook(fault: threading.ExceptHookArgs) -> None:
-        if thread is None or fault.thread is not thread:
-            before(fault)
-
-    threading.excepthook = hook
-    try:
-        yield
-    finally:
-        threading.excepthook = before
+    Joining the pool's thread instead would: interrupted there, Python 3.11 takes the thread for ended, and closes what
+    it still reads.
+    """
+    left = {process.sentinel for process in processes}
+    while left:
+        left -= set(connection.wait(list(left)))
 
 
 def _begin() -> None:
