@@ -1,8 +1,6 @@
 """How does a store become one file to carry, and a folder again? Checked before and after, whole or not at all."""
 
 import contextlib
-import fcntl
-import os
 import re
 import tempfile
 import uuid
@@ -14,6 +12,7 @@ from typing import BinaryIO, Literal
 
 from bincompress.errors import DamagedError, StoreError
 from bincompress.process.faults import explain
+from bincompress.process.systems import replace_held, try_lock
 from bincompress.store.files import is_local
 from bincompress.store.layout import MODEL, NODES, VERSION, group_node
 from bincompress.store.lock import exclusive
@@ -226,9 +225,9 @@ def _new_file(file: str) -> Iterator[Path]:
     partial = target.parent / f".pack-{uuid.uuid4().hex}.partial"
     try:
         with open(partial, "xb") as held:
-            _lock(held)
+            try_lock(held)  # so that nobody takes it for a killed run's
             yield partial
-            os.replace(partial, target)
+            replace_held(partial, target, held.close)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -244,21 +243,12 @@ def _upload(path: Path, url: str) -> None:
     fs.invalidate_cache()
 
 
-def _lock(file: BinaryIO) -> bool:
-    """Lock a file that is being written, so that nobody takes it for a killed run's; returns whether it was free."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another's, or a file system without locks
-        return False
-    return True
-
-
 def _remove_stale(folder: Path) -> None:
     """Remove what killed runs have half written here."""
     for path in folder.iterdir():
         if _PARTIAL.fullmatch(path.name) and path.is_file() and not path.is_symlink():
             with contextlib.suppress(OSError), open(path, "rb") as file:
-                if _lock(file):
+                if try_lock(file):
                     path.unlink()
 
 
