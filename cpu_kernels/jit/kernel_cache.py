@@ -24,7 +24,7 @@ import llvmlite.binding
 import numba
 import numpy as np
 
-from cpu_kernels.jit import numba_private
+from cpu_kernels.jit import cpu_features, numba_private
 from cpu_kernels.jit.numba_settings import code_settings
 
 _logger = logging.getLogger("cpu_kernels")
@@ -171,6 +171,8 @@ def _identity() -> str:
     for source in sources:
         digest.update(source.relative_to(package).as_posix().encode() + b"\0" + source.read_bytes())
     host = llvmlite.binding.get_host_cpu_name() + llvmlite.binding.get_host_cpu_features().flatten()
+    if cpu_features.ARM:  # of which LLVM names few
+        host += repr(sorted(cpu_features.arm_features().items()))
     for part in (numba.__version__, llvmlite.__version__, np.__version__, host, *code_settings()):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:16]
