@@ -1,4 +1,7 @@
-"""The kernels of a first token, compiled in a second process while the first one compiles those it needs before.
+"""The kernels of a first token, compiled before they are needed.
+
+`compiling_ahead` has a second process compile them while the first one compiles those it needs before; `compile_for`
+compiles them for programs that begin later.
 
 Numba compiles one kernel at a time in a process, whatever its threads; processes share what they compile.
 
@@ -13,6 +16,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from bincompress.model.cache import CacheType
+from bincompress.model.packed_linear import ActivationSettings
 from bincompress.process.interrupts import end_with
 from bincompress.process.machine import usable_cpus
 from cpu_kernels.decoder.attention import ATTEND
@@ -23,6 +28,8 @@ from cpu_kernels.matmul.dense import bfloat16_rows
 from cpu_kernels.matmul.products import product_kernels
 from cpu_kernels.quantize.unpacking import expand
 
+_PROMPT = 9  # tokens: some are multiplied four at a time, one is left
+
 
 def first_token_kernels() -> list[Kernel]:
     """Return the kernels that load and run a model with the default settings and generation's float16 cache.
@@ -32,6 +39,29 @@ def first_token_kernels() -> list[Kernel]:
     cached = np.dtype(np.uint16)
     multiply, quantize, *sharing, pack = product_kernels()
     return [multiply, quantize, ATTEND[cached], PLACE[cached], *sharing, gate, add_norm, bfloat16_rows, expand, pack]
+
+
+def compile_for(
+    store: str, threads: int | None, settings: ActivationSettings, kernel: str | None, memory: int | None
+) -> None:
+    """Compile (or load) what generating, serving and evaluating with a store use: the model reads and writes a little.
+
+    Raises as `load_decoder` does.
+    """
+    from bincompress.inference.load import load_decoder  # here: what `compiling_ahead` starts needs none of it
+
+    decoder = load_decoder(store, threads, settings, kernel, memory).decoder
+    count = min(_PROMPT, decoder.config.context - 1)
+    prompt = np.arange(count) % decoder.config.vocab
+    kinds: tuple[CacheType, ...] = ("float16", "float32")  # of generating and of evaluating
+    for kind in kinds:
+        first, second = (decoder.new_cache(count + 1, kind) for _ in range(2))
+        decoder.logits(prompt, first)
+        decoder.next_logits(prompt[:1], first)
+        decoder.logits_of(decoder.states_of_all([(prompt, second)]))
+        first.rewind()
+        second.rewind()
+        decoder.logits_of(decoder.states_of_all([(prompt[:1], first), (prompt[:1], second)]))
 
 
 @contextlib.contextmanager
