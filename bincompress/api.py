@@ -86,6 +86,7 @@ class CompressionResult:
     notes: tuple[str, ...] = ()  # what the user should know of how the model was read
     remarks: tuple[str, ...] = ()  # single weights that were found to be kept and why; tensors that are slow to run
     packed: str | None = None  # the one file that the store was written to as well
+    trained: "Trained | None" = None  # how its layers learned
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def compress(
     samples: int | None = None,
     context: int | None = None,
     target_bits: float | None = None,
+    train: str | Path | None = None,
     archive: bool = False,
     export_only: bool = False,
     pack: bool = False,
@@ -141,9 +143,10 @@ def compress(
     keep_weights: single weights kept exactly, the file that lists them, or "auto": those that the model depends on,
     found by running it. stats: statistics of the inputs, as `calibrate` collects them; sequential: in their place a
     text on which each layer is calibrated as those before it have become, in `samples` windows of `context` tokens.
-    target_bits: stored bits a weight that are spread over the matrices by what errors cost. archive: arrays are
-    compressed with zstd. export_only: a store that would not run here is made all the same, to be exported. pack: the
-    finished store is also written as one file beside it, STORE.bincompress.zip. overwrite: a store made with other
+    target_bits: stored bits a weight that are spread over the matrices by what errors cost. train: a text on which the
+    planes and scales are then trained, layer after layer, as `train` does by default; needs PyTorch. archive: arrays
+    are compressed with zstd. export_only: a store that would not run here is made all the same, to be exported. pack:
+    the finished store is also written as one file beside it, STORE.bincompress.zip. overwrite: a store made with other
     settings is replaced.
     Raises RecipeError, CheckpointError or StoreError before work begins; tensors that fail are in `failures`.
     """
@@ -152,25 +155,49 @@ def compress(
         samples=samples, context=context, target_bits=target_bits, archive=archive, export_only=export_only,
         headers_only=False, placement=placement, progress=progress, **settings,
     )  # fmt: skip
-    return carry_out(made, str(store), pack=pack, overwrite=overwrite, placement=placement, progress=progress)
+    return carry_out(
+        made, str(store), train=train, pack=pack, overwrite=overwrite, placement=placement, progress=progress
+    )
 
 
 def carry_out(
     planned: Planned,
     store: str,
     *,
+    train: str | Path | None = None,
     pack: bool = False,
     overwrite: bool = False,
     placement: Placement = Placement(),
     progress: OnProgress = ignore,
 ) -> CompressionResult:
-    """Do what `plan` with headers_only=False has planned; pack: as for `compress`."""
+    """Do what `plan` with headers_only=False has planned; train, pack: as for `compress`."""
     if pack:  # before the work
         check_target(beside(store), store, overwrite=True)
-    done = carry_out_all({store: planned}, overwrite=overwrite, placement=placement, progress=progress)[store]
+    if train is not None:
+        done = _trained(planned, store, read_text(Path(train)), overwrite, placement, progress)
+    else:
+        done = carry_out_all({store: planned}, overwrite=overwrite, placement=placement, progress=progress)[store]
     if not pack or not done.complete:
         return done
     return replace(done, packed=pack_store(store, beside(store), overwrite=overwrite).file)
+
+
+def _trained(
+    planned: Planned, store: str, text: str, overwrite: bool, placement: Placement, progress: OnProgress
+) -> CompressionResult:
+    """Carry out a plan beside the place of its store, and train the result into it."""
+    with _torch_needed("training"):
+        from bincompress.distillation.after_compression import train_planned
+    made: list[CompressionResult] = []
+
+    def carry_out_at(place: str) -> None:
+        made.append(carry_out_all({place: planned}, placement=placement, progress=progress)[place])
+        for name, cause in made[0].failures.items():
+            raise BincompressError(f"{name}: {cause}; nothing was trained, the same command goes on from what is done")
+
+    found = train_planned(planned.plan, carry_out_at, text, store, overwrite=overwrite, progress=progress)
+    report = inspect_store(open_store(store))
+    return replace(made[0], store=store, tensors=report["tensors"], total=report["total"], trained=found)
 
 
 def carry_out_all(

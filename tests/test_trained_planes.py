@@ -233,7 +233,7 @@ def test_planes_go_where_the_loss_pulls_them() -> None:
             None,
             "method m gives some columns planes of their own",
         ),
-        ({"terms": [1, 3, 16], "hashes": {}}, None, "w: has 5 planes, expected 1 to 4: begin with a store of fewer"),
+        ({"terms": [1, 3, 16], "hashes": {}}, None, "w: has 5 planes, expected 1 to 4: begin with fewer"),
         ({"terms": [0, 1, 2], "hashes": {}, "mix": [[1, 0]]}, 8, "8-bit scales have no sign, and coefficients of m"),
     ],
 )

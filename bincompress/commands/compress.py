@@ -52,12 +52,16 @@ _SAMPLES, _CONTEXT = 64, 512  # of --sequential; calibration.collect has the sam
     help="Average stored bits per weight: choose planes and blocks per matrix where errors cost most.",
 )
 @click.option(
+    "--train", type=click.Path(dir_okay=False, path_type=Path), metavar="TEXT",
+    help="Then train the planes and scales on this text, layer after layer. Needs PyTorch.",
+)  # fmt: skip
+@click.option(
     "--pack", is_flag=True, help="Also write the finished store as one file beside it: STORE.bincompress.zip."
 )
 @run_options
 def command(
     source: str, store: str, placement: Placement, dry_run: bool, rate: int | None, overwrite: bool, verbose: bool,
-    as_json: bool, pack: bool, **options: Any,
+    as_json: bool, train: Path | None, pack: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Pack the weight matrices of SOURCE into STORE.
 
@@ -74,6 +78,7 @@ def command(
       bincompress compress ./Llama-3.2-1B ./store --stats ./stats --compensate --refine 4 --target-bits 2.25
       bincompress compress ./Llama-3.2-1B ./store --sequential wiki.txt --method xnor --compensate --refine 4
       bincompress compress ./model-Q8_0.gguf ./store --embeddings 4bit
+      bincompress compress ./Llama-3.2-1B ./store --train wiki.txt
       bincompress compress ./Llama-3.2-1B ./store --pack
       bincompress compress meta-llama/Llama-3.2-1B ./store --embeddings 8bit --dry-run
       bincompress compress /shared/Llama-3.1-405B s3://bucket/store --runner ray --address auto
@@ -85,9 +90,13 @@ def command(
         planned = api.plan(source, headers_only=dry_run, placement=placement, progress=progress, **chosen)
         say_notes(planned)
         if not dry_run:
-            done = api.carry_out(planned, store, pack=pack, overwrite=overwrite, placement=placement, progress=progress)
+            done = api.carry_out(
+                planned, store, train=train, pack=pack, overwrite=overwrite, placement=placement, progress=progress
+            )
     if dry_run:
         _show_plan(planned, rate, verbose, as_json)
+        if train is not None and not as_json:
+            _say_training(planned)
         return
     if as_json:
         print_json(asdict(done))
@@ -98,6 +107,10 @@ def command(
             else "not packed, as the store is not complete",
             err=as_json,
         )
+    if done.trained is not None and not as_json:
+        from bincompress.commands.train import say_trained
+
+        say_trained(done.trained)
     finish([done], quiet=as_json)
 
 
@@ -144,6 +157,20 @@ def _show_plan(planned: Planned, rate: int | None, verbose: bool, as_json: bool)
             f"not included: --sequential also runs {tokens:,} tokens through the unquantized model and the compressed "
             f"one, in about {collecting / 1e6:,.0f} MB on top of the workers"
         )
+
+
+def _say_training(planned: Planned) -> None:
+    """Show what --train adds to a plan."""
+    from bincompress.distillation import memory
+    from bincompress.distillation.settings import LayerSettings
+    from bincompress.model.checkpoint_source import checkpoint_config
+
+    settings = LayerSettings()
+    needed = memory.of_layers(checkpoint_config(planned.plan.checkpoint), settings)
+    click.echo(
+        f"not included: --train then runs {settings.windows * settings.context:,} tokens {settings.passes} times "
+        f"through each layer, in about {needed / 1e9:.1f} GB"
+    )
 
 
 def _plan_record(planned: Planned, estimate: dict[str, Any], collecting: int | None) -> dict[str, Any]:

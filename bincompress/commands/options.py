@@ -39,6 +39,14 @@ def engine_options(command: Command) -> Command:
     return command
 
 
+def rounded_inputs_option(command: Command) -> Command:
+    """Add --activation-bits of commands that train."""
+    return click.option(
+        "--activation-bits", type=click.Choice(["6", "8", "16"]), default="16", show_default=True,
+        help="Bits to which the inputs of packed matrices are rounded while they are trained. 16: not rounded.",
+    )(command)  # fmt: skip
+
+
 def sampling_options(command: Command) -> Command:
     """Add the sampling options; those not given come from the model's generation_config.json."""
     for option in (

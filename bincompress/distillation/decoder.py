@@ -1,5 +1,6 @@
 """The decoder in PyTorch, with gradients: the same arithmetic as `bincompress.model.decoder`, over named weights."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bincompress.distillation.rounded_inputs import RoundedInputs
 from bincompress.model.config import ModelConfig
 from bincompress.model.errors import UnsupportedModelError
 from bincompress.model.rope import table
@@ -53,6 +55,13 @@ class TorchDecoder:
         tables = {rope: table(rope, config.head_dim, positions) for rope in set(config.ropes)}
         on_device = {rope: tuple(torch.from_numpy(part).to(device) for part in parts) for rope, parts in tables.items()}
         self._tables = [on_device[rope] for rope in config.ropes]  # cosines and sines of each layer
+        self._inputs: RoundedInputs | None = None
+
+    def rounding(self, inputs: RoundedInputs | None) -> "TorchDecoder":
+        """Return the same decoder with packed matrices whose inputs are rounded; None leaves them as they are."""
+        found = copy.copy(self)
+        found._inputs = inputs
+        return found
 
     def states(self, weights: Weights, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Run tokens (batch, n) and return what the output head reads, (batch, n, hidden).
@@ -73,7 +82,7 @@ class TorchDecoder:
     def layer(self, weights: Weights, stream: Tensor, layer: int, cache: Cache | None = None) -> Tensor:
         """Return the residual stream after a layer, float32 (batch, n, hidden)."""
         names, config = self.config.declaration.names, self.config
-        own = _Layer(weights, names.layer.format(layer=layer), self.dtype)
+        own = _Layer(weights, names.layer.format(layer=layer), self.dtype, self._inputs)
         read = self._norm(own, names.input_norm, stream).to(self.dtype)
         mixed = self._norm(own, names.out_norm, self._attend(own, read, layer, cache))
         stream = stream + config.residual_multiplier * mixed
@@ -90,8 +99,10 @@ class TorchDecoder:
     def head(self, weights: Weights, states: Tensor) -> Tensor:
         """Return the logits (..., vocab) of states (..., hidden), float32."""
         names = self.config.declaration.names
-        matrix = weights[names.embedding if self.config.tied else names.head]
-        logits = functional.linear(states.to(self.dtype), matrix.to(self.dtype)).float() / self.config.logit_divisor
+        name, states = names.embedding if self.config.tied else names.head, states.to(self.dtype)
+        if self._inputs is not None:
+            states = self._inputs(name, states)
+        logits = functional.linear(states, weights[name].to(self.dtype)).float() / self.config.logit_divisor
         cap = self.config.logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -148,17 +159,29 @@ class TorchDecoder:
 class _Layer:
     """The weights of one layer by their names in it."""
 
-    def __init__(self, weights: Weights, prefix: str, dtype: torch.dtype) -> None:
+    def __init__(self, weights: Weights, prefix: str, dtype: torch.dtype, inputs: RoundedInputs | None) -> None:
         self._weights = weights
         self._prefix = prefix
         self._dtype = dtype
+        self._inputs = inputs
+        self._read: tuple[Tensor, Tensor] | None = None  # the last input, and how it was rounded
 
     def get(self, name: str) -> Tensor:
         return self._weights[self._prefix + name]
 
     def linear(self, part: str, x: Tensor) -> Tensor:
         weight, bias = self.get(part + ".weight"), self._weights.get(f"{self._prefix}{part}.bias")
+        x = self._rounded(part, x)
         return functional.linear(x, weight.to(self._dtype), None if bias is None else bias.to(self._dtype))
+
+    def _rounded(self, part: str, x: Tensor) -> Tensor:
+        """Return an input as the matrix reads it; matrices that read the same input share its rounding."""
+        name = f"{self._prefix}{part}.weight"
+        if self._inputs is None or not self._inputs.plain(name):
+            return x if self._inputs is None else self._inputs(name, x)
+        if self._read is None or self._read[0] is not x:
+            self._read = x, self._inputs(name, x)
+        return self._read[1]
 
 
 def _visible(first: int, count: int, window: int, device: torch.device) -> Tensor:

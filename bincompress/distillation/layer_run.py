@@ -14,6 +14,7 @@ from bincompress.distillation.decoder import TorchDecoder
 from bincompress.distillation.layer_files import read_layer, write_layer
 from bincompress.distillation.layers import LayerReport, Objective, forward, steps_of, train_layer
 from bincompress.distillation.model import Student, teacher_weights
+from bincompress.distillation.rounded_inputs import rounded_inputs
 from bincompress.distillation.settings import HELD_OUT, DistillError, LayerSettings
 from bincompress.distillation.tensors import Tensors
 from bincompress.sources.checkpoint import Checkpoint
@@ -47,6 +48,7 @@ def train_layers(
     for layer in range(layers):
         names = tensors.names_of(layer)
         after = forward(decoder, teacher_weights(teacher, decoder.config, device, dtype, names), exact, layer)
+        reading = decoder.rounding(rounded_inputs(tensors.store, names, settings.activation_bits, device))
         path = work / f"layer-{layer:04d}.safetensors"
         report = read_layer(path, record, tensors)
         if report is None:
@@ -54,12 +56,12 @@ def train_layers(
             def tell(step: int, loss: float, layer: int = layer) -> None:
                 on_step(layer * steps + step, layers * steps, f"layer {layer + 1} of {layers}, loss {loss:.3f}")
 
-            report = complete_layer(tensors, decoder, layer, (stream, exact, after), settings, path, record, tell)
+            report = complete_layer(tensors, reading, layer, (stream, exact, after), settings, path, record, tell)
             if read_layer(path, record, tensors) is None:
                 raise DistillError(f"{path}: cannot be read back; is another program changing it?")
         # What the next layer reads comes from the tensors as they are stored, also in a run without interruption.
         now = {name: tensors.fixed(name, device, dtype) for name in names}
-        stream = forward(decoder, now, stream, layer, into=stream)
+        stream = forward(reading, now, stream, layer, into=stream)
         exact = after
         reports.append(report)
         on_step((layer + 1) * steps, layers * steps, f"layer {layer + 1} of {layers}, held out {report.held_out:.3f}")

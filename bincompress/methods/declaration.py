@@ -185,6 +185,8 @@ class Method:
     # What it makes of a matrix of this shape without any loss, told from some of its rows; None: it is not for it. Such
     # a method is used where nothing else was asked for, and binarize raises LossError where a weight differs.
     recognize: Callable[[Weight, tuple[int, int]], Recognized | None] | None = None
+    # Whether planes that are one for all rows choose among its coefficients; such planes are not trained.
+    column_planes: bool = False
     # Whether its tensors count among the binary ones in totals (embeddings of evenly spaced levels do not).
     binary: bool = True
     # What a report says of planes (planes, rows, words) of so many columns.
