@@ -27,6 +27,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before NumPy is imported: its produc
 
 import numpy as np
 from numba import types
+from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -154,20 +155,28 @@ def measure(
                 "numpy_float32_ms": middle["numpy"] * 1e3,
                 "cached_over_numpy": middle["numpy"] / middle["cached"],
                 "prepack_gb_s": planes.nbytes / statistics.median(packing["prepack"]) / 1e9,
-                "gemm": [],
+                # Popcount is the reference path; a few tokens show its speed.
+                "gemm": gemm(matrix, x, bits, threads, tokens if matrix.kernel == "lookup" else [min([8, *tokens])]),
             }
-            # Popcount is the reference path; a few tokens show its speed.
-            for n in tokens if matrix.kernel == "lookup" else [min([8, *tokens])]:
-                activations = quantize(x[:n], bits)
-                result = np.empty((n, ROWS), np.float32)
-                for count in threads:
-                    with Workers(count) as pool:
-                        once = partial(multiply, matrix, activations, result, pool)
-                        second = statistics.median(median_times({"gemm": once}, 5)["gemm"])
-                    rate = ROWS * COLS * n / second / 1e9
-                    record["gemm"].append({"tokens": n, "threads": count, "g_weight_tokens_per_s": rate})
             records.append(record)
     return records
+
+
+def gemm(
+    matrix: PackedMatrix, x: NDArray[np.float32], bits: int, threads: list[int], tokens: list[int]
+) -> list[dict[str, Any]]:
+    """Return the rate of products with several tokens, for each number of tokens and threads."""
+    found = []
+    for n in tokens:
+        activations = quantize(x[:n], bits)
+        result = np.empty((n, ROWS), np.float32)
+        for count in threads:
+            with Workers(count) as pool:
+                once = partial(multiply, matrix, activations, result, pool)
+                second = statistics.median(median_times({"gemm": once}, 5)["gemm"])
+            rate = ROWS * COLS * n / second / 1e9
+            found.append({"tokens": n, "threads": count, "g_weight_tokens_per_s": rate})
+    return found
 
 
 def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from bincompress.methods import KEEP, Binarized
 from bincompress.process.faults import explain, stops_everything
 from bincompress.sources.checkpoint import read_weight
 from bincompress.store.report import report_problem
-from bincompress.store.store import Store, open_store
+from bincompress.store.store import Store, open_to_write
 from bincompress.tensors.weight import Weight
 
 
@@ -93,4 +93,4 @@ def binarized_or_fallback(job: Job, weight: Weight, mark: dict[str, Any]) -> tup
 @functools.lru_cache(maxsize=4)
 def _opened(url: str, run_id: str) -> Store:
     """Open a store once per run and process: its list of tensors does not change within a run."""
-    return open_store(url, run_id)
+    return open_to_write(url, run_id)

@@ -372,6 +372,11 @@ def read_root(url: str) -> tuple[dict[str, Any], Files]:
     if is_local(url) and not Path(url).exists():
         raise StoreError(f"{url}: no such store; `bincompress compress SOURCE {url}` makes one")
     files = store_files(url)
+    return checked_root(url, files), files
+
+
+def checked_root(url: str, files: Files) -> dict[str, Any]:
+    """Return the root's attributes of a store from its files; raises StoreError as `read_root` does."""
     try:
         attributes = root_attributes(files)
     except FileNotFoundError as error:
@@ -381,4 +386,4 @@ def read_root(url: str) -> tuple[dict[str, Any], Files]:
     except (KeyError, ValueError, RecursionError) as error:
         raise StoreError(f"{url}: not a Zarr v3 store: {str(error) or type(error).__name__}") from None
     check_format(url, attributes)
-    return attributes, files
+    return attributes
