@@ -163,18 +163,24 @@ def _say_memory(source: str, layers: Any, model: Any, as_json: bool) -> None:
     from bincompress.sources.hub import open_source
 
     config = checkpoint_config(open_source(source, headers_only=True))
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     if layers is not None:
-        found["layers"] = {"tokens": layers.windows * layers.context, "bytes": memory.of_layers(config, layers)}
+        streams = memory.of_streams(config, layers)
+        found["layers"] = {
+            "tokens": layers.windows * layers.context, "bytes": memory.of_layers(config, layers),
+            "streams_bytes": streams, "streams_in_files": memory.on_disk(streams),
+        }  # fmt: skip
     if model is not None:
         found["model"] = {"steps": model.steps, "bytes": memory.of_model(config, model)}
     if as_json:
         print_json(found)
         return
     if layers is not None:
+        own = found["layers"]
+        where = " (on a CPU, in files beside STORE)" if own["streams_in_files"] else ""
         click.echo(
-            f"layer after layer: {config.layers} layers on {found['layers']['tokens']:,} tokens, each {layers.passes} "
-            f"times, about {found['layers']['bytes'] / 1e9:.1f} GB"
+            f"layer after layer: {config.layers} layers on {own['tokens']:,} tokens, each {layers.passes} times, about "
+            f"{own['bytes'] / 1e9:.1f} GB, of which the layers' inputs take {own['streams_bytes'] / 1e9:.1f} GB{where}"
         )
     if model is not None:
         size = f"{model.steps} steps of {model.batch} x {model.context} tokens"

@@ -52,8 +52,8 @@ DEFAULT_PLACES = Places()
 TRAINING = "bincompress-training"  # the folder that a training of planes makes in its work folder
 START = "start"  # the store in it that the training begins with, where it makes one
 _KEPT = re.compile(
-    r"(checkpoint|windows|(layer|independent)-\d{4}|written-\d+-\d+-\d+(-[0-9a-f]{16})?)"
-    r"\.(pt|npy|safetensors|partial)"
+    r"(checkpoint|windows|stream-\d|(layer|independent)-\d{4}|written-\d+-\d+-\d+(-[0-9a-f]{16})?)"
+    r"\.(pt|npy|safetensors|bin|partial)"
 )
 
 
