@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bincompress.distillation.rounded_inputs import RoundedInputs
-from bincompress.model.config import ModelConfig
+from bincompress.model.config import Experts, ModelConfig
 from bincompress.model.errors import UnsupportedModelError
 from bincompress.model.rope import table
 
@@ -33,7 +33,7 @@ class Cache:
 
 def refuse_unknown(config: ModelConfig) -> None:
     """Raise UnsupportedModelError where a model has parts that this decoder does not have yet."""
-    parts = {"a mixture of experts": config.experts is not None, "inputs rounded to 8 bits": config.rounds_inputs}
+    parts = {"inputs rounded to 8 bits": config.rounds_inputs}
     lacks = [part for part, has in parts.items() if has]
     if lacks:
         raise UnsupportedModelError(f"training does not know {config.architecture} yet: {', '.join(lacks)}")
@@ -87,10 +87,12 @@ class TorchDecoder:
         mixed = self._norm(own, names.out_norm, self._attend(own, read, layer, cache))
         stream = stream + config.residual_multiplier * mixed
         read = self._norm(own, names.post_norm, stream).to(self.dtype)
-        gate, up = (own.linear(part, read) for part in names.gate_up)
-        inner = self._norm(own, names.inner_norm, _GATES[config.activation](gate) * up).to(self.dtype)
-        made = self._norm(own, names.down_norm, own.linear(names.down, inner))
-        return stream + config.residual_multiplier * made
+        experts = config.experts_of(layer)
+        if experts is None:
+            made = self._mlp(own, read, names.gate_up, names.down)
+        else:
+            made = self._mixture(own, read.flatten(0, 1), experts).view_as(stream)
+        return stream + config.residual_multiplier * self._norm(own, names.down_norm, made)
 
     def normed(self, weights: Weights, stream: Tensor) -> Tensor:
         """Return what the output head reads of the stream after the last layer."""
@@ -105,6 +107,27 @@ class TorchDecoder:
         logits = functional.linear(states, weights[name].to(self.dtype)).float() / self.config.logit_divisor
         cap = self.config.logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _mlp(self, own: "_Layer", read: Tensor, gate_up: tuple[str, str], down: str) -> Tensor:
+        gate, up = (own.linear(part, read) for part in gate_up)
+        inner = self._norm(own, self.config.declaration.names.inner_norm, _GATES[self.config.activation](gate) * up)
+        return own.linear(down, inner.to(self.dtype))
+
+    def _mixture(self, own: "_Layer", read: Tensor, experts: Experts) -> Tensor:
+        """Return what the experts that each token of read (tokens, hidden) chooses make of it, float32."""
+        names = self.config.declaration.names
+        shares = own.linear(names.router, read).float().softmax(-1)
+        weights, chosen = shares.topk(experts.chosen, -1)
+        if experts.normalized:
+            weights = weights / weights.sum(-1, keepdim=True)
+        result = torch.zeros(read.shape, device=read.device)
+        for expert in range(experts.count):
+            tokens, places = (chosen == expert).nonzero(as_tuple=True)
+            if len(tokens):
+                gate, up = (part.format(expert=expert) for part in names.expert_gate_up)
+                made = self._mlp(own, read[tokens], (gate, up), names.expert_down.format(expert=expert))
+                result = result.index_add(0, tokens, made.float() * weights[tokens, places, None])
+        return result
 
     def _attend(self, own: "_Layer", normed: Tensor, layer: int, cache: Cache | None) -> Tensor:
         config, names = self.config, self.config.declaration.names

@@ -47,14 +47,18 @@ def _item(dtype: str) -> int:
 
 
 def _layer_weights(config: ModelConfig) -> int:
-    """Return the weights of a layer's matrices."""
+    """Return the weights of the matrices of the largest layer."""
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    return config.hidden * (2 * queries + 2 * keys + 3 * config.inner)
+    dense, experts = config.inner, config.experts
+    rows = dense if experts is None else max(experts.count * experts.inner, 0 if all(experts.layers) else dense)
+    return config.hidden * (2 * queries + 2 * keys + 3 * rows)
 
 
 def _activations(config: ModelConfig, tokens: int, item: int) -> int:
     """Return the bytes that one layer keeps of tokens for its gradient."""
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    in_products = 3 * config.inner + 3 * queries + 2 * keys + 2 * config.hidden
+    # Each token's experts keep what a dense layer of their summed size would.
+    inner = config.inner if config.experts is None else max(config.experts.chosen * config.experts.inner, config.inner)
+    in_products = 3 * inner + 3 * queries + 2 * keys + 2 * config.hidden
     in_norms = 8 * config.hidden + 3 * (queries + keys)  # float32
     return tokens * (item * in_products + 4 * in_norms)
