@@ -24,8 +24,8 @@ from bincompress.inference.load import load_decoder
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.store import pack as packing
 from bincompress.store import zip_format
-from bincompress.store.files import files_at
 from bincompress.store.layout import MODEL
+from bincompress.store.location import files_at
 from bincompress.store.pack_files import LocalRanges, PackFiles
 from bincompress.store.replace import mark_beginning
 from bincompress.store.store import open_store

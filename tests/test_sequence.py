@@ -30,8 +30,8 @@ from bincompress.methods.rounding.curvature import curvature
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.sources.checkpoint import open_checkpoint
-from bincompress.store.files import files_at
 from bincompress.store.layout import STATISTICS
+from bincompress.store.location import files_at
 from bincompress.store.replace import mark_beginning
 from bincompress.store.store import open_store
 from tests.conftest import DEMO_MODEL, SHARED, Run, tiny_config, tiny_tensors, write_model

@@ -24,8 +24,9 @@ from zarr.core.sync import sync
 from bincompress.errors import DamagedError, StoreError
 from bincompress.methods import Inputs
 from bincompress.store.arrays import read_array
-from bincompress.store.files import files_at, is_local
+from bincompress.store.files import is_local
 from bincompress.store.layout import BEGINNING, STATISTICS, array_hash, group_node, parse_array, parse_node
+from bincompress.store.location import files_at
 from bincompress.store.replace import check_place, clear, look, remove
 from bincompress.store.store import difference_of
 from bincompress.store.zarr_access import zarr_store

@@ -13,7 +13,7 @@ from bincompress.process.faults import hinders
 from bincompress.sources.assets import is_plain
 from bincompress.sources.checkpoint import ITEM_BYTES, OTHER_DTYPES
 from bincompress.store.arrays import first_not_finite, map_array, read_array
-from bincompress.store.files import Files, LocalFiles, files_at, is_local
+from bincompress.store.files import Files, LocalFiles, is_local
 from bincompress.store.layout import (
     ALWAYS,
     ARRAYS,
@@ -27,6 +27,7 @@ from bincompress.store.layout import (
     parse_node,
     seal_problem,
 )
+from bincompress.store.location import files_at
 from bincompress.store.pack_files import PackFiles, names_a_pack, store_files
 from bincompress.store.report import report_problem
 from bincompress.tensors.packed import PackedTensor, assemble

@@ -10,9 +10,10 @@ from typing import Any
 
 from bincompress.errors import DamagedError, StoreError
 from bincompress.store.arrays import let_go
-from bincompress.store.files import files_at, is_local
+from bincompress.store.files import is_local
 from bincompress.store.hub import located
 from bincompress.store.layout import FORMAT, MODEL, NODES, VERSION, array_hash, check_format
+from bincompress.store.location import files_at
 from bincompress.store.reading import checked_root, read_root
 from bincompress.store.replace import Place, check_place, clear
 from bincompress.store.writing import Store
