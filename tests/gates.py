@@ -85,7 +85,7 @@ def probe(job: Job) -> JobReport:
 def drive(address: str, model: str, store: str, folder: str, held: str, events: str) -> None:
     """The driver that tests kill or interrupt."""
     from jobs.runner import run_ray
-    from tests.test_run import plan_of
+    from tests.runs import plan_of
 
     with open(events, "a", buffering=1) as log:
         runner = functools.partial(

@@ -3,7 +3,6 @@
 import contextlib
 import http.client
 import json
-import shutil
 import socket
 import threading
 import time
@@ -11,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bincompress import compress
 from bincompress.inference.generate import Model
 from bincompress.inference.load import load
 from bincompress.inference.scheduler import Limits
@@ -19,22 +17,8 @@ from bincompress.serving.loading import facts_of
 from bincompress.serving.run import Server, _listen
 from bincompress.serving.service import Service
 from bincompress.serving.settings import ServeSettings
-from tests.conftest import DEMO_MODEL
 
 BOUND = 60.0
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if enable_thinking %}Think.\n{% endif %}"
-    "{% if forever %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}answer:"
-)
-
-
-def make_store(folder: Path, groups: int = 4) -> Path:
-    """Return a store of the demo model with a chat template."""
-    shutil.copytree(DEMO_MODEL, folder / "model")
-    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
-    compress(str(folder / "model"), str(folder / "store"), groups=groups, block=64)
-    return folder / "store"
 
 
 class Running:

@@ -30,7 +30,7 @@ from bincompress.sources.checkpoint import open_checkpoint
 from bincompress.store.export import export
 from bincompress.store.store import open_store
 from tests.conftest import Run, tiny_config, tiny_tensors, write_model
-from tests.test_run import problems
+from tests.runs import problems
 
 Tree = Callable[[Path], dict[str, bytes]]
 SAMPLES = np.random.default_rng(5).integers(0, 96, (6, 32))

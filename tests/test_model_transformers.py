@@ -16,6 +16,7 @@ from tests.transformers_models import (
     TOLERANCE,
     VOCAB,
     assert_alike,
+    assert_parts_alike,
     distance,
     in_parts,
     random_model,
@@ -199,13 +200,7 @@ EXPERT_CASES = ["qwen3-moe dense layers", "mixtral"]
 
 @pytest.mark.parametrize("case", ALL)
 def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
-    theirs = random_model(tmp_path, *ALL[case])
-    ids = np.random.default_rng(1).integers(0, VOCAB, 75)
-    expected = their_logits(theirs, ids)
-    decoder = load_checkpoint(tmp_path)
-    assert distance(in_parts(decoder, ids, [75]), expected) < TOLERANCE
-    assert distance(in_parts(decoder, ids, [33, 31, 1, 10]), expected) < TOLERANCE
-    assert distance(in_parts(decoder, ids, [20] + [1] * 55), expected) < TOLERANCE
+    assert_parts_alike(tmp_path, *ALL[case], parts=[[75], [33, 31, 1, 10], [20] + [1] * 55])
 
 
 def test_threads_do_not_change_logits(tmp_path: Path) -> None:

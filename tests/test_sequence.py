@@ -35,8 +35,8 @@ from bincompress.store.location import files_at
 from bincompress.store.replace import mark_beginning
 from bincompress.store.store import open_store
 from tests.conftest import DEMO_MODEL, SHARED, Run, tiny_config, tiny_tensors, write_model
+from tests.runs import problems
 from tests.test_calibrate import SAMPLES, Watched
-from tests.test_run import problems
 
 Tree = Callable[[Path], dict[str, bytes]]
 ONE_PLANE = {"method": "xnor", "compensate": True, "scale_bits": 8, "block": 64, "refine": 2}

@@ -14,20 +14,15 @@ import pytest
 from bincompress.inference.generate import GenerationSettings
 from bincompress.inference.load import load
 from bincompress.inference.sampling import Sampling
-from tests.serving import BOUND, Running, make_store, running, until
+from tests.serving import BOUND, Running, running, until
 
 pytestmark = pytest.mark.slow
 PROMPT = "In Python,"
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("serve"))
-
-
-@pytest.fixture(scope="module")
-def server(store: Path) -> Iterator[Running]:
-    with running(store, load(str(store), threads=1)) as made:
+def server(chat_store: Path) -> Iterator[Running]:
+    with running(chat_store, load(str(chat_store), threads=1)) as made:
         yield made
 
 

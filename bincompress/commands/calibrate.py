@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from bincompress.commands.shared import kernels_announced, print_json
+from bincompress.commands.shared import address_option, kernels_announced, print_json
 
 
 @click.command()
@@ -29,7 +29,7 @@ from bincompress.commands.shared import kernels_announced, print_json
     show_default=True,
     help="Where the samples run: on this machine or on a Ray cluster.",
 )
-@click.option("--address", help="ray: auto, HOST:PORT or ray://HOST:10001.  [default: RAY_ADDRESS, or this machine]")
+@address_option
 @click.option("--overwrite", is_flag=True, help="Replace statistics made with other settings: they are removed first.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from bincompress.commands.options import rounded_inputs_option
-from bincompress.commands.shared import kernels_announced, print_json
+from bincompress.commands.shared import address_option, kernels_announced, print_json
 
 _BLOCKS = ["64", "128", "256", "row"]
 _LAYERS = {"windows": "windows", "layer_context": "context", "passes": "passes", "layer_batch": "batch",
@@ -82,7 +82,7 @@ _PLACES = ("device", "threads", "checkpoint_every", "work", "runner", "address")
     "--runner", type=click.Choice(["local", "ray"]), default="local", show_default=True,
     help="Who trains independent layers: this process or a Ray cluster.",
 )  # fmt: skip
-@click.option("--address", help="ray: auto, HOST:PORT or ray://HOST:10001.  [default: RAY_ADDRESS, or this machine]")
+@address_option
 @click.option(
     "--checkpoint-every", type=click.IntRange(min=0),
     help="model: steps between checkpoints. 0: none.  [default: by time, at most 1/20 of the run's]",
