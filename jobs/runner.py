@@ -23,8 +23,9 @@ from bincompress.sources.checkpoint import Checkpoint
 from bincompress.store.store import is_local
 from bincompress.tensors.weight import TensorSource
 
-from .addresses import check_address
-from .interrupts import Interrupts
+from .addresses import begins_one, check_address
+from .ending import end_watched, watched
+from .interrupts import Interrupts, termination_kept
 from .nodes import PATIENCE_SECONDS, Nodes
 from .task import ENVIRONMENT, run_task
 
@@ -78,6 +79,7 @@ def connected(address: str | None) -> Iterator[Any]:
     finally:
         if began:
             ray.shutdown()
+            end_watched()
 
 
 def import_ray() -> Any:
@@ -94,10 +96,11 @@ def import_ray() -> Any:
 def connect(ray: Any, address: str | None) -> None:
     """Connect to a cluster, or begin one; raises BincompressError where there is none at the address."""
     check_address(address)
+    # The dashboard concerns a cluster that is begun here; Ray's client for ray:// knows no such option.
+    options = {} if str(address).startswith("ray://") else {"include_dashboard": False}
     try:
-        # The dashboard concerns a cluster that is begun here; Ray's client for ray:// knows no such option.
-        options = {} if str(address).startswith("ray://") else {"include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+        with termination_kept(), watched() if begins_one(address) else contextlib.nullcontext():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
     except Exception as error:  # Ray raises whatever its parts raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if re.search(r"token|unauthenticated|authenticat", reason, re.IGNORECASE):
