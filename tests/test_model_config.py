@@ -243,9 +243,8 @@ REFUSED_OF_OTHERS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     *(
         (LLAMA, {"architectures": [name], "model_type": kind}, f"architecture {name} is not supported; known: Llama")
         for name, kind in [
-            ("Qwen2MoeForCausalLM", "qwen2_moe"), ("OlmoeForCausalLM", "olmoe"), ("GptOssForCausalLM", "gpt_oss"),
-            ("Qwen3_5ForCausalLM", "qwen3_5_text"), ("Lfm2ForCausalLM", "lfm2"), ("Gemma2ForCausalLM", "gemma2"),
-            ("Olmo3ForCausalLM", "olmo3"), ("Ministral3ForCausalLM", "ministral3"),
+            ("Qwen2MoeForCausalLM", "qwen2_moe"), ("OlmoeForCausalLM", "olmoe"), ("Lfm2MoeForCausalLM", "lfm2_moe"),
+            ("MinistralForCausalLM", "ministral"), ("Gemma2ForCausalLM", "gemma2"),
             ("Gemma4ForCausalLM", "gemma4_text"),
         ]
     ),

@@ -39,14 +39,18 @@ LLAMA3 = {
 }
 
 
-def random_model(folder: Path, kind: str, options: dict[str, Any]) -> Any:
+def random_model(folder: Path, kind: str, options: dict[str, Any], end: str = "ForCausalLM") -> Any:
     """Save a small model whose every weight is random, norms and biases included, and return it."""
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # grouped products need even sizes
-    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **options, **eager})
+    sizes = SMALL if end == "ForCausalLM" else {}
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **options, **eager})
     torch.manual_seed(7)
-    model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config).float().eval()
+    model = getattr(transformers, f"{kind.removesuffix('Text')}{end}")(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):  # how fast heads forget: by a share of what they hold
+                parameter.copy_(torch.randn_like(parameter) - 1.0)
+                continue
             spread = 0.3 if parameter.ndim == 1 else 0.25
             middle = 1.0 if "norm" in name and "Gemma" not in kind else 0.0
             parameter.copy_(torch.randn_like(parameter) * spread + middle)

@@ -260,10 +260,10 @@ def _norms_with_readers(
     return [
         (planned[names.of_layer(layer, norm)], [planned[names.of_layer(layer, f"{part}.weight")] for part in parts])
         for layer in range(config.layers)
-        for norm, parts in ((names.input_norm, names.qkv), (names.post_norm, names.gate_up))
+        for norm, parts in ((names.input_norm, config.mixing_of(layer)[0]), (names.post_norm, names.gate_up))
         if norm  # else they read the residual stream itself, into which nothing can be folded
-        # A router reads what the experts read, and stays as it is.
-        if parts == names.qkv or config.experts_of(layer) is None
+        # A router reads what the experts read, and the gates of a state what its matrices read; they stay as they are.
+        if (config.experts_of(layer) is None if norm == names.post_norm else not config.has_gates(layer))
     ]
 
 

@@ -33,7 +33,15 @@ class Cache:
 
 def refuse_unknown(config: ModelConfig) -> None:
     """Raise UnsupportedModelError where a model has parts that this decoder does not have yet."""
-    parts = {"inputs rounded to 8 bits": config.rounds_inputs}
+    parts = {
+        "inputs rounded to 8 bits": config.rounds_inputs,
+        "attention sinks": config.sinks,
+        "experts with biases, a clamped gate or a shared one beside them": config.experts is not None
+        and (config.experts.biased or config.experts.clamp is not None or config.experts.shared > 0),
+        "layers without attention": config.recurrent is not None,
+        "gated attention": config.gated,
+        "queries that grow with their position": any(rope.query_growth for rope in config.ropes),
+    }
     lacks = [part for part, has in parts.items() if has]
     if lacks:
         raise UnsupportedModelError(f"training does not know {config.architecture} yet: {', '.join(lacks)}")

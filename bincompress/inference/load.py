@@ -8,7 +8,9 @@ from typing import Any
 from bincompress.errors import BincompressError, DamagedError, StoreError
 from bincompress.inference.chat import load_template
 from bincompress.inference.generate import GenerationSettings, Model
+from bincompress.inference.model_kernels import kernels_beside_llamas
 from bincompress.inference.sampling import Sampling
+from bincompress.inference.warmup import expect
 from bincompress.model.cache import cache_bytes
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.config import ModelConfig
@@ -148,6 +150,7 @@ def load_decoder(
     store = open_store(url)
     assets = store.read_assets()
     config = store_config(store, assets)
+    expect(kernels_beside_llamas(config))
     workers = Workers(threads or usable_threads())
     experts = _expert_names(config)
     residents = None if memory is None else _residents(store, config, experts, memory, workers.threads)

@@ -1,7 +1,9 @@
 """Which beginning of a text has been computed already? Caches of earlier texts, within a bound of memory.
 
 A conversation's next turn begins with the turns before it, so only what is new is computed. Numbers are those that the
-whole text gets alone: a key or value depends on nothing but the tokens before it.
+whole text gets alone: a key or value depends on nothing but the tokens before it. Layers without attention have a state
+in their place, which is of all positions at once: such a cache is of use for texts that begin with all of its tokens,
+or with those before its last pass.
 """
 
 from collections.abc import Iterable, Sequence
@@ -48,7 +50,7 @@ class PrefixCache:
         shared, best, idle = 0, None, False
         for prefixes, waits in ((self._idle, True), (in_use, False)):
             for prefix in prefixes:
-                length = _common(prefix.tokens[: prefix.cache.length], wanted)
+                length = prefix.cache.reusable(_common(prefix.tokens[: prefix.cache.length], wanted))
                 if length > shared:
                     shared, best, idle = length, prefix, waits
         if best is not None and idle and 2 * shared >= best.cache.length:
@@ -67,10 +69,12 @@ class PrefixCache:
         if not cache.length or cache.capacity != self._capacity:
             return
         for prefix in self._idle:
-            if _common(prefix.tokens, held) == len(held):
+            if prefix.cache.reusable(_common(prefix.tokens, held)) == len(held):
                 return  # another one holds this and more
         # What this text begins with is held by it now.
-        self._idle = [prefix for prefix in self._idle if _common(prefix.tokens, held) < len(prefix.tokens)]
+        self._idle = [
+            prefix for prefix in self._idle if cache.reusable(_common(prefix.tokens, held)) < len(prefix.tokens)
+        ]
         self._idle.append(Prefix(held, cache))
         while self._idle and self.held_bytes > self._most_bytes:
             self._idle.pop(0)

@@ -72,6 +72,7 @@ class Scheduler:
         self.limits = replace(limits, context=min(limits.context, model.decoder.config.context))
         self.counts = Counts()
         self._alike = model.decoder.tokens_alike
+        self._has_states = model.decoder.config.recurrent is not None
         self._prefixes = PrefixCache(model.decoder, self.limits.context, model.defaults.cache, self.limits.prefix_bytes)
         self._changed = threading.Condition()
         self._waiting: collections.deque[Writing] = collections.deque()
@@ -213,11 +214,19 @@ class Scheduler:
         shares = [(text, 1) for text in writing[: room - 1 if reading else room]]
         room -= len(shares)
         for number, text in enumerate(reading):
-            share = min(-(-room // (len(reading) - number)), text.left, _FULL_LOGITS if text.wants_all else room)
+            most = _FULL_LOGITS if text.wants_all else room
+            share = min(-(-room // (len(reading) - number)), text.left - self._runs_last_alone(text), most)
             if share:
                 shares.append((text, share))
                 room -= share
         return shares
+
+    def _runs_last_alone(self, text: Writing) -> bool:
+        """Return whether a prompt's last token is run by itself, so that texts of the same prompt begin before it.
+
+        A state without keys and values can be taken up only where a pass has ended.
+        """
+        return self._has_states and any(other.leader is text for other in self._waiting)
 
     def _run(self, shares: Sequence[tuple[Writing, int]]) -> None:
         """Run a pass. Where it fails each text is run by itself, so that one which cannot be run ends no other."""

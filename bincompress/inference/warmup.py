@@ -2,14 +2,14 @@
 
 Numba compiles one kernel at a time in a process, whatever its threads; processes share what they compile.
 
-    python -m bincompress.inference.warmup       # what `compiling_ahead` starts
+    python -m bincompress.inference.warmup KERNEL ...      # what `compiling_ahead` starts
 """
 
 import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -34,6 +34,30 @@ def first_token_kernels() -> list[Kernel]:
     return [multiply, quantize, ATTEND[cached], PLACE[cached], *sharing, gate, add_norm, bfloat16_rows, expand, pack]
 
 
+_expected: list[Kernel] = []  # that the model which is being loaded takes beside those of every model
+
+
+def expect(kernels: Sequence[Kernel]) -> None:
+    """Note what a model takes before any kernel is compiled, for the second process to compile it too."""
+    _expected[:] = kernels
+
+
+def _all_kernels(named: Sequence[str]) -> list[Kernel]:
+    """Return the kernels of every model, and those of the decoder that have these names."""
+    from cpu_kernels.decoder import attention, gates, norms, recurrence, routing
+    from cpu_kernels.matmul import chosen
+
+    found: list[Kernel] = []
+    for module in (attention, routing, recurrence, gates, norms, chosen):
+        for value in vars(module).values():
+            found += [value] if isinstance(value, Kernel) else []
+            found += (
+                [kernel for kernel in value.values() if isinstance(kernel, Kernel)] if isinstance(value, dict) else []
+            )
+    by_name = {kernel.name(): kernel for kernel in found}
+    return [*first_token_kernels(), *(by_name[name] for name in named if name in by_name)]
+
+
 @contextlib.contextmanager
 def compiling_ahead() -> Iterator[Callable[[], None]]:
     """Yield a function that starts the second process, once; it is ended with the block."""
@@ -45,7 +69,13 @@ def compiling_ahead() -> Iterator[Callable[[], None]]:
             path = os.pathsep.join(entry for entry in sys.path if entry)
             started.append(
                 subprocess.Popen(
-                    [sys.executable, "-P", "-m", "bincompress.inference.warmup"],
+                    [
+                        sys.executable,
+                        "-P",
+                        "-m",
+                        "bincompress.inference.warmup",
+                        *(kernel.name() for kernel in _expected),
+                    ],
                     env={**os.environ, "PYTHONPATH": path},
                     stdin=subprocess.PIPE,  # which closes when this process ends, however it does, and it with it
                     stdout=subprocess.DEVNULL,
@@ -73,5 +103,5 @@ class _Parent:
 
 if __name__ == "__main__":
     end_with(_Parent())
-    for kernel in first_token_kernels():
+    for kernel in _all_kernels(sys.argv[1:]):
         kernel.compile()

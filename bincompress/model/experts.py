@@ -1,6 +1,7 @@
 """A mixture of experts: which experts the tokens choose, and the products with the chosen ones alone."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +11,9 @@ from bincompress.model.linear import DenseLinear, Floats, Linear, WeightSource
 from bincompress.model.packed_linear import PackedLinear
 from bincompress.model.residents import ColdPairs, Pair, Residents
 from bincompress.model.threads import in_turn, over_ranges
+from cpu_kernels.decoder.gates import clamped_gate
 from cpu_kernels.decoder.norms import GATES
-from cpu_kernels.decoder.routing import choose_experts, mix_experts
+from cpu_kernels.decoder.routing import choose_by_logits, choose_experts, mix_experts
 from cpu_kernels.matmul.chosen import ChosenProducts
 from cpu_kernels.parallel.workers import Workers
 
@@ -27,13 +29,15 @@ class ExpertLayer:
     """
 
     def __init__(
-        self, config: ModelConfig, experts: Experts, router: Linear, pairs: Sequence[Pair], workers: Workers
-    ) -> None:
+        self, config: ModelConfig, experts: Experts, router: Linear, pairs: Sequence[Pair], workers: Workers,
+        biases: "Biases | None" = None, shared: "Shared | None" = None,
+    ) -> None:  # fmt: skip
         self.router, self.pairs = router, pairs
         self.hidden, self.inner, self.count = config.hidden, experts.inner, experts.count
-        self._chosen, self._normalized = experts.chosen, int(experts.normalized)
-        self._gate = GATES[config.activation]
+        self._chosen, self._normalized, self._by_logits = experts.chosen, int(experts.normalized), experts.by_logits
+        self._gate, self._clamp = GATES[config.activation], experts.clamp
         self._no_bias = np.zeros(2 * experts.inner, np.float32)
+        self._biases, self.shared = biases, shared
         self._workers = workers
         # Of one token: handing a router's few rows to other threads takes longer than multiplying them.
         self._router_alone = router.alone() if isinstance(router, DenseLinear) else router
@@ -58,34 +62,54 @@ class ExpertLayer:
             len(x),
             _TOKENS_PER_THREAD,
         )
+        if self.shared is not None:
+            result += self.shared.down(self.shared.gated(x), x)
         return result
 
     def choose(self, x: Floats) -> tuple[Numbers, Floats]:
         """Return each token's experts (n, chosen), by ascending number, and their weights."""
         logits = self.router(x) if len(x) > 1 else self._router_alone(x)
+        if self._biases is not None:
+            logits += self._biases.router
         chosen = np.empty((len(x), self._chosen), np.int64)
         weights = np.empty((len(x), self._chosen), np.float32)
-        over_ranges(
-            self._workers,
-            lambda start, stop, _: choose_experts(logits, self._normalized, start, stop, chosen, weights),
-            len(x),
-            _TOKENS_PER_THREAD,
-        )
+
+        def choose(start: int, stop: int, _: int) -> None:
+            if self._by_logits:
+                choose_by_logits(logits, start, stop, chosen, weights)
+            else:
+                choose_experts(logits, self._normalized, start, stop, chosen, weights)
+
+        over_ranges(self._workers, choose, len(x), _TOKENS_PER_THREAD)
         return chosen, weights
 
     def gated(self, expert: int, x: Floats) -> Floats:
         """Return what an expert's down matrix reads where its gate and up matrices read x."""
-        return self.gate(self.pairs[expert][0](x))
+        return self._gated(expert, self.pairs[expert][0](x))
 
-    def gate(self, gate_up: Floats, out: Floats | None = None) -> Floats:
-        """Return the gated values (n, inner) of gate_up (n, 2 * inner); `out` may be given."""
+    def _gated(self, experts: int | Numbers, gate_up: Floats, out: Floats | None = None) -> Floats:
+        """Return the gated values (n, inner) of gate_up (n, 2 * inner); `out` may be given.
+
+        experts: the one that all rows are of, or that of each row, whose biases are added to gate_up.
+        """
         inner = np.empty((len(gate_up), self.inner), np.float32) if out is None else out
-        self._gate(gate_up, self._no_bias, 0, len(gate_up), inner)
+        if self._biases is not None:
+            gate_up += self._biases.gate_up[experts]
+        if self._clamp is None:
+            self._gate(gate_up, self._no_bias, 0, len(gate_up), inner)
+        else:
+            clamped_gate(gate_up, *self._clamp, 0, len(gate_up), inner)
         return inner
 
     def down(self, expert: int, inner: Floats) -> Floats:
-        """Return the products of an expert's down matrix."""
-        return self.pairs[expert][1](inner)
+        """Return what an expert's down matrix gives, with its bias."""
+        made = self.pairs[expert][1](inner)
+        self._add_bias(expert, made)
+        return made
+
+    def _add_bias(self, experts: int | Numbers, made: Floats) -> None:
+        if self._biases is not None:
+            made += self._biases.down[experts]
 
     def _of_token(self, numbers: Numbers, x: Floats) -> Floats:
         """Return what these experts make of one token, (experts, hidden)."""
@@ -98,9 +122,10 @@ class ExpertLayer:
             if self._put.get(number) is not pair:
                 self._put_in(number, pair)
         if self._gate_ups.has(numbers) and self._downs.has(numbers):
-            made = self._downs(numbers, self.gate(self._gate_ups(numbers, x)))
+            made = self._downs(numbers, self._gated(numbers, self._gate_ups(numbers, x)))
         else:
-            made = np.concatenate([down(self.gate(gate_up(x))) for gate_up, down in given.values()])
+            made = np.concatenate([down(self._gated(number, gate_up(x))) for number, (gate_up, down) in given.items()])
+        self._add_bias(numbers, made)
         if isinstance(self.pairs, ColdPairs):
             for number in self.pairs.absent(list(given)):  # dropped for another one of these
                 self._forget(number)
@@ -132,7 +157,8 @@ class ExpertLayer:
         free, rest = rooms[1:], list[int]()
 
         def alone(item: int) -> None:
-            group, (gate_up, down) = groups[item][1], self._pair(groups[item][0])
+            expert, group = groups[item]
+            gate_up, down = self._pair(expert)
             if not (isinstance(gate_up, PackedLinear) and isinstance(down, PackedLinear)):
                 rest.append(item)
                 return
@@ -145,7 +171,9 @@ class ExpertLayer:
             read = room.array("read", n, self.hidden)
             np.take(x, group // chosen.shape[1], axis=0, out=read)
             first = gate_up.alone(read, room.array("gate_up", n, 2 * self.inner))
-            down.alone(self.gate(first, room.array("inner", n, self.inner)), made[ends[item] - n : ends[item]])
+            own = made[ends[item] - n : ends[item]]
+            down.alone(self._gated(expert, first, room.array("inner", n, self.inner)), own)
+            self._add_bias(expert, own)
             free.append(room)
 
         if len(groups) >= _EXPERTS_PER_THREAD * self._workers.threads:
@@ -153,9 +181,11 @@ class ExpertLayer:
         else:
             rest += range(len(groups))
         for item in rest:
-            group, (gate_up, down) = groups[item][1], self._pair(groups[item][0])
-            inner = self.gate(gate_up(x[group // chosen.shape[1]]))
-            made[ends[item] - len(group) : ends[item]] = down(inner)
+            expert, group = groups[item]
+            gate_up, down = self._pair(expert)
+            own = made[ends[item] - len(group) : ends[item]]
+            own[:] = down(self._gated(expert, gate_up(x[group // chosen.shape[1]])))
+            self._add_bias(expert, own)
         return made, places.reshape(chosen.shape)
 
     def _pair(self, expert: int) -> Pair:
@@ -207,4 +237,54 @@ def read_experts(
         pairs = [read(expert) for expert in range(experts.count)]
     else:
         pairs = ColdPairs(read, experts.count, layer, residents)
-    return ExpertLayer(config, experts, router, pairs, workers)
+    biases = _biases(config, source, layer)
+    return ExpertLayer(config, experts, router, pairs, workers, biases, _shared(config, source, layer))
+
+
+class Shared:
+    """An expert that is each token's, as much of it as its gate (1, hidden) says."""
+
+    def __init__(self, config: ModelConfig, gate: Linear, gate_up: Linear, down: Linear) -> None:
+        self._gate, self._gate_up, self._down = gate, gate_up, down
+        self._apply, self._no_bias = GATES[config.activation], np.zeros(gate_up.rows, np.float32)
+        self.inner = down.cols
+
+    def gated(self, x: Floats) -> Floats:
+        """Return what its down matrix reads, (n, inner)."""
+        inner = np.empty((len(x), self.inner), np.float32)
+        self._apply(self._gate_up(x), self._no_bias, 0, len(x), inner)
+        return inner
+
+    def down(self, inner: Floats, x: Floats) -> Floats:
+        """Return what it gives for x (n, hidden), of which `gated` gave inner."""
+        made = self._down(inner)
+        with np.errstate(over="ignore"):
+            made /= np.float32(1.0) + np.exp(-self._gate(x))
+        return made
+
+
+def _shared(config: ModelConfig, source: WeightSource, layer: int) -> Shared | None:
+    if config.experts is None or not config.experts.shared:
+        return None
+    gate_up, down = config.names.of_shared(layer)
+    gate = source.linear([config.shared_gate_of(layer)])
+    return Shared(config, gate, source.linear(gate_up), source.linear([down]))
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Biases of a layer's router (experts,), and of its experts, (experts, 2 * inner) and (experts, hidden)."""
+
+    router: Floats
+    gate_up: Floats
+    down: Floats
+
+
+def _biases(config: ModelConfig, source: WeightSource, layer: int) -> Biases | None:
+    experts = config.experts
+    if experts is None or not experts.biased:
+        return None
+    everyone = np.arange(experts.count)
+    in_turns, down = (source.embedding(name).rows_of(everyone) for name in config.expert_biases_of(layer))
+    gate_up = np.concatenate([in_turns[:, ::2], in_turns[:, 1::2]], axis=1)
+    return Biases(source.vector([config.router_of(layer, "bias")]), gate_up, down)

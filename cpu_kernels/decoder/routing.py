@@ -153,6 +153,35 @@ def choose_experts(logits: Any, normalized: Any, start: Any, stop: Any, chosen: 
                 weights[token, i] /= total
 
 
+@kernel(types.void(view(_F4, 2), _SIZE, _SIZE, out(types.int64, 2), out(_F4, 2)))
+def choose_by_logits(logits: Any, start: Any, stop: Any, chosen: Any, weights: Any) -> None:
+    """For tokens start .. stop - 1: as `choose_experts`, by the largest logits, the softmax being over those alone."""
+    experts, count = logits.shape[1], chosen.shape[1]
+    row = np.empty(experts, np.float32)
+    keys = np.empty(experts, np.int32)
+    ids = np.empty(experts, np.int64)
+    bits = row.view(np.int32)
+    for token in range(start, stop):
+        for e in range(experts):
+            row[e] = logits[token, e] + np.float32(0)  # no negative zero
+            # With their other bits turned, negative numbers too have the order of their bits.
+            key = bits[e] if bits[e] >= 0 else np.int32(bits[e] ^ _NAN)
+            keys[e] = key if row[e] == row[e] else _NAN
+            ids[e] = e
+        _largest_first(keys, ids, count)
+        ids[:count].sort()
+        largest = row[ids[0]]
+        for i in range(count):
+            chosen[token, i] = ids[i]
+            largest = max(largest, row[ids[i]])
+        total = np.float32(0)
+        for i in range(count):
+            weights[token, i] = np.exp(np.float32(row[ids[i]] - largest))
+            total += weights[token, i]
+        for i in range(count):
+            weights[token, i] /= total
+
+
 @kernel(types.void(view(_F4, 2), view(types.int64, 2), view(_F4, 2), _SIZE, _SIZE, out(_F4, 2)))
 def mix_experts(made: Any, places: Any, weights: Any, start: Any, stop: Any, result: Any) -> None:
     """For tokens start .. stop - 1: result = the sum of what their experts made, each times its weight.
