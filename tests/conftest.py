@@ -28,7 +28,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 DEMO_MODEL = Path(bincompress.__file__).parent / "demo_model"
 
 # The files that take longest, which therefore begin first: else one process is left with one of them at the end.
-_LONGEST = ("test_ray", "test_products", "test_sequence", "test_calibrate", "test_compiler", "test_model_transformers")
+_LONGEST = (
+    "test_ray", "test_products", "test_numba_private", "test_calibrate", "test_sequence", "test_compiler",
+    "test_model_transformers", "test_distill_parts", "test_fuzz", "test_faults", "test_api", "test_pack", "test_train",
+)  # fmt: skip
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -113,8 +113,8 @@ def test_refusals_come_before_anything_is_removed(letters_model: Path, letters_t
     killed_after_a_layer(letters_model, letters_text, tmp_path / "out")
     refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"start": str(tmp_path / "none")}, "none: no such store"),
-        ({"start": str(tmp_path / "out")}, "TODO"),
-        ({"model": replace(MODEL, batch=400)}, "TODO"),
+        ({"start": str(tmp_path / "out")}, "out: is the store to begin with; choose another STORE"),
+        ({"model": replace(MODEL, batch=400)}, "expected at least 400 for a batch"),
     )
     for wrong, message in refused:
         with pytest.raises(BincompressError, match=message):
