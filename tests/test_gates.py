@@ -13,7 +13,7 @@ from cpu_kernels.reference import attention as reference
 from cpu_kernels.reference import gates as reference_gates
 from cpu_kernels.reference import recurrence as reference_recurrence
 from cpu_kernels.reference.routing import choose_by_logits as choose_plainly
-from tests.test_attention import FLOAT32, cached
+from tests.test_attention import FLOAT16, FLOAT32, cached
 
 
 @pytest.mark.parametrize(("tokens", "first", "window"), [(1, 0, None), (1, 200, 33), (70, 130, None), (45, 9, 20)])
@@ -32,6 +32,11 @@ def test_attention_with_sinks_equals_its_twin(tokens: int, first: int, window: i
     expected = reference.attend(queries, keys, values, first, window, sinks)
     assert np.abs(result.reshape(expected.shape) - expected).max() < 2e-5
     assert np.abs(expected[:, 5]).max() < 1e-30 < np.abs(expected[:, 0]).max()
+    halves = keys.astype(np.float16).astype(np.float32), values.astype(np.float16).astype(np.float32)
+    stored = cached(halves[0], FLOAT16, True), cached(halves[1], FLOAT16, False)
+    ATTEND_WITH_SINKS[FLOAT16](qkv, heads, *stored, first, window or NO_WINDOW, 0, items, scratch, result)
+    expected = reference.attend(queries, *halves, first, window, sinks)
+    assert np.abs(result.reshape(expected.shape) - expected).max() < 2e-5
 
 
 @pytest.mark.parametrize("inner", [1, 7, 33])

@@ -243,7 +243,7 @@ REFUSED_OF_OTHERS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     *(
         (LLAMA, {"architectures": [name], "model_type": kind}, f"architecture {name} is not supported; known: Llama")
         for name, kind in [
-            ("Qwen2MoeForCausalLM", "qwen2_moe"), ("OlmoeForCausalLM", "olmoe"), ("Lfm2MoeForCausalLM", "lfm2_moe"),
+            ("GraniteMoeForCausalLM", "granitemoe"), ("Lfm2MoeForCausalLM", "lfm2_moe"),
             ("MinistralForCausalLM", "ministral"), ("Gemma2ForCausalLM", "gemma2"),
             ("Gemma4ForCausalLM", "gemma4_text"),
         ]

@@ -8,7 +8,7 @@ from typing import Literal
 # use_sliding_window), those from max_window_layers on (if use_sliding_window), all but every so many-th (`pattern`), or
 # those without rotary embedding (if use_sliding_window).
 Windows = Literal["never", "every layer", "every layer if used", "by layer_types", "by pattern", "without rope"]
-Biases = Literal["never", "always", "attention_bias"]
+Biases = Literal["never", "always", "attention_bias", "qkv_bias"]
 QkNorm = Literal["", "head", "whole"]  # queries and keys are not normalized, or each head is, or all heads at once
 Activation = Literal["silu", "gelu_tanh", "relu2"]
 
@@ -104,7 +104,7 @@ class Mixture:
     by_logits: bool = False  # whether the softmax is over the chosen ones alone
     biased: bool = False  # whether router and experts have biases
     clamp: tuple[float, float] | None = None  # of a clamped gate: swiglu_alpha and swiglu_limit where absent
-    shared: bool = False  # whether an expert beside them is each token's, with shared_expert_intermediate_size rows
+    shared: int = 0  # rows of an expert that is each token's, shared_expert_intermediate_size where absent; 0: none
     dense_layers: bool = False  # whether mlp_only_layers and decoder_sparse_step give some layers a dense MLP
 
 
@@ -123,7 +123,7 @@ class Architecture:
     inner_field: str = "intermediate_size"  # which field has the rows of a dense layer's gate
     qkv_bias: Biases = "never"
     out_bias: Biases = "never"
-    attention_bias: bool = False  # where absent
+    bias_default: bool = False  # the field of biases where absent
     mlp_bias: bool = False  # whether the field mlp_bias is obeyed
     norm_offset: float = 0.0  # what is added to every stored weight of a norm
     qk_norm: QkNorm = ""

@@ -63,7 +63,7 @@ def read_experts(raw: Mapping[str, Any], mixture: Mixture, layers: int) -> Exper
         by_logits=mixture.by_logits,
         biased=mixture.biased,
         clamp=_clamp(raw, mixture),
-        shared=size(raw, "shared_expert_intermediate_size", 512) if mixture.shared else 0,
+        shared=size(raw, "shared_expert_intermediate_size", mixture.shared) if mixture.shared else 0,
     )  # fmt: skip
 
 

@@ -25,7 +25,9 @@ _USUAL: dict[str, tuple[str, ...]] = {
     "mlp.experts.down_proj": ("mlp.experts.{expert}.down_proj.weight",),
 }
 _FUSED: dict[object, dict[str, tuple[str, ...]]] = {
+    "qwen2_moe": _USUAL,
     "qwen3_moe": _USUAL,
+    "olmoe": _USUAL,
     "gpt_oss": _USUAL,
     "qwen3_next": _USUAL,
     "qwen3_5_moe_text": _USUAL,
@@ -35,7 +37,7 @@ _FUSED: dict[object, dict[str, tuple[str, ...]]] = {
     },
 }
 _TURNED = ("gpt_oss",)  # of which the columns come first, and the rows of the parts take turns
-_INNER = {"mixtral": "intermediate_size", "gpt_oss": "intermediate_size"}  # which field has an expert's inner rows
+_INNER = dict.fromkeys(("mixtral", "gpt_oss", "olmoe"), "intermediate_size")  # which field has an expert's inner rows
 
 
 def fused_experts(config: Mapping[str, Any], tensors: Iterable[TensorSource]) -> tuple[str, ...]:
