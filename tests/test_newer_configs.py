@@ -126,6 +126,7 @@ def test_a_larger_model_counts_by_its_language_model() -> None:
     found = parse(whole | {"tie_word_embeddings": True})
     assert (found.architecture, found.tied, len(found.notes)) == ("Qwen3_5ForCausalLM", True, 1)
     assert not parse(whole).tied
+    assert parse(whole | {"text_config": text | {"tie_word_embeddings": True}}).tied
     changes: list[tuple[dict[str, Any], str]] = [
         ({"model_type": "qwen2_5_vl"}, "Qwen3_5ForConditionalGeneration is not supported"),
         ({"text_config": text | {"model_type": "llama"}}, "qwen3_5 with a language model of type llama"),

@@ -215,7 +215,7 @@ def test_the_store_has_the_size_of_its_start_and_the_engine_gives_what_training_
     assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("kind", ["Gemma3", "SmolLM3", "Olmo2", "Granite", "Phi3"])
+@pytest.mark.parametrize("kind", ["Gemma3", "SmolLM3", "Olmo2", "Olmo3", "Granite", "GraniteMoeHybrid", "Phi3"])
 def test_other_architectures_learn_and_run(kind: str, tmp_path: Path) -> None:
     """Each with its norms, scales and windows: what was trained is what the engine runs."""
     model, out = write(tmp_path / "model", f"{kind}ForCausalLM"), tmp_path / "out"
