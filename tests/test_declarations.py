@@ -89,6 +89,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "Qwen3_5ForCausalLM": DELTA,
     "Qwen3_5MoeForCausalLM": DELTA | MOE,
     "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "Lfm2MoeForCausalLM": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 35,
+        "layer_types": ["full_attention", "conv"],
+        "num_dense_layers": 1,
+    },
 }
 WORDS = " ".join(f"t{word}" for word in np.random.default_rng(0).integers(2, 96, 400))
 

@@ -8,11 +8,12 @@ import pytest
 from cpu_kernels.decoder.attention import ATTEND_WITH_SINKS, NO_WINDOW, scratch_size, work_items
 from cpu_kernels.decoder.gates import clamped_gate, gate_by_sigmoid
 from cpu_kernels.decoder.recurrence import convolve, delta_rule, norm_and_gate
-from cpu_kernels.decoder.routing import choose_by_logits
+from cpu_kernels.decoder.routing import choose_by_logits, choose_by_sigmoid
 from cpu_kernels.reference import attention as reference
 from cpu_kernels.reference import gates as reference_gates
 from cpu_kernels.reference import recurrence as reference_recurrence
 from cpu_kernels.reference.routing import choose_by_logits as choose_plainly
+from cpu_kernels.reference.routing import choose_by_sigmoid as choose_by_sigmoid_plainly
 from tests.test_attention import FLOAT16, FLOAT32, cached
 
 
@@ -60,6 +61,19 @@ def test_the_largest_logits_are_chosen(experts: int, count: int) -> None:
     expected, shares = choose_plainly(logits, count)
     assert np.array_equal(chosen, expected)
     assert np.abs(weights - shares).max() < 1e-6
+
+
+@pytest.mark.parametrize(("experts", "count", "normalized"), [(1, 1, 1), (32, 4, 1), (60, 7, 0)])
+def test_the_largest_sigmoids_with_their_offsets_are_chosen(experts: int, count: int, normalized: int) -> None:
+    rng = np.random.default_rng(experts)
+    logits = rng.standard_normal((40, experts)).astype(np.float32)
+    offsets = (rng.standard_normal(experts) - 1).astype(np.float32)  # some are below zero
+    chosen, weights = np.zeros((40, count), np.int64), np.zeros((40, count), np.float32)
+    choose_by_sigmoid(logits, offsets, normalized, 2.5, 0, 11, chosen, weights)
+    choose_by_sigmoid(logits, offsets, normalized, 2.5, 11, 40, chosen, weights)
+    expected, shares = choose_by_sigmoid_plainly(logits, offsets, count, bool(normalized), 2.5)
+    assert np.array_equal(chosen, expected)
+    assert np.abs(weights - shares).max() < 1e-5
 
 
 def test_a_choice_among_logits_that_are_not_finite_stays_within_bounds() -> None:

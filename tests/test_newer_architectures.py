@@ -42,6 +42,13 @@ DELTA = {
     "linear_value_head_dim": 10,
 }
 MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 33}
+LFM2_MOE = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "num_dense_layers": 1,
+    "layer_types": ["conv", "full_attention", "conv"],
+}
 GPT_OSS = {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 9}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("Olmo3", {"num_hidden_layers": 5, "sliding_window": 9}),
@@ -96,6 +103,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**ODD, "intermediate_size": 67, "num_hidden_layers": 4, "full_attn_idxs": [1], "conv_bias": True}
         | {"conv_L_cache": 5, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False},
     ),
+    "lfm2-moe": ("Lfm2Moe", {**LFM2_MOE, "routed_scaling_factor": 1.5}),
+    "lfm2-moe odd": (
+        "Lfm2Moe",
+        {**ODD, **LFM2_MOE, "intermediate_size": 67, "conv_bias": True, "use_expert_bias": False}
+        | {"norm_topk_prob": False, "num_dense_layers": 0, "tie_word_embeddings": False},
+    ),
     "gpt-oss": ("GptOss", {**GPT_OSS, "swiglu_limit": 0.9}),
     "gpt-oss odd": (
         "GptOss",
@@ -124,7 +137,7 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     assert max(off) < TOLERANCE
 
 
-EXPORTED = ["olmo3 yarn", "granite4", "ministral3", "gpt-oss", "qwen3-next", "qwen3.5 moe", "lfm2"]
+EXPORTED = ["olmo3 yarn", "granite4", "ministral3", "gpt-oss", "qwen3-next", "qwen3.5 moe", "lfm2", "lfm2-moe"]
 
 
 @pytest.mark.parametrize("case", EXPORTED)

@@ -26,6 +26,7 @@ GPT_OSS = SIZES | {"model_type": "gpt_oss", "num_key_value_heads": 2}
 QWEN35 = SIZES | {"model_type": "qwen3_5_text", "num_key_value_heads": 2}
 QWEN35_MOE = SIZES | {"model_type": "qwen3_5_moe_text", "num_key_value_heads": 2}
 QWEN_NEXT = SIZES | {"model_type": "qwen3_next", "num_key_value_heads": 2}
+LFM2_MOE = SIZES | {"model_type": "lfm2_moe", "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
 LFM2 = SIZES | {"model_type": "lfm2", "num_key_value_heads": 2}
 
 
@@ -84,6 +85,8 @@ REFUSED: list[Refusal] = [
     (SIZES | {"model_type": "olmoe"}, {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
     (LFM2, {"layer_types": ["conv", "linear_attention"]}, "layer type 'linear_attention'"),
     (LFM2, {"num_experts": 32}, "num_experts = 32"),
+    (LFM2_MOE, {"layer_types": None}, "without layer_types is not supported: nothing says which layers have attention"),
+    (LFM2_MOE, {"n_shared_experts": 1}, "n_shared_experts = 1"),
 ]
 
 
@@ -106,6 +109,8 @@ WRONG: list[Refusal] = [
     (QWEN35, {"linear_conv_kernel_dim": 1 << 20}, "linear_conv_kernel_dim: expected 1 to 64"),
     (QWEN35, {"full_attention_interval": 0}, "full_attention_interval: expected 1 to"),
     (QWEN35, {"layer_types": ["full_attention"]}, "layer_types: expected a list of 2 kinds"),
+    (LFM2_MOE, {"num_dense_layers": -1}, "num_dense_layers: expected a whole number"),
+    (LFM2_MOE, {"num_dense_layers": 0, "routed_scaling_factor": -1}, "routed_scaling_factor: expected a positive"),
     (LFM2, {"full_attn_idxs": 3}, "full_attn_idxs: expected a list of numbers of layers"),
     (LFM2, {"block_ffn_dim_multiplier": 1e29}, "intermediate_size: expected 1 to"),
     (LFM2, {"layer_types": ["conv", "conv"], "conv_L_cache": "3"}, "conv_L_cache: expected a whole number"),

@@ -274,7 +274,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             expert_biases=("mlp.experts.gate_up_proj_bias", "mlp.experts.down_proj_bias"),
         ),
         mixture=Mixture(
-            128, 4, "intermediate_size", 2880, normalized=True, by_logits=True, biased=True, clamp=(1.702, 7.0)
+            128, 4, "intermediate_size", 2880, normalized=True, choice="logits", biased=True, clamp=(1.702, 7.0)
         ),
     ),
     "Qwen3NextForCausalLM": replace(
@@ -304,5 +304,38 @@ ARCHITECTURES: dict[str, Architecture] = {
         only={"hidden_act": (None, "silu")},
         names=_LFM2,
         recurrence=Recurrence("convolution", "conv", listed="full_attn_idxs"),
+    ),
+    "Lfm2MoeForCausalLM": Architecture(
+        "lfm2_moe",
+        context=128000,
+        kv_heads=8,
+        epsilon=1e-5,
+        epsilon_field="norm_eps",
+        tied=True,
+        tied_field="tie_embedding",
+        qk_norm="head",
+        rope_theta=1000000.0,
+        without_layer_types="nothing says which layers have attention",
+        only={"hidden_act": (None, "silu")},
+        reads=("num_experts", "num_experts_per_tok", "routed_scaling_factor"),
+        names=replace(
+            _LFM2,
+            router="feed_forward.gate",
+            router_offset="feed_forward.expert_bias",
+            expert_gate_up=("feed_forward.experts.{expert}.w1", "feed_forward.experts.{expert}.w3"),
+            expert_down="feed_forward.experts.{expert}.w2",
+        ),
+        recurrence=Recurrence("convolution", "conv"),
+        mixture=Mixture(
+            32,
+            4,
+            "moe_intermediate_size",
+            1792,
+            sums_to_one=True,
+            choice="sigmoid",
+            offset_field="use_expert_bias",
+            dense_field="num_dense_layers",
+            dense_default=2,
+        ),
     ),
 }

@@ -9,6 +9,9 @@ from typing import Literal
 # those without rotary embedding (if use_sliding_window).
 Windows = Literal["never", "every layer", "every layer if used", "by layer_types", "by pattern", "without rope"]
 Biases = Literal["never", "always", "attention_bias", "qkv_bias"]
+# By what experts are chosen, and what their weights are: the softmax over all, logits and the softmax over the chosen
+# ones alone, or the sigmoid of each.
+Choice = Literal["softmax", "logits", "sigmoid"]
 QkNorm = Literal["", "head", "whole"]  # queries and keys are not normalized, or each head is, or all heads at once
 Activation = Literal["silu", "gelu_tanh", "relu2"]
 
@@ -69,6 +72,7 @@ class Names:
     router: str = "mlp.gate"  # of a mixture of experts; an expert's matrices are completed with its number
     expert_gate_up: tuple[str, str] = ("mlp.experts.{expert}.gate_proj", "mlp.experts.{expert}.up_proj")
     expert_down: str = "mlp.experts.{expert}.down_proj"
+    router_offset: str = ""  # what is added to what experts are chosen by
     expert_biases: tuple[str, str] = ("", "")  # of all experts of a layer: of gate and up in turns, and of down
     shared_gate_up: tuple[str, str] = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
     shared_down: str = "mlp.shared_expert.down_proj"
@@ -93,7 +97,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Mixture:
-    """How an architecture's layers choose among experts: the largest `chosen` of the softmax over all of them."""
+    """How an architecture's layers choose among experts."""
 
     count: int  # num_experts or num_local_experts, where absent
     chosen: int  # num_experts_per_tok where absent
@@ -101,7 +105,10 @@ class Mixture:
     inner: int  # that field where absent
     normalized: bool | None = None  # whether the chosen weights sum to one; None: as norm_topk_prob says
     sums_to_one: bool = False  # norm_topk_prob where absent
-    by_logits: bool = False  # whether the softmax is over the chosen ones alone
+    choice: Choice = "softmax"
+    offset_field: str = ""  # whether a number of each expert is added to what it is chosen by; true where absent
+    dense_field: str = ""  # how many layers, from the first on, have a dense MLP
+    dense_default: int = 0  # where absent
     biased: bool = False  # whether router and experts have biases
     clamp: tuple[float, float] | None = None  # of a clamped gate: swiglu_alpha and swiglu_limit where absent
     shared: int = 0  # rows of an expert that is each token's, shared_expert_intermediate_size where absent; 0: none

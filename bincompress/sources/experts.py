@@ -31,6 +31,13 @@ _FUSED: dict[object, dict[str, tuple[str, ...]]] = {
     "gpt_oss": _USUAL,
     "qwen3_next": _USUAL,
     "qwen3_5_moe_text": _USUAL,
+    "lfm2_moe": {
+        "feed_forward.experts.gate_up_proj": (
+            "feed_forward.experts.{expert}.w1.weight",
+            "feed_forward.experts.{expert}.w3.weight",
+        ),
+        "feed_forward.experts.down_proj": ("feed_forward.experts.{expert}.w2.weight",),
+    },
     "mixtral": {
         "mlp.experts.gate_up_proj": ("mlp.experts.{expert}.w1.weight", "mlp.experts.{expert}.w3.weight"),
         "mlp.experts.down_proj": ("mlp.experts.{expert}.w2.weight",),
@@ -142,7 +149,7 @@ def together(config: Mapping[str, Any], parts: Sequence[NDArray[Any]], count: in
 def _split(config: Mapping[str, Any], tensor: TensorSource, parts: tuple[str, ...]) -> list[TensorSource]:
     """Return the matrices of every expert, each with its place in the file."""
     experts, height, cols = tensor.shape
-    prefix = tensor.name[: tensor.name.rindex("mlp.experts.")]
+    prefix = tensor.name[: -len(_end(config, tensor.name))]
     if config["model_type"] in _TURNED:
         return [
             matrix_of(tensor, prefix + part.format(expert=expert), expert, number, len(parts))
