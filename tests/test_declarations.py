@@ -82,7 +82,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "Qwen2MoeForCausalLM": MOE | {"decoder_sparse_step": 2},
-    "OlmoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2},
+    "OlmoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 3},
     "MixtralForCausalLM": {"num_local_experts": 3, "num_experts_per_tok": 2},
     "GptOssForCausalLM": {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 5},
     "Qwen3NextForCausalLM": DELTA | MOE,

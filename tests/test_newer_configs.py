@@ -81,7 +81,11 @@ REFUSED: list[Refusal] = [
     (QWEN35, {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported for qwen3_5_text"),
     (QWEN35, {"num_experts": 8}, "num_experts = 8"),
     (QWEN35, {"head_dim": 12}, "partial_rotary_factor = 0.25 of head_dim 12 is not an even number"),
-    (SIZES | {"model_type": "qwen2_moe"}, {"use_sliding_window": True}, "use_sliding_window = True is not supported"),
+    (
+        SIZES | {"model_type": "qwen2_moe", "num_key_value_heads": 2},
+        {"use_sliding_window": True},
+        "use_sliding_window = True is not supported",
+    ),
     (SIZES | {"model_type": "olmoe"}, {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
     (LFM2, {"layer_types": ["conv", "linear_attention"]}, "layer type 'linear_attention'"),
     (LFM2, {"num_experts": 32}, "num_experts = 32"),
