@@ -81,12 +81,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0],
         "norm_topk_prob": True,
     },
+    "Qwen2MoeForCausalLM": MOE | {"decoder_sparse_step": 2},
+    "OlmoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 3},
     "MixtralForCausalLM": {"num_local_experts": 3, "num_experts_per_tok": 2},
     "GptOssForCausalLM": {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 5},
     "Qwen3NextForCausalLM": DELTA | MOE,
     "Qwen3_5ForCausalLM": DELTA,
     "Qwen3_5MoeForCausalLM": DELTA | MOE,
     "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "Lfm2MoeForCausalLM": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 35,
+        "layer_types": ["full_attention", "conv"],
+        "num_dense_layers": 1,
+    },
 }
 WORDS = " ".join(f"t{word}" for word in np.random.default_rng(0).integers(2, 96, 400))
 
@@ -163,9 +172,11 @@ def test_from_a_checkpoint_to_a_store_and_back(architecture: str, tmp_path: Path
     )
     ours, theirs, exact = (decoder.logits(ids, decoder.new_cache(40)) for decoder in decoders)
     assert np.abs(ours - theirs).max() < 0.02 * np.abs(ours).max()  # bfloat16
-    # Eight groups of magnitudes. A token that chooses another expert for it differs in all; half of them do not.
+    # Eight groups of magnitudes. A token that chooses another expert for it differs in all; half of them do not. Layers
+    # without attention multiply what two matrices give, and so their errors.
     off = np.abs(ours - exact).max(axis=1)
-    worst = off.max() if ARCHITECTURES[architecture].mixture is None else np.median(off)
+    declared = ARCHITECTURES[architecture]
+    worst = off.max() if declared.mixture is None and declared.recurrence is None else np.median(off)
     assert worst < 0.5 * np.abs(exact).max()
 
 

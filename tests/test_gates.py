@@ -8,12 +8,13 @@ import pytest
 from cpu_kernels.decoder.attention import ATTEND_WITH_SINKS, NO_WINDOW, scratch_size, work_items
 from cpu_kernels.decoder.gates import clamped_gate, gate_by_sigmoid
 from cpu_kernels.decoder.recurrence import convolve, delta_rule, norm_and_gate
-from cpu_kernels.decoder.routing import choose_by_logits
+from cpu_kernels.decoder.routing import choose_by_logits, choose_by_sigmoid
 from cpu_kernels.reference import attention as reference
 from cpu_kernels.reference import gates as reference_gates
 from cpu_kernels.reference import recurrence as reference_recurrence
 from cpu_kernels.reference.routing import choose_by_logits as choose_plainly
-from tests.test_attention import FLOAT32, cached
+from cpu_kernels.reference.routing import choose_by_sigmoid as choose_by_sigmoid_plainly
+from tests.test_attention import FLOAT16, FLOAT32, cached
 
 
 @pytest.mark.parametrize(("tokens", "first", "window"), [(1, 0, None), (1, 200, 33), (70, 130, None), (45, 9, 20)])
@@ -32,6 +33,11 @@ def test_attention_with_sinks_equals_its_twin(tokens: int, first: int, window: i
     expected = reference.attend(queries, keys, values, first, window, sinks)
     assert np.abs(result.reshape(expected.shape) - expected).max() < 2e-5
     assert np.abs(expected[:, 5]).max() < 1e-30 < np.abs(expected[:, 0]).max()
+    halves = keys.astype(np.float16).astype(np.float32), values.astype(np.float16).astype(np.float32)
+    stored = cached(halves[0], FLOAT16, True), cached(halves[1], FLOAT16, False)
+    ATTEND_WITH_SINKS[FLOAT16](qkv, heads, *stored, first, window or NO_WINDOW, 0, items, scratch, result)
+    expected = reference.attend(queries, *halves, first, window, sinks)
+    assert np.abs(result.reshape(expected.shape) - expected).max() < 2e-5
 
 
 @pytest.mark.parametrize("inner", [1, 7, 33])
@@ -55,6 +61,19 @@ def test_the_largest_logits_are_chosen(experts: int, count: int) -> None:
     expected, shares = choose_plainly(logits, count)
     assert np.array_equal(chosen, expected)
     assert np.abs(weights - shares).max() < 1e-6
+
+
+@pytest.mark.parametrize(("experts", "count", "normalized"), [(1, 1, 1), (32, 4, 1), (60, 7, 0)])
+def test_the_largest_sigmoids_with_their_offsets_are_chosen(experts: int, count: int, normalized: int) -> None:
+    rng = np.random.default_rng(experts)
+    logits = rng.standard_normal((40, experts)).astype(np.float32)
+    offsets = (rng.standard_normal(experts) - 1).astype(np.float32)  # some are below zero
+    chosen, weights = np.zeros((40, count), np.int64), np.zeros((40, count), np.float32)
+    choose_by_sigmoid(logits, offsets, normalized, 2.5, 0, 11, chosen, weights)
+    choose_by_sigmoid(logits, offsets, normalized, 2.5, 11, 40, chosen, weights)
+    expected, shares = choose_by_sigmoid_plainly(logits, offsets, count, bool(normalized), 2.5)
+    assert np.array_equal(chosen, expected)
+    assert np.abs(weights - shares).max() < 1e-5
 
 
 def test_a_choice_among_logits_that_are_not_finite_stays_within_bounds() -> None:

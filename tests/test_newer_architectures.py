@@ -42,6 +42,13 @@ DELTA = {
     "linear_value_head_dim": 10,
 }
 MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 33}
+LFM2_MOE = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "num_dense_layers": 1,
+    "layer_types": ["conv", "full_attention", "conv"],
+}
 GPT_OSS = {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 9}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("Olmo3", {"num_hidden_layers": 5, "sliding_window": 9}),
@@ -61,7 +68,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**GRANITE4, **ODD, "shared_intermediate_size": 67, "position_embedding_type": None, "mamba_n_heads": 10}
         | {"attention_bias": True, "tie_word_embeddings": True},
     ),
-    "ministral3": ("Ministral3", {"rope_parameters": MINISTRAL3, "head_dim": 16}),
     "ministral3 window": (
         "Ministral3",
         {
@@ -72,13 +78,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             | {"original_max_position_embeddings": 20},
         },
     ),
-    "qwen3-next": ("Qwen3Next", {**DELTA, **MOE, "num_hidden_layers": 4}),
     "qwen3-next dense layer odd": (
         "Qwen3Next",
         {**ODD, **DELTA, **MOE, "head_dim": 24, "num_hidden_layers": 5, "mlp_only_layers": [1], "norm_topk_prob": False}
         | {"linear_num_value_heads": 2, "linear_conv_kernel_dim": 3, "full_attention_interval": 2},
     ),
-    "qwen3.5": ("Qwen3_5Text", {**DELTA, "num_hidden_layers": 4}),
     "qwen3.5 odd": (
         "Qwen3_5Text",
         {**ODD, **DELTA, "intermediate_size": 67, "linear_value_head_dim": 13, "linear_key_head_dim": 9}
@@ -87,22 +91,28 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"tie_word_embeddings": True},
     ),
     "qwen3.5 moe": ("Qwen3_5MoeText", {**DELTA, **MOE, "num_hidden_layers": 4}),
-    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 16}),
+    "qwen2-moe odd": ("Qwen2Moe", {**ODD, **MOE, "mlp_only_layers": [1]}),
+    "olmoe": ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 2, "attention_bias": True}),
     "lfm2 bias odd": (
         "Lfm2",
         {**ODD, "intermediate_size": 67, "num_hidden_layers": 4, "full_attn_idxs": [1], "conv_bias": True}
         | {"conv_L_cache": 5, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False},
     ),
-    "gpt-oss": ("GptOss", {**GPT_OSS, "swiglu_limit": 0.9}),
+    "lfm2-moe odd": (
+        "Lfm2Moe",
+        {**ODD, **LFM2_MOE, "intermediate_size": 67, "conv_bias": True}
+        | {"routed_scaling_factor": 1.5, "tie_word_embeddings": False},
+    ),
     "gpt-oss odd": (
         "GptOss",
         {
             **ODD,
             "intermediate_size": 67,
-            "num_local_experts": 3,
-            "num_experts_per_tok": 3,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
             "head_dim": 10,
             "sliding_window": 21,
+            "swiglu_limit": 0.9,
             "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
             "rope_parameters": {**YARN, "truncate": False},
         },
@@ -113,15 +123,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     theirs = random_model(tmp_path, *CASES[case])
-    ids = np.random.default_rng(1).integers(0, VOCAB, 75)
+    ids = np.random.default_rng(1).integers(0, VOCAB, 45)
     expected = their_logits(theirs, ids)
     decoder = load_checkpoint(tmp_path)
-    off = [distance(in_parts(decoder, ids, parts), expected) for parts in ([75], [33, 31, 1, 10], [20] + [1] * 55)]
+    off = [distance(in_parts(decoder, ids, parts), expected) for parts in ([45], [23, 9, 1, 12], [33] + [1] * 12)]
     print(f"{case}: {max(off):.2e}")
     assert max(off) < TOLERANCE
 
 
-EXPORTED = ["olmo3 yarn", "granite4", "ministral3", "gpt-oss", "qwen3-next", "qwen3.5 moe", "lfm2"]
+EXPORTED = ["granite4", "gpt-oss odd", "lfm2-moe odd"]
 
 
 @pytest.mark.parametrize("case", EXPORTED)
@@ -154,7 +164,7 @@ def close_and_exported(tmp_path: Path, run: Run, loader: str = "AutoModelForCaus
     off = np.abs(stored - exact).max(axis=1) / np.abs(exact).max()
     print(f"32 groups: {np.median(off):.1e}")
     # Of a token that chooses another expert all logits differ; half of them do not.
-    assert np.median(off) < 0.05
+    assert np.median(off) < 0.1
 
 
 VISION = {

@@ -26,6 +26,7 @@ GPT_OSS = SIZES | {"model_type": "gpt_oss", "num_key_value_heads": 2}
 QWEN35 = SIZES | {"model_type": "qwen3_5_text", "num_key_value_heads": 2}
 QWEN35_MOE = SIZES | {"model_type": "qwen3_5_moe_text", "num_key_value_heads": 2}
 QWEN_NEXT = SIZES | {"model_type": "qwen3_next", "num_key_value_heads": 2}
+LFM2_MOE = SIZES | {"model_type": "lfm2_moe", "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
 LFM2 = SIZES | {"model_type": "lfm2", "num_key_value_heads": 2}
 
 
@@ -80,8 +81,16 @@ REFUSED: list[Refusal] = [
     (QWEN35, {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported for qwen3_5_text"),
     (QWEN35, {"num_experts": 8}, "num_experts = 8"),
     (QWEN35, {"head_dim": 12}, "partial_rotary_factor = 0.25 of head_dim 12 is not an even number"),
+    (
+        SIZES | {"model_type": "qwen2_moe", "num_key_value_heads": 2},
+        {"use_sliding_window": True},
+        "use_sliding_window = True is not supported",
+    ),
+    (SIZES | {"model_type": "olmoe"}, {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
     (LFM2, {"layer_types": ["conv", "linear_attention"]}, "layer type 'linear_attention'"),
     (LFM2, {"num_experts": 32}, "num_experts = 32"),
+    (LFM2_MOE, {"layer_types": None}, "without layer_types is not supported: nothing says which layers have attention"),
+    (LFM2_MOE, {"n_shared_experts": 1}, "n_shared_experts = 1"),
 ]
 
 
@@ -104,6 +113,8 @@ WRONG: list[Refusal] = [
     (QWEN35, {"linear_conv_kernel_dim": 1 << 20}, "linear_conv_kernel_dim: expected 1 to 64"),
     (QWEN35, {"full_attention_interval": 0}, "full_attention_interval: expected 1 to"),
     (QWEN35, {"layer_types": ["full_attention"]}, "layer_types: expected a list of 2 kinds"),
+    (LFM2_MOE, {"num_dense_layers": -1}, "num_dense_layers: expected a whole number"),
+    (LFM2_MOE, {"num_dense_layers": 0, "routed_scaling_factor": -1}, "routed_scaling_factor: expected a positive"),
     (LFM2, {"full_attn_idxs": 3}, "full_attn_idxs: expected a list of numbers of layers"),
     (LFM2, {"block_ffn_dim_multiplier": 1e29}, "intermediate_size: expected 1 to"),
     (LFM2, {"layer_types": ["conv", "conv"], "conv_L_cache": "3"}, "conv_L_cache: expected a whole number"),
@@ -124,6 +135,7 @@ def test_a_larger_model_counts_by_its_language_model() -> None:
     found = parse(whole | {"tie_word_embeddings": True})
     assert (found.architecture, found.tied, len(found.notes)) == ("Qwen3_5ForCausalLM", True, 1)
     assert not parse(whole).tied
+    assert parse(whole | {"text_config": text | {"tie_word_embeddings": True}}).tied
     changes: list[tuple[dict[str, Any], str]] = [
         ({"model_type": "qwen2_5_vl"}, "Qwen3_5ForConditionalGeneration is not supported"),
         ({"text_config": text | {"model_type": "llama"}}, "qwen3_5 with a language model of type llama"),

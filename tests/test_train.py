@@ -120,7 +120,7 @@ def test_a_token_with_massive_activations_counts_as_one() -> None:
     assert float(objective(one, targets)) == pytest.approx(float(objective(found, targets)) / 5, rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["Gemma3", "SmolLM3", "Olmo2", "Granite", "Phi3"])
+@pytest.mark.parametrize("kind", ["Gemma3", "SmolLM3", "Olmo2", "Olmo3", "Granite", "GraniteMoeHybrid", "Phi3"])
 def test_other_architectures_learn_and_run(kind: str, tmp_path: Path) -> None:
     """Each with its norms, scales and windows: what was trained is what the engine runs."""
     model, out = write(tmp_path / "model", f"{kind}ForCausalLM"), tmp_path / "out"

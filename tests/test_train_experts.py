@@ -22,7 +22,7 @@ from tests.test_declarations import WORDS, write
 pytestmark = pytest.mark.slow  # PyTorch
 
 CPU = torch.device("cpu")
-KINDS = ["Qwen3MoeForCausalLM", "MixtralForCausalLM"]
+KINDS = ["Qwen3MoeForCausalLM", "MixtralForCausalLM", "OlmoeForCausalLM"]
 LAYERS = LayerSettings(windows=12, context=16, passes=4, batch=4, lr_planes=0.02)
 MODEL = DistillSettings(
     steps=4, batch=4, context=16, lr=0.01, lr_planes=0.02, planes=True, evaluate_every=2, validation_share=0.2

@@ -36,8 +36,7 @@ def refuse_unknown(config: ModelConfig) -> None:
     parts = {
         "inputs rounded to 8 bits": config.rounds_inputs,
         "attention sinks": config.sinks,
-        "experts with biases, a clamped gate or a shared one beside them": config.experts is not None
-        and (config.experts.biased or config.experts.clamp is not None or config.experts.shared > 0),
+        "experts that are chosen otherwise, have biases, a clamped gate or a shared one beside them": _is_other(config),
         "layers without attention": config.recurrent is not None,
         "gated attention": config.gated,
         "queries that grow with their position": any(rope.query_growth for rope in config.ropes),
@@ -45,6 +44,13 @@ def refuse_unknown(config: ModelConfig) -> None:
     lacks = [part for part, has in parts.items() if has]
     if lacks:
         raise UnsupportedModelError(f"training does not know {config.architecture} yet: {', '.join(lacks)}")
+
+
+def _is_other(config: ModelConfig) -> bool:
+    experts = config.experts
+    return experts is not None and (
+        experts.choice != "softmax" or experts.biased or experts.clamp is not None or experts.shared > 0
+    )
 
 
 class TorchDecoder:

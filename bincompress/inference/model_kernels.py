@@ -7,7 +7,7 @@ from cpu_kernels.decoder.attention import ATTEND_WITH_SINKS
 from cpu_kernels.decoder.gates import clamped_gate, gate_by_sigmoid
 from cpu_kernels.decoder.norms import GATES, add_normed, norm_queries_keys, norm_rows
 from cpu_kernels.decoder.recurrence import convolve, delta_rule, norm_and_gate
-from cpu_kernels.decoder.routing import choose_by_logits, choose_experts, mix_experts
+from cpu_kernels.decoder.routing import choose_by_logits, choose_by_sigmoid, choose_experts, mix_experts
 from cpu_kernels.jit.addresses import NATIVE_CALLS
 from cpu_kernels.jit.compiler import Kernel
 from cpu_kernels.matmul.chosen import run_chosen, set_up
@@ -21,8 +21,9 @@ def kernels_beside_llamas(config: ModelConfig) -> list[Kernel]:
     norms = (names.input_norm, names.post_norm, names.out_norm, names.down_norm)
     chosen: list[tuple[bool, Kernel]] = [
         (config.sinks, ATTEND_WITH_SINKS[np.dtype(np.uint16)]),
-        (experts is not None and experts.by_logits, choose_by_logits),
-        (experts is not None and not experts.by_logits, choose_experts),
+        (experts is not None and experts.choice == "logits", choose_by_logits),
+        (experts is not None and experts.choice == "sigmoid", choose_by_sigmoid),
+        (experts is not None and experts.choice == "softmax", choose_experts),
         (experts is not None and NATIVE_CALLS, run_chosen),
         (experts is not None and NATIVE_CALLS, set_up),
         (experts is not None, mix_experts),

@@ -146,7 +146,7 @@ def _tied(raw: Mapping[str, Any], declared: Architecture) -> bool:
 
 
 def _bias(raw: Mapping[str, Any], declared: Architecture, rule: Biases) -> bool:
-    return rule == "always" or (rule == "attention_bias" and flag(raw, "attention_bias", declared.attention_bias))
+    return rule == "always" or (rule != "never" and flag(raw, rule, declared.bias_default))
 
 
 def _head_dim(raw: Mapping[str, Any], declared: Architecture, hidden: int, heads: int) -> int | None:

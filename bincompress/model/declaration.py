@@ -8,7 +8,10 @@ from typing import Literal
 # use_sliding_window), those from max_window_layers on (if use_sliding_window), all but every so many-th (`pattern`), or
 # those without rotary embedding (if use_sliding_window).
 Windows = Literal["never", "every layer", "every layer if used", "by layer_types", "by pattern", "without rope"]
-Biases = Literal["never", "always", "attention_bias"]
+Biases = Literal["never", "always", "attention_bias", "qkv_bias"]
+# By what experts are chosen, and what their weights are: the softmax over all, logits and the softmax over the chosen
+# ones alone, or the sigmoid of each.
+Choice = Literal["softmax", "logits", "sigmoid"]
 QkNorm = Literal["", "head", "whole"]  # queries and keys are not normalized, or each head is, or all heads at once
 Activation = Literal["silu", "gelu_tanh", "relu2"]
 
@@ -69,6 +72,7 @@ class Names:
     router: str = "mlp.gate"  # of a mixture of experts; an expert's matrices are completed with its number
     expert_gate_up: tuple[str, str] = ("mlp.experts.{expert}.gate_proj", "mlp.experts.{expert}.up_proj")
     expert_down: str = "mlp.experts.{expert}.down_proj"
+    router_offset: str = ""  # what is added to what experts are chosen by
     expert_biases: tuple[str, str] = ("", "")  # of all experts of a layer: of gate and up in turns, and of down
     shared_gate_up: tuple[str, str] = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
     shared_down: str = "mlp.shared_expert.down_proj"
@@ -93,7 +97,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Mixture:
-    """How an architecture's layers choose among experts: the largest `chosen` of the softmax over all of them."""
+    """How an architecture's layers choose among experts."""
 
     count: int  # num_experts or num_local_experts, where absent
     chosen: int  # num_experts_per_tok where absent
@@ -101,10 +105,13 @@ class Mixture:
     inner: int  # that field where absent
     normalized: bool | None = None  # whether the chosen weights sum to one; None: as norm_topk_prob says
     sums_to_one: bool = False  # norm_topk_prob where absent
-    by_logits: bool = False  # whether the softmax is over the chosen ones alone
+    choice: Choice = "softmax"
+    offset_field: str = ""  # whether a number of each expert is added to what it is chosen by; true where absent
+    dense_field: str = ""  # how many layers, from the first on, have a dense MLP
+    dense_default: int = 0  # where absent
     biased: bool = False  # whether router and experts have biases
     clamp: tuple[float, float] | None = None  # of a clamped gate: swiglu_alpha and swiglu_limit where absent
-    shared: bool = False  # whether an expert beside them is each token's, with shared_expert_intermediate_size rows
+    shared: int = 0  # rows of an expert that is each token's, shared_expert_intermediate_size where absent; 0: none
     dense_layers: bool = False  # whether mlp_only_layers and decoder_sparse_step give some layers a dense MLP
 
 
@@ -123,7 +130,7 @@ class Architecture:
     inner_field: str = "intermediate_size"  # which field has the rows of a dense layer's gate
     qkv_bias: Biases = "never"
     out_bias: Biases = "never"
-    attention_bias: bool = False  # where absent
+    bias_default: bool = False  # the field of biases where absent
     mlp_bias: bool = False  # whether the field mlp_bias is obeyed
     norm_offset: float = 0.0  # what is added to every stored weight of a norm
     qk_norm: QkNorm = ""

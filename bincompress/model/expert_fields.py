@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bincompress.model.declaration import Mixture
+from bincompress.model.declaration import Choice, Mixture
 from bincompress.model.errors import ConfigError
 from bincompress.model.fields import count, flag, number, size
 
@@ -21,7 +21,9 @@ class Experts:
     inner: int  # rows of an expert's gate
     normalized: bool  # whether the weights of the chosen ones are made to sum to one
     layers: tuple[bool, ...]  # per layer: whether it has them, and no dense MLP
-    by_logits: bool = False  # whether the largest logits are chosen, and the softmax is over those alone
+    choice: Choice = "softmax"
+    has_offsets: bool = False  # whether a number of each expert is added to what it is chosen by
+    scale: float = 1.0  # of the weights of the chosen ones
     biased: bool = False  # whether router and experts have biases
     clamp: tuple[float, float] | None = None  # alpha and limit of a gate whose values are held within bounds
     shared: int = 0  # rows of the gate of an expert that is each token's; none: there is no such expert
@@ -44,6 +46,9 @@ def read_experts(raw: Mapping[str, Any], mixture: Mixture, layers: int) -> Exper
     if mixture.dense_layers:
         step, dense = size(raw, "decoder_sparse_step", 1), _dense_layers(raw)
         sparse = [number_of > 0 and layer not in dense and (layer + 1) % step == 0 for layer in range(layers)]
+    elif mixture.dense_field:
+        dense_layers = count(raw, mixture.dense_field, mixture.dense_default)
+        sparse = [number_of > 0 and layer >= dense_layers for layer in range(layers)]
     elif not number_of:
         raise ConfigError(f"config.json: {field}: expected 1 to {_MOST_EXPERTS}, found 0")
     if not any(sparse):
@@ -60,10 +65,12 @@ def read_experts(raw: Mapping[str, Any], mixture: Mixture, layers: int) -> Exper
     normalized = flag(raw, "norm_topk_prob", mixture.sums_to_one) if mixture.normalized is None else mixture.normalized
     return Experts(
         number_of, chosen, size(raw, mixture.inner_field, mixture.inner), normalized, tuple(sparse),
-        by_logits=mixture.by_logits,
+        choice=mixture.choice,
+        has_offsets=bool(mixture.offset_field) and flag(raw, mixture.offset_field, True),
+        scale=number(raw, "routed_scaling_factor", 1.0) if mixture.choice == "sigmoid" else 1.0,
         biased=mixture.biased,
         clamp=_clamp(raw, mixture),
-        shared=size(raw, "shared_expert_intermediate_size", 512) if mixture.shared else 0,
+        shared=size(raw, "shared_expert_intermediate_size", mixture.shared) if mixture.shared else 0,
     )  # fmt: skip
 
 

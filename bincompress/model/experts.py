@@ -1,19 +1,19 @@
 """A mixture of experts: which experts the tokens choose, and the products with the chosen ones alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bincompress.model.config import Experts, ModelConfig
+from bincompress.model.expert_parts import Biases, Shared, read_biases, read_shared
 from bincompress.model.linear import DenseLinear, Floats, Linear, WeightSource
 from bincompress.model.packed_linear import PackedLinear
 from bincompress.model.residents import ColdPairs, Pair, Residents
 from bincompress.model.threads import in_turn, over_ranges
 from cpu_kernels.decoder.gates import clamped_gate
 from cpu_kernels.decoder.norms import GATES
-from cpu_kernels.decoder.routing import choose_by_logits, choose_experts, mix_experts
+from cpu_kernels.decoder.routing import choose_by_logits, choose_by_sigmoid, choose_experts, mix_experts
 from cpu_kernels.matmul.chosen import ChosenProducts
 from cpu_kernels.parallel.workers import Workers
 
@@ -30,11 +30,11 @@ class ExpertLayer:
 
     def __init__(
         self, config: ModelConfig, experts: Experts, router: Linear, pairs: Sequence[Pair], workers: Workers,
-        biases: "Biases | None" = None, shared: "Shared | None" = None,
+        biases: Biases | None = None, shared: Shared | None = None, offsets: Floats | None = None,
     ) -> None:  # fmt: skip
         self.router, self.pairs = router, pairs
         self.hidden, self.inner, self.count = config.hidden, experts.inner, experts.count
-        self._chosen, self._normalized, self._by_logits = experts.chosen, int(experts.normalized), experts.by_logits
+        self._experts, self._normalized, self._offsets = experts, int(experts.normalized), offsets
         self._gate, self._clamp = GATES[config.activation], experts.clamp
         self._no_bias = np.zeros(2 * experts.inner, np.float32)
         self._biases, self.shared = biases, shared
@@ -71,14 +71,17 @@ class ExpertLayer:
         logits = self.router(x) if len(x) > 1 else self._router_alone(x)
         if self._biases is not None:
             logits += self._biases.router
-        chosen = np.empty((len(x), self._chosen), np.int64)
-        weights = np.empty((len(x), self._chosen), np.float32)
+        experts, offsets = self._experts, self._offsets
+        chosen = np.empty((len(x), experts.chosen), np.int64)
+        weights = np.empty((len(x), experts.chosen), np.float32)
 
         def choose(start: int, stop: int, _: int) -> None:
-            if self._by_logits:
+            if experts.choice == "softmax":
+                choose_experts(logits, self._normalized, start, stop, chosen, weights)
+            elif experts.choice == "logits":
                 choose_by_logits(logits, start, stop, chosen, weights)
             else:
-                choose_experts(logits, self._normalized, start, stop, chosen, weights)
+                choose_by_sigmoid(logits, offsets, self._normalized, experts.scale, start, stop, chosen, weights)
 
         over_ranges(self._workers, choose, len(x), _TOKENS_PER_THREAD)
         return chosen, weights
@@ -237,54 +240,8 @@ def read_experts(
         pairs = [read(expert) for expert in range(experts.count)]
     else:
         pairs = ColdPairs(read, experts.count, layer, residents)
-    biases = _biases(config, source, layer)
-    return ExpertLayer(config, experts, router, pairs, workers, biases, _shared(config, source, layer))
-
-
-class Shared:
-    """An expert that is each token's, as much of it as its gate (1, hidden) says."""
-
-    def __init__(self, config: ModelConfig, gate: Linear, gate_up: Linear, down: Linear) -> None:
-        self._gate, self._gate_up, self._down = gate, gate_up, down
-        self._apply, self._no_bias = GATES[config.activation], np.zeros(gate_up.rows, np.float32)
-        self.inner = down.cols
-
-    def gated(self, x: Floats) -> Floats:
-        """Return what its down matrix reads, (n, inner)."""
-        inner = np.empty((len(x), self.inner), np.float32)
-        self._apply(self._gate_up(x), self._no_bias, 0, len(x), inner)
-        return inner
-
-    def down(self, inner: Floats, x: Floats) -> Floats:
-        """Return what it gives for x (n, hidden), of which `gated` gave inner."""
-        made = self._down(inner)
-        with np.errstate(over="ignore"):
-            made /= np.float32(1.0) + np.exp(-self._gate(x))
-        return made
-
-
-def _shared(config: ModelConfig, source: WeightSource, layer: int) -> Shared | None:
-    if config.experts is None or not config.experts.shared:
-        return None
-    gate_up, down = config.names.of_shared(layer)
-    gate = source.linear([config.shared_gate_of(layer)])
-    return Shared(config, gate, source.linear(gate_up), source.linear([down]))
-
-
-@dataclass(frozen=True)
-class Biases:
-    """Biases of a layer's router (experts,), and of its experts, (experts, 2 * inner) and (experts, hidden)."""
-
-    router: Floats
-    gate_up: Floats
-    down: Floats
-
-
-def _biases(config: ModelConfig, source: WeightSource, layer: int) -> Biases | None:
-    experts = config.experts
-    if experts is None or not experts.biased:
-        return None
-    everyone = np.arange(experts.count)
-    in_turns, down = (source.embedding(name).rows_of(everyone) for name in config.expert_biases_of(layer))
-    gate_up = np.concatenate([in_turns[:, ::2], in_turns[:, 1::2]], axis=1)
-    return Biases(source.vector([config.router_of(layer, "bias")]), gate_up, down)
+    biases, shared = read_biases(config, source, layer), read_shared(config, source, layer)
+    offsets = np.zeros(experts.count, np.float32)
+    if experts.has_offsets:
+        offsets = np.asarray(source.vector([config.names.of_layer(layer, config.names.router_offset)]))
+    return ExpertLayer(config, experts, router, pairs, workers, biases, shared, offsets)

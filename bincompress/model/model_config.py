@@ -133,39 +133,47 @@ class ModelConfig:
             for norm in (names.input_norm, names.post_norm, names.out_norm, names.down_norm):
                 if norm:
                     parts[norm] = (self.hidden,)
-            parts |= self._recurrent_tensors() if self.is_recurrent(layer) else self._attention_tensors()
-            experts = self.experts_of(layer)
+            experts, attends = self.experts_of(layer), not self.is_recurrent(layer)
+            if names.mixed_norm and attends:
+                parts[names.mixed_norm] = (self.heads * self.head_dim,)
+            if names.inner_norm and experts is None:
+                parts[names.inner_norm] = (self.inner,)
+            parts |= self._attention_vectors() if attends else {}
             shapes |= {names.of_layer(layer, part): shape for part, shape in parts.items()}
             if experts is not None:
                 shapes |= self._expert_tensors(experts, layer)
-            else:
-                dense = self._dense_tensors()
-                shapes |= {names.of_layer(layer, part): shape for part, shape in dense.items()}
+            parts = self._attention_matrices() if attends else self._recurrent_tensors()
+            parts |= self._dense_matrices() if experts is None else {}
+            shapes |= {names.of_layer(layer, part): shape for part, shape in parts.items()}
         shapes[names.norm] = (self.hidden,)
         if not self.tied:
             shapes[names.head] = (self.vocab, self.hidden)
         return shapes
 
-    def _attention_tensors(self) -> dict[str, tuple[int, ...]]:
-        names, (q, k, v) = self.names, self.names.qkv
+    def _attention_vectors(self) -> dict[str, tuple[int, ...]]:
+        names = self.names
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        read = 2 * queries if self.gated else queries
         shapes: dict[str, tuple[int, ...]] = {}
-        if names.mixed_norm:
-            shapes[names.mixed_norm] = (queries,)
         if self.qk_norm:
             whole = self.qk_norm == "whole"
             shapes[names.q_norm] = (queries if whole else self.head_dim,)
             shapes[names.k_norm] = (keys if whole else self.head_dim,)
         if self.sinks:
             shapes[names.sinks] = (self.heads,)
+        return shapes
+
+    def _attention_matrices(self) -> dict[str, tuple[int, ...]]:
+        names, (q, k, v) = self.names, self.names.qkv
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        read = 2 * queries if self.gated else queries
+        shapes: dict[str, tuple[int, ...]] = {}
         for part, rows in ((q, read), (k, keys), (v, keys)):
             shapes |= _matrix(part, rows, self.hidden, self.qkv_bias)
         return shapes | _matrix(names.out, self.hidden, queries, self.out_bias)
 
-    def _dense_tensors(self) -> dict[str, tuple[int, ...]]:
+    def _dense_matrices(self) -> dict[str, tuple[int, ...]]:
         names, (gate, up) = self.names, self.names.gate_up
-        shapes: dict[str, tuple[int, ...]] = {names.inner_norm: (self.inner,)} if names.inner_norm else {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for part in (gate, up):
             shapes |= _matrix(part, self.inner, self.hidden, self.mlp_bias)
         return shapes | _matrix(names.down, self.hidden, self.inner, self.mlp_bias)
@@ -188,6 +196,8 @@ class ModelConfig:
 
     def _expert_tensors(self, experts: Experts, layer: int) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {self.router_of(layer): (experts.count, self.hidden)}
+        if experts.has_offsets:
+            shapes[self.names.of_layer(layer, self.names.router_offset)] = (experts.count,)
         if experts.biased:
             first, second = self.expert_biases_of(layer)
             shapes |= {self.router_of(layer, "bias"): (experts.count,)}

@@ -111,12 +111,12 @@ def _layers_with_rope(raw: Mapping[str, Any], declared: Architecture, layers: in
 
 def _windows(raw: Mapping[str, Any], declared: Architecture, turned: list[bool]) -> tuple[Window, ...]:
     layers, rule = len(turned), declared.windows
-    if declared.recurrence is not None:  # layer_types says which layers have attention, and all of those see all
-        return (None,) * layers
     if declared.without_layer_types and raw.get("layer_types") is None:
         raise UnsupportedModelError(
             f"config.json: without layer_types is not supported: {declared.without_layer_types}"
         )
+    if declared.recurrence is not None:  # layer_types says which layers have attention, and all of those see all
+        return (None,) * layers
     window = declared.window
     if rule != "never" and "sliding_window" in raw:
         window = None if raw["sliding_window"] is None else size(raw, "sliding_window", limit=LARGEST_POSITION)

@@ -21,7 +21,7 @@ _ROWS_PER_THREAD = 8
 
 
 class RecurrentLayer(Protocol):
-    """What a layer has in place of attention. For one caller at a time, who holds the workers' lock."""
+    """What a layer has in place of attention. It keeps nothing between calls: threads may share it (calibration)."""
 
     def mix(self, read: Floats, x: Floats, number: int, parts: Sequence[Part]) -> Floats:
         """Return what the layer's `out` reads, (n, columns), in a new array, and write each part's next state.
@@ -79,8 +79,6 @@ class DeltaLayer:
         """gates: (2 * heads, hidden); rates and offsets (heads,); norm: weight (value_dim,)."""
         self._sizes, self._gates, self._convolution, self._workers = sizes, gates, convolution, workers
         self._rates, self._offsets, self._norm, self._epsilon = rates, offsets, norm, epsilon
-        width = 2 * sizes.key_dim + 3 * sizes.value_dim
-        self._scratch = [np.empty(width, np.float32) for _ in range(workers.threads)]
         self._order = _orders(sizes) if sizes.in_turns else None
 
     def mix(self, read: Floats, x: Floats, number: int, parts: Sequence[Part]) -> Floats:
@@ -96,13 +94,13 @@ class DeltaLayer:
             rows, state = slice(part.start, part.stop), part.cache.state(number)
 
             def work(
-                start: int, stop: int, thread: int, own: Floats = mixed[rows], gate: Floats = gates[rows],
+                start: int, stop: int, _: int, own: Floats = mixed[rows], gate: Floats = gates[rows],
                 to: Floats = result[rows], before: Floats = state.now[1], after: Floats = state.following[1],
             ) -> None:  # fmt: skip
+                scratch = np.empty(2 * sizes.key_dim + 3 * sizes.value_dim, np.float32)
                 delta_rule(
-                    own, sizes.key_heads, gate, self._rates, self._offsets, before, start, stop, self._scratch[thread],
-                    after, to,
-                )  # fmt: skip
+                    own, sizes.key_heads, gate, self._rates, self._offsets, before, start, stop, scratch, after, to
+                )
 
             steps = (part.stop - part.start) * sizes.key_dim * sizes.value_dim
             over_ranges(self._workers, work, sizes.heads, -(-_STEPS_PER_THREAD // steps))

@@ -25,17 +25,26 @@ _USUAL: dict[str, tuple[str, ...]] = {
     "mlp.experts.down_proj": ("mlp.experts.{expert}.down_proj.weight",),
 }
 _FUSED: dict[object, dict[str, tuple[str, ...]]] = {
+    "qwen2_moe": _USUAL,
     "qwen3_moe": _USUAL,
+    "olmoe": _USUAL,
     "gpt_oss": _USUAL,
     "qwen3_next": _USUAL,
     "qwen3_5_moe_text": _USUAL,
+    "lfm2_moe": {
+        "feed_forward.experts.gate_up_proj": (
+            "feed_forward.experts.{expert}.w1.weight",
+            "feed_forward.experts.{expert}.w3.weight",
+        ),
+        "feed_forward.experts.down_proj": ("feed_forward.experts.{expert}.w2.weight",),
+    },
     "mixtral": {
         "mlp.experts.gate_up_proj": ("mlp.experts.{expert}.w1.weight", "mlp.experts.{expert}.w3.weight"),
         "mlp.experts.down_proj": ("mlp.experts.{expert}.w2.weight",),
     },
 }
 _TURNED = ("gpt_oss",)  # of which the columns come first, and the rows of the parts take turns
-_INNER = {"mixtral": "intermediate_size", "gpt_oss": "intermediate_size"}  # which field has an expert's inner rows
+_INNER = dict.fromkeys(("mixtral", "gpt_oss", "olmoe"), "intermediate_size")  # which field has an expert's inner rows
 
 
 def fused_experts(config: Mapping[str, Any], tensors: Iterable[TensorSource]) -> tuple[str, ...]:
@@ -140,7 +149,7 @@ def together(config: Mapping[str, Any], parts: Sequence[NDArray[Any]], count: in
 def _split(config: Mapping[str, Any], tensor: TensorSource, parts: tuple[str, ...]) -> list[TensorSource]:
     """Return the matrices of every expert, each with its place in the file."""
     experts, height, cols = tensor.shape
-    prefix = tensor.name[: tensor.name.rindex("mlp.experts.")]
+    prefix = tensor.name[: -len(_end(config, tensor.name))]
     if config["model_type"] in _TURNED:
         return [
             matrix_of(tensor, prefix + part.format(expert=expert), expert, number, len(parts))

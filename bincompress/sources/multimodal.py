@@ -39,5 +39,5 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     text.pop("architectures", None)
     if text["model_type"] not in kinds:
         text["model_type"] = f"{config['model_type']} with a language model of type {text['model_type']}"
-    text[_TIED] = config.get(_TIED, tied)
+    text[_TIED] = config.get(_TIED, text.get(_TIED, tied))
     return text | {field: config[field] for field in _SHARED if config.get(field) is not None}

@@ -28,7 +28,7 @@ def matrix_of(tensor: TensorSource, name: str, expert: int, number: int, parts: 
     options = (("first", number), ("step", parts))
     if tensor.encoding is None:
         own = _slice(tensor, expert, experts)
-        encoding = Encoding(tensor.dtype, "turned", (("weight", own),), options)
+        encoding = Encoding(f"{tensor.dtype}, columns first", "turned", (("weight", own),), options)
     elif tensor.encoding.format == _MXFP4:
         found = tuple((role, _slice(part, expert, experts)) for role, part in tensor.encoding.parts)
         encoding = Encoding(_MXFP4, "mxfp4 rows", found, options)
