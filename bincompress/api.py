@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from bincompress.calibration.collect import CONTEXT, SAMPLES, choose_samples, run_in_threads
+from bincompress.calibration.collect import SAMPLES, choose_samples, run_in_threads
 from bincompress.calibration.collect import calibrate as collect
 from bincompress.calibration.expert_tokens import expert_tokens, few_tokens
 from bincompress.calibration.statistics import Statistics, open_statistics
@@ -227,7 +227,7 @@ def calibrate(
     text: str | Path,
     *,
     samples: int = SAMPLES,
-    context: int = CONTEXT,
+    context: int | None = None,
     runner: Literal["local", "ray"] = "local",
     threads: int | None = None,
     address: str | None = None,
@@ -237,8 +237,8 @@ def calibrate(
     """Collect the statistics of what a model's linear layers read on a text, for error-compensated quantization.
 
     text: a UTF-8 file like what the model is for, and not the one that it is evaluated on. samples: windows spread
-    evenly over it, of `context` tokens each. The same call resumes after the last completed layer of an interrupted
-    one. Raises StoreError, CheckpointError, UnsupportedModelError or TensorError.
+    evenly over it, of `context` tokens each (512, or as many as the model takes). The same call resumes after the last
+    completed layer of an interrupted one. Raises StoreError, CheckpointError, UnsupportedModelError or TensorError.
     """
     if runner == "local":
         if address is not None:
@@ -380,7 +380,7 @@ def evaluate(
     store: str | Path,
     text: str | Path,
     *,
-    context: int = 1024,
+    context: int | None = None,
     windows: int | None = None,
     baseline: str | Path | None = None,
     threads: int | None = None,
@@ -393,7 +393,8 @@ def evaluate(
     """Measure how well a model predicts a text: perplexity and, beside a baseline, what the bits cost.
 
     store: a store, or an unquantized checkpoint folder, which runs in float32. text: a UTF-8 file, tokenized as a
-    whole and cut into consecutive windows of `context` tokens, of which at most `windows` are scored. baseline: the
+    whole and cut into consecutive windows of `context` tokens (1024, or as many as the model takes), of which at most
+    `windows` are scored. baseline: the
     unquantized checkpoint to compare with. threads, activation_bits, activation_scale, kernel, memory: as for `load`.
     Raises StoreError, CheckpointError, UnsupportedModelError or PromptError.
     """
