@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from bincompress.api.progress import OnCount, uncounted
-from bincompress.calibration.collect import CONTEXT, SAMPLES, choose_samples, run_in_threads
+from bincompress.calibration.collect import SAMPLES, choose_samples, run_in_threads
 from bincompress.calibration.collect import calibrate as collect
 from bincompress.calibration.expert_tokens import expert_tokens, few_tokens
 from bincompress.calibration.statistics import Statistics
@@ -33,7 +33,7 @@ def calibrate(
     text: str | Path,
     *,
     samples: int = SAMPLES,
-    context: int = CONTEXT,
+    context: int | None = None,
     runner: Literal["local", "ray"] = "local",
     threads: int | None = None,
     address: str | None = None,
@@ -43,8 +43,8 @@ def calibrate(
     """Collect the statistics of what a model's linear layers read on a text, for error-compensated quantization.
 
     text: a UTF-8 file like what the model is for, and not the one that it is evaluated on. samples: windows spread
-    evenly over it, of `context` tokens each. The same call resumes after the last completed layer of an interrupted
-    one. Raises StoreError, CheckpointError, UnsupportedModelError or TensorError.
+    evenly over it, of `context` tokens each (512, or as many as the model takes). The same call resumes after the last
+    completed layer of an interrupted one. Raises StoreError, CheckpointError, UnsupportedModelError or TensorError.
     """
     if runner == "local":
         if address is not None:

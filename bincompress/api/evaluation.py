@@ -19,7 +19,7 @@ def evaluate(
     store: str | Path,
     text: str | Path,
     *,
-    context: int = 1024,
+    context: int | None = None,
     windows: int | None = None,
     baseline: str | Path | None = None,
     threads: int | None = None,
@@ -32,8 +32,9 @@ def evaluate(
     """Measure how well a model predicts a text: perplexity and, beside a baseline, what the bits cost.
 
     store: a store, or an unquantized checkpoint folder, which runs in float32. text: a UTF-8 file, tokenized as a
-    whole and cut into consecutive windows of `context` tokens, of which at most `windows` are scored. baseline: the
-    unquantized checkpoint to compare with. threads, activation_bits, activation_scale, kernel, memory: as for `load`.
+    whole and cut into consecutive windows of `context` tokens (1024, or as many as the model takes), of which at most
+    `windows` are scored. baseline: the unquantized checkpoint to compare with. threads, activation_bits,
+    activation_scale, kernel, memory: as for `load`.
     Raises StoreError, CheckpointError, UnsupportedModelError or PromptError.
     """
     content = read_text(Path(text))

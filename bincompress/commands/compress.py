@@ -45,7 +45,11 @@ _SAMPLES, _CONTEXT = 64, 512  # of --sequential; calibration.collect has the sam
     type=click.IntRange(min=1),
     help=f"sequential: windows, spread evenly over the text.  [default: {_SAMPLES}]",
 )
-@click.option("--context", type=click.IntRange(min=2), help=f"sequential: tokens of a window.  [default: {_CONTEXT}]")
+@click.option(
+    "--context",
+    type=click.IntRange(min=2),
+    help=f"sequential: tokens of a window.  [default: {_CONTEXT}, or the model's limit]",
+)
 @click.option(
     "--target-bits",
     type=float,

@@ -17,7 +17,7 @@ from bincompress.commands.shared import kernels_announced, print_json
     required=True,
     help="Text that the model was not trained or calibrated on.",
 )
-@click.option("--context", type=int, default=1024, show_default=True, help="Tokens per window.")
+@click.option("--context", type=int, help="Tokens per window.  [default: 1024, or the model's limit]")
 @click.option("--windows", type=int, help="Use at most this many windows, from the start.  [default: the whole text]")
 @click.option(
     "--baseline", metavar="SOURCE", help="The unquantized checkpoint (folder, .gguf file or Hub id) to compare with."
@@ -25,7 +25,13 @@ from bincompress.commands.shared import kernels_announced, print_json
 @engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def command(
-    store: str, text: Path, context: int, windows: int | None, baseline: str | None, as_json: bool, **options: Any
+    store: str,
+    text: Path,
+    context: int | None,
+    windows: int | None,
+    baseline: str | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure the perplexity of the model in STORE on a text, and compare it with the unquantized model.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bincompress.errors import RecipeError
+from bincompress.sources.text import UTF_8
 from bincompress.store.store import is_local
 
 _REQUIRED = ("source", "store")
@@ -29,7 +30,7 @@ class Entry:
 def read_manifest(path: Path) -> list[Entry]:
     """Return a manifest's models; raises RecipeError naming the entry and what was expected."""
     try:
-        found = tomllib.loads(path.read_text("utf-8"))
+        found = tomllib.loads(path.read_text(UTF_8))
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: not readable as TOML: {error}") from None
     models = found.get("model")

@@ -96,16 +96,15 @@ def plan(
         found = _planned(with_fallbacks(made, asked, few, exact), export_only, headers_only)
         few_tokens = _few_experts(found.plan, statistics)
         return replace(found, kept_weights=remarks, few_levels=few_remarks(made, few), few_tokens=few_tokens)
-    number, length = samples or SAMPLES, context or CONTEXT
     text = read_text(Path(sequential))
     tokens = None
     if not headers_only or "tokenizer.json" in checkpoint.assets():
-        tokens = choose_samples(checkpoint, text, number, length)
+        tokens = choose_samples(checkpoint, text, samples or SAMPLES, context)
     made = make_plan(checkpoint, chosen, kept, archive, sequence={} if tokens is None else text_record(tokens))
     refuse_lossy(made, few)
     found = replace(_planned(made, export_only, headers_only), few_levels=few_remarks(made, few))
     if tokens is None:
-        return replace(found, sequential_tokens=number * length, kept_weights=remarks)
+        return replace(found, sequential_tokens=(samples or SAMPLES) * (context or CONTEXT), kept_weights=remarks)
     notes = (*found.notes, *_few_tokens(checkpoint, tokens))
     return replace(found, samples=tokens, sequential_tokens=tokens.size, notes=notes, kept_weights=remarks)
 

@@ -24,6 +24,7 @@ from typing import Any
 from bincompress.errors import RecipeError
 from bincompress.methods import KEEP, METHODS, Settings, checked, embeddings, method_named, options
 from bincompress.methods.declaration import CompensatedSettings
+from bincompress.sources.text import UTF_8
 
 # How version 1 of the store lists the settings of a recipe; those that came later follow.
 _ORDER = (
@@ -108,7 +109,7 @@ def load_recipe(path: Path | None, given: Mapping[str, Any], keep: Iterable[str]
     found: dict[str, Any] = {}
     if path is not None:
         try:
-            found = tomllib.loads(path.read_text("utf-8"))
+            found = tomllib.loads(path.read_text(UTF_8))
         except (OSError, ValueError) as error:
             raise RecipeError(f"{path}: not readable as TOML: {error}") from None
     _known(found, {"defaults", "tensor"}, f"{path}")
@@ -186,7 +187,7 @@ def load_kept_weights(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:
     """Read the single weights to keep exactly, one a line: tensor name, row, column ('#' begins a comment)."""
     kept: dict[str, set[tuple[int, int]]] = {}
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text(UTF_8).splitlines()
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: not readable: {error}") from None
     for number, line in enumerate(lines, 1):

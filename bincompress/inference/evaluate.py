@@ -14,6 +14,7 @@ from bincompress.model.errors import NotFiniteError, PromptError
 Floats = NDArray[np.float32]
 Progress = Callable[[int, int], None]  # windows done, windows in all
 
+CONTEXT = 1024  # tokens of a window
 _LARGEST_LOSS = 700.0  # nats, whose exponential is still a number
 _LOGITS_AT_ONCE = 1 << 21  # items of a chunk of logits: 16 MB in float64
 
@@ -38,18 +39,20 @@ class Evaluation:
 def evaluate(
     model: Decoder,
     tokens: NDArray[np.int64],
-    context: int = 1024,
+    context: int | None = None,
     windows: int | None = None,
     baseline: Decoder | None = None,
     progress: Progress | None = None,
     cache: CacheType = "float32",
 ) -> Evaluation:
-    """Score consecutive windows of `context` tokens, each from its second token.
+    """Score consecutive windows of `context` tokens, each from its second token; None is 1024, or the models' limit.
 
     `tokens` (n,) is the whole text as the tokenizer encodes it at once, so a beginning-of-text token comes first in
     the first window only. A rest shorter than `context` is left out, unless the text has no whole window. The baseline
     runs with a float32 cache.
     """
+    if context is None:
+        context = min(CONTEXT, *(decoder.config.context for decoder in (model, baseline or model)))
     for decoder in (model, baseline):
         if decoder is not None and not 2 <= context <= decoder.config.context:
             limit = decoder.config.context

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from bincompress.errors import BincompressError
 from bincompress.inference.generate import GenerationSettings
+from bincompress.sources.text import UTF_8
 
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _WHOLE = ("max_tokens", "top_k", "seed")
@@ -41,7 +42,7 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """Return a file's prompts, JSON objects one a line; raise PromptFileError naming the line and what is wrong."""
     try:
-        lines = path.read_text("utf-8").split("\n")
+        lines = path.read_text(UTF_8).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptFileError(f"{path}: cannot be read: {error}") from None
     found = [_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -38,6 +38,7 @@ UNHANDLED: dict[str, tuple[object, ...]] = {
     "no_rope_layers": (None,),
     "use_mrope": (None, False),
     "use_bidirectional_attention": (None, False),
+    "is_causal": (None, True),
     "attn_temperature_tuning": (None, False),
     "num_experts": (None, 0, 1),
     "num_local_experts": (None, 0, 1),
