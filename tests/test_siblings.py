@@ -12,8 +12,10 @@ from bincompress import api
 from bincompress.compression.manifest import read_manifest
 from bincompress.compression.recipe import load_kept_weights, load_recipe
 from bincompress.errors import BincompressError, CheckpointError, StoreError
+from bincompress.inference.load import checked_threads
 from bincompress.inference.prompts import read_prompts
 from bincompress.model.config import parse
+from bincompress.model.generation_fields import not_obeyed
 from bincompress.serving.settings import read_keys
 from bincompress.sources.hub import open_source
 from bincompress.sources.text import read_text
@@ -107,3 +109,38 @@ def test_a_window_is_as_long_as_the_model_takes(run: Run, tiny_model: Path, tmp_
     assert (code, errors) == (2, "error: context: expected 2 to 128 (this model's limit), found 129\n")
     with pytest.raises(BincompressError, match="2 samples of 129 tokens: expected at least 1 sample of 2 to 128"):
         api.calibrate(tiny_model, str(tmp_path / "others"), text, samples=2, context=129)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"num_beams": 4, "do_sample": False}, "num_beams"),
+        ({"suppress_tokens": [5], "bad_words_ids": [[5]], "no_repeat_ngram_size": 2},
+         "no_repeat_ngram_size, bad_words_ids, suppress_tokens"),
+        ({"forced_eos_token_id": 0}, "forced_eos_token_id"),
+        ({"do_sample": True, "typical_p": 0.5}, "typical_p"),
+        ({"typical_p": 0.5}, ""),  # of drawing alone
+        ({"num_beams": 1, "min_length": 0, "typical_p": 1.0, "do_sample": True, "suppress_tokens": None}, ""),
+        ({"temperature": 0.5, "eos_token_id": 1, "max_new_tokens": 5}, ""),
+    ],
+)  # fmt: skip
+def test_fields_of_generation_config_that_are_not_obeyed_are_named(given: dict[str, Any], named: str) -> None:
+    files = {"generation_config.json": json.dumps(given).encode()}
+    expected = (f"generation_config.json: {named}: not obeyed, so that answers may differ",) if named else ()
+    assert not_obeyed(files) == expected
+
+
+def test_plan_and_commands_say_what_is_not_obeyed(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    (tiny_model / "generation_config.json").write_text('{"no_repeat_ngram_size": 3}')
+    note = "note: generation_config.json: no_repeat_ngram_size: not obeyed, so that answers may differ\n"
+    code, _, errors = run("compress", tiny_model, tmp_path / "store")
+    assert (code, errors) == (0, note)
+    code, output, errors = run("generate", tmp_path / "store", "t1", "--max-tokens", 1)
+    assert (code, errors) == (0, note)
+    assert output  # the answer goes to standard output, and the note does not
+
+
+def test_more_threads_than_can_be_of_use_are_refused() -> None:
+    with pytest.raises(BincompressError, match=r"^threads: expected 1 to \d+, found 9999; this machine has \d+ CPUs$"):
+        checked_threads(9999)
+    assert checked_threads(64) == 64

@@ -85,7 +85,7 @@ def load_with(store: str, options: dict[str, Any]) -> Any:
     """Load a store with the engine's options."""
     from bincompress.inference.load import load
 
-    return load(
+    model = load(
         store,
         threads=options["threads"],
         activation_bits=int(options["activation_bits"]),
@@ -94,3 +94,6 @@ def load_with(store: str, options: dict[str, Any]) -> Any:
         memory=options["memory"],
         sampling=_sampling_given(options),
     )
+    for note in model.notes:
+        click.echo(f"note: {note}", err=True)
+    return model

@@ -47,6 +47,7 @@ class Model:
     tokenizer: Tokenizer
     template: ChatTemplate | None = None
     defaults: GenerationSettings = field(default_factory=GenerationSettings)  # as the model's authors set them
+    notes: tuple[str, ...] = ()  # what a user should know of how the model is run
 
     def stream(self, prompt: str | Sequence[int], settings: GenerationSettings | None = None) -> "Generation":
         """Return an iterator over the pieces of text that continue the prompt; raise PromptError at once."""

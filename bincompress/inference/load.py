@@ -1,6 +1,7 @@
 """From a finished store to a model that writes text, in one call."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from bincompress.model.config import ModelConfig
 from bincompress.model.decoder import Decoder
 from bincompress.model.errors import ConfigError, SamplingError
 from bincompress.model.files import json_object
+from bincompress.model.generation_fields import not_obeyed
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.model.residents import Residents
 from bincompress.model.store_source import StoreSource, store_config
@@ -49,6 +51,16 @@ class Loaded:
     paths: dict[str, str]  # by tensor: which kernel multiplies it
     nbytes: int  # of the matrices as they are laid out
     assets: dict[str, bytes]
+
+
+def checked_threads(threads: int | None) -> int:
+    """Return how many threads to use; raises BincompressError for so many that starting them would take minutes."""
+    most = max(64, 4 * (os.cpu_count() or 1))
+    if threads is not None and threads > most:
+        raise BincompressError(
+            f"threads: expected 1 to {most}, found {threads}; this machine has {os.cpu_count()} CPUs"
+        )
+    return threads or usable_threads()
 
 
 def usable_threads() -> int:
@@ -96,6 +108,7 @@ def load(
         load_tokenizer(loaded.assets),
         load_template(loaded.assets),
         GenerationSettings(sampling=chosen),
+        not_obeyed(loaded.assets),
     )
 
 
@@ -151,7 +164,7 @@ def load_decoder(
     assets = store.read_assets()
     config = store_config(store, assets)
     expect(kernels_beside_llamas(config))
-    workers = Workers(threads or usable_threads())
+    workers = Workers(checked_threads(threads))
     experts = _expert_names(config)
     residents = None if memory is None else _residents(store, config, experts, memory, workers.threads)
     source = StoreSource(store, config, settings, workers, kernel, frozenset(experts if residents is not None else ()))
@@ -169,7 +182,7 @@ def load_baseline(checkpoint: Checkpoint, threads: int | None) -> Decoder:
     """Load an unquantized checkpoint in float32, held to `threads` threads."""
     weights = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     check_memory(checkpoint.name, 4 * weights + _BASE_BYTES, free_memory())
-    return load_checkpoint(checkpoint, Workers(threads or usable_threads()))
+    return load_checkpoint(checkpoint, Workers(checked_threads(threads)))
 
 
 def _residents(
