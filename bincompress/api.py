@@ -23,7 +23,7 @@ from bincompress.calibration.expert_tokens import expert_tokens, few_tokens
 from bincompress.calibration.statistics import Statistics, open_statistics
 from bincompress.compression.events import EventLog
 from bincompress.compression.placement import Placement
-from bincompress.compression.planning import Planned, plan, plan_batch
+from bincompress.compression.planning import Planned, plan, plan_batch, plan_several
 from bincompress.compression.progress import OnProgress, Tracker, ignore
 from bincompress.compression.recipe import Recipe
 from bincompress.compression.recompute import Proof, compare, plan_proof
@@ -59,8 +59,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CalibrationResult", "CompressionResult", "Packed", "Placement", "VerifyResult", "batch", "calibrate", "compress",
-    "distill", "evaluate", "export", "inspect", "load", "pack", "plan", "plan_batch", "push", "train", "unpack",
-    "verify",
+    "compress_several", "distill", "evaluate", "export", "inspect", "load", "pack", "plan", "plan_batch",
+    "plan_several", "push", "train", "unpack", "verify",
 ]  # fmt: skip
 
 
@@ -155,6 +155,47 @@ def compress(
     return carry_out(made, str(store), pack=pack, overwrite=overwrite, placement=placement, progress=progress)
 
 
+def compress_several(
+    source: str | Path,
+    recipes: Mapping[str, Recipe | str | Path],
+    *,
+    pack: bool = False,
+    overwrite: bool = False,
+    placement: Placement = Placement(),
+    progress: OnProgress = ignore,
+    **options: Any,
+) -> dict[str, CompressionResult]:
+    """Pack a checkpoint by several recipes, each into its store, reading every tensor once; returns results by store.
+
+    recipes: by store. options: as for `compress`, for all of them; the stores are those that single calls would make.
+    Raises as `compress` does, before any store is begun.
+    """
+    made = plan_several(source, recipes, headers_only=False, placement=placement, progress=progress, **options)
+    return carry_out_several(made, pack=pack, overwrite=overwrite, placement=placement, progress=progress)
+
+
+def carry_out_several(
+    planned: Mapping[str, Planned],
+    *,
+    pack: bool = False,
+    overwrite: bool = False,
+    placement: Placement = Placement(),
+    progress: OnProgress = ignore,
+) -> dict[str, CompressionResult]:
+    """Do what `plan_several` with headers_only=False has planned; pack: as for `compress`."""
+    for store in planned if pack else ():  # before the work
+        check_target(beside(store), store, overwrite=True)
+    done = carry_out_all(planned, overwrite=overwrite, placement=placement, progress=progress)
+    if not pack:
+        return done
+    return {
+        store: replace(each, packed=pack_store(store, beside(store), overwrite=overwrite).file)
+        if each.complete
+        else each
+        for store, each in done.items()
+    }
+
+
 def carry_out(
     planned: Planned,
     store: str,
@@ -165,12 +206,8 @@ def carry_out(
     progress: OnProgress = ignore,
 ) -> CompressionResult:
     """Do what `plan` with headers_only=False has planned; pack: as for `compress`."""
-    if pack:  # before the work
-        check_target(beside(store), store, overwrite=True)
-    done = carry_out_all({store: planned}, overwrite=overwrite, placement=placement, progress=progress)[store]
-    if not pack or not done.complete:
-        return done
-    return replace(done, packed=pack_store(store, beside(store), overwrite=overwrite).file)
+    made = {store: planned}
+    return carry_out_several(made, pack=pack, overwrite=overwrite, placement=placement, progress=progress)[store]
 
 
 def carry_out_all(
