@@ -17,7 +17,7 @@ from typing import Any
 from bincompress import __version__
 from bincompress.compression.events import JobEvent, OnEvent
 from bincompress.compression.job import run_job
-from bincompress.compression.records import Job, JobReport
+from bincompress.compression.records import Job, JobReport, failed_report
 from bincompress.errors import BincompressError
 from bincompress.sources.checkpoint import Checkpoint
 from bincompress.store.store import is_local
@@ -130,6 +130,7 @@ def absolute(job: Job) -> Job:
     return replace(
         job, store=absolute_url(job.store), source=source(job.source), shared=shared,
         statistics=absolute_url(job.statistics) if job.statistics else "",
+        others=tuple(absolute(other) for other in job.others),
     )  # fmt: skip
 
 
@@ -270,7 +271,9 @@ class _Run:
         """Yield a finished task's report, or count its death and put it back, or give it up."""
         errors = self.ray.exceptions
         try:
-            yield replace(self.ray.get(reference), store=task.job.store)
+            report, named = self.ray.get(reference), task.job.others
+            others = tuple(replace(one, store=job.store) for one, job in zip(report.others, named, strict=False))
+            yield replace(report, store=task.job.store, others=others)
             return
         except errors.OutOfMemoryError:
             kind = "memory"
@@ -301,4 +304,4 @@ class _Run:
 
 
 def _failed(job: Job, error: str, fatal: bool = False) -> JobReport:
-    return JobReport(job.name, "failed", 0.0, 0, error=error, fatal=fatal, store=job.store)
+    return failed_report(job, error, fatal=fatal)

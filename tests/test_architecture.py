@@ -27,6 +27,7 @@ ORDER = [
     "calibration",
     "compression",
     "inference",
+    "exporting",
     "reporting",
     "serving",
     "distillation",

@@ -14,31 +14,48 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bincompress.api.calibration import CalibrationResult, calibrate
-    from bincompress.api.compression import CompressionResult, batch, carry_out, carry_out_all, compress
+    from bincompress.api.compression import (
+        CompressionResult,
+        batch,
+        carry_out,
+        carry_out_all,
+        carry_out_several,
+        compress,
+        compress_several,
+    )
     from bincompress.api.evaluation import evaluate
     from bincompress.api.sharing import export, pack, push, unpack
     from bincompress.api.training import distill, train
     from bincompress.api.verification import VerifyResult, inspect, prove, verify
     from bincompress.compression.placement import Placement
-    from bincompress.compression.planning import plan, plan_batch
+    from bincompress.compression.planning import plan, plan_batch, plan_several
     from bincompress.inference.load import load
     from bincompress.store.pack import Packed
 
 __all__ = [
     "CalibrationResult", "CompressionResult", "Packed", "Placement", "VerifyResult", "batch", "calibrate", "carry_out",
-    "carry_out_all", "compress", "distill", "evaluate", "export", "inspect", "load", "pack", "plan", "plan_batch",
-    "prove", "push", "train", "unpack", "verify",
+    "carry_out_all", "carry_out_several", "compress", "compress_several", "distill", "evaluate", "export", "inspect",
+    "load", "pack", "plan", "plan_batch",
+    "plan_several", "prove", "push", "train", "unpack", "verify",
 ]  # fmt: skip
 
 _MODULES = {
     "bincompress.api.calibration": ("CalibrationResult", "calibrate"),
-    "bincompress.api.compression": ("CompressionResult", "batch", "carry_out", "carry_out_all", "compress"),
+    "bincompress.api.compression": (
+        "CompressionResult",
+        "batch",
+        "carry_out",
+        "carry_out_all",
+        "carry_out_several",
+        "compress",
+        "compress_several",
+    ),
     "bincompress.api.evaluation": ("evaluate",),
     "bincompress.api.sharing": ("export", "pack", "push", "unpack"),
     "bincompress.api.training": ("distill", "train"),
     "bincompress.api.verification": ("VerifyResult", "inspect", "prove", "verify"),
     "bincompress.compression.placement": ("Placement",),
-    "bincompress.compression.planning": ("plan", "plan_batch"),
+    "bincompress.compression.planning": ("plan", "plan_batch", "plan_several"),
     "bincompress.inference.load": ("load",),
     "bincompress.store.pack": ("Packed",),
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bincompress.api.pytorch import torch_needed
 from bincompress.compression.events import EventLog
 from bincompress.compression.placement import Placement
-from bincompress.compression.planning import Planned, plan, plan_batch
+from bincompress.compression.planning import Planned, plan, plan_batch, plan_several
 from bincompress.compression.progress import OnProgress, Tracker, ignore
 from bincompress.compression.recipe import Recipe
 from bincompress.compression.run import Outcome, compress_all
@@ -90,6 +90,25 @@ def compress(
     )
 
 
+def compress_several(
+    source: str | Path,
+    recipes: Mapping[str, Recipe | str | Path],
+    *,
+    pack: bool = False,
+    overwrite: bool = False,
+    placement: Placement = Placement(),
+    progress: OnProgress = ignore,
+    **options: Any,
+) -> dict[str, CompressionResult]:
+    """Pack a checkpoint by several recipes, each into its store, reading every tensor once; returns results by store.
+
+    recipes: by store. options: as for `compress`, for all of them; the stores are those that single calls would make.
+    Raises as `compress` does, before any store is begun.
+    """
+    made = plan_several(source, recipes, headers_only=False, placement=placement, progress=progress, **options)
+    return carry_out_several(made, pack=pack, overwrite=overwrite, placement=placement, progress=progress)
+
+
 def carry_out(
     planned: Planned,
     store: str,
@@ -101,15 +120,36 @@ def carry_out(
     progress: OnProgress = ignore,
 ) -> CompressionResult:
     """Do what `plan` with headers_only=False has planned; train, pack: as for `compress`."""
-    if pack:  # before the work
+    return carry_out_several(
+        {store: planned}, train=train, pack=pack, overwrite=overwrite, placement=placement, progress=progress
+    )[store]
+
+
+def carry_out_several(
+    planned: Mapping[str, Planned],
+    *,
+    train: str | Path | None = None,
+    pack: bool = False,
+    overwrite: bool = False,
+    placement: Placement = Placement(),
+    progress: OnProgress = ignore,
+) -> dict[str, CompressionResult]:
+    """Do what `plan_several` with headers_only=False has planned; train, of one store alone, and pack: as `compress`."""
+    for store in planned if pack else ():  # before the work
         check_target(beside(store), store, overwrite=True)
-    if train is not None:
-        done = _trained(planned, store, read_text(Path(train)), overwrite, placement, progress)
+    if train is None:
+        done = carry_out_all(planned, overwrite=overwrite, placement=placement, progress=progress)
     else:
-        done = carry_out_all({store: planned}, overwrite=overwrite, placement=placement, progress=progress)[store]
-    if not pack or not done.complete:
+        ((store, alone),) = planned.items()
+        done = {store: _trained(alone, store, read_text(Path(train)), overwrite, placement, progress)}
+    if not pack:
         return done
-    return replace(done, packed=pack_store(store, beside(store), overwrite=overwrite).file)
+    return {
+        store: replace(each, packed=pack_store(store, beside(store), overwrite=overwrite).file)
+        if each.complete
+        else each
+        for store, each in done.items()
+    }
 
 
 def _trained(

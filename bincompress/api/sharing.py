@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from bincompress.errors import BincompressError
 from bincompress.store.export import export as export_store
 from bincompress.store.pack import OnStage, Packed, untold
 from bincompress.store.pack import pack as pack_store
@@ -56,11 +57,28 @@ def push(
 
 
 def export(
-    store: str | Path, folder: str | Path, *, progress: Callable[[str, int], None] = lambda name, n: None
+    store: str | Path,
+    target: str | Path,
+    *,
+    gguf_type: Literal["f16", "q8_0"] = "f16",
+    ternary: Literal["tq2_0", "tq1_0"] = "tq2_0",
+    overwrite: bool = False,
+    progress: Callable[[str, int], None] = lambda name, n: None,
 ) -> Path:
-    """Write a store as a Hugging Face folder, dequantized to bfloat16, and return it.
+    """Write a store for other programs, and return where: a Hugging Face folder, or a GGUF file by the name's ending.
 
-    progress is called with each tensor's name and bytes. Raises StoreError where the store is not complete or the
-    folder holds something.
+    The folder holds bfloat16, dequantized. gguf_type, ternary, overwrite: as the command's options, for GGUF alone.
+    progress is called with each tensor's name and bytes. Raises StoreError where the store is not complete, the target
+    holds something, or GGUF cannot hold the model.
     """
-    return export_store(open_store(str(store)), Path(folder), progress)
+    from bincompress.exporting.gguf import export_gguf, names_gguf
+
+    opened = open_store(str(store))
+    if not names_gguf(target):
+        if (gguf_type, ternary, overwrite) != ("f16", "tq2_0", False):
+            raise BincompressError(
+                f"gguf_type, ternary and overwrite are for GGUF files; {target} does not end in .gguf"
+            )
+        return export_store(opened, Path(target), progress)
+    export_gguf(opened, target, gguf_type=gguf_type, ternary=ternary, overwrite=overwrite, on_tensor=progress)
+    return Path(target)

@@ -3,7 +3,7 @@
 import functools
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from bincompress.process.faults import explain, stops_everything
 from bincompress.sources.checkpoint import read_weight
 from bincompress.store.report import report_problem
 from bincompress.store.store import Store, open_to_write
-from bincompress.tensors.weight import Weight
+from bincompress.tensors.weight import TensorSource, Weight
 
 
 def largest_first(jobs: Iterable[Job]) -> list[Job]:
@@ -25,11 +25,28 @@ def largest_first(jobs: Iterable[Job]) -> list[Job]:
     return sorted(jobs, key=lambda job: (-job.source.nbytes, job.name, job.store))
 
 
+def of_one_tensor(jobs: Iterable[Job]) -> list[Job]:
+    """Return jobs in their order, those of one tensor for several stores as one, which reads it once."""
+    found: dict[TensorSource, list[Job]] = {}
+    for job in jobs:
+        found.setdefault(job.source, []).append(job)
+    return [
+        replace(first, others=tuple(others), peak_memory=max(job.peak_memory for job in (first, *others)))
+        for first, *others in found.values()
+    ]
+
+
 def run_job(job: Job) -> JobReport:
-    """Do a job; whatever goes wrong with its tensor comes back in the report."""
+    """Do a job and its others; whatever goes wrong with a tensor comes back in the report."""
+    read = functools.lru_cache(maxsize=1)(lambda: read_weight(job.source))
+    report = _run(job, read)
+    return replace(report, others=tuple(_run(other, read) for other in job.others))
+
+
+def _run(job: Job, read: Callable[[], Weight]) -> JobReport:
     begin = time.perf_counter()
     try:
-        status, report = _done(job)
+        status, report = _done(job, read)
     except BincompressError as error:
         return failed_report(job, str(error), time.perf_counter() - begin)
     except MemoryError:
@@ -43,11 +60,11 @@ def run_job(job: Job) -> JobReport:
     return JobReport(job.name, status, seconds, job.source.nbytes, report, store=job.store)
 
 
-def _done(job: Job) -> tuple[Literal["done", "unchanged"], dict[str, Any]]:
+def _done(job: Job, read: Callable[[], Weight]) -> tuple[Literal["done", "unchanged"], dict[str, Any]]:
     """Do a job that is not done already; returns whether it was, and the tensor's report."""
     begin = time.perf_counter()
     store = _opened(job.store, job.run_id)
-    weight = read_weight(job.source)
+    weight = read()
     mark = fingerprint(job, weight)
     before = store.look_at(job.name)
     if (

@@ -109,6 +109,16 @@ def plan(
     return replace(found, samples=tokens, sequential_tokens=tokens.size, notes=notes, kept_weights=remarks)
 
 
+def plan_several(source: str | Path, recipes: Mapping[str, Recipe | str | Path], **options: Any) -> dict[str, Planned]:
+    """Return what `compress_several` would do, by store; the options are those of `plan`, for all recipes."""
+    if options.get("sequential") is not None and len(recipes) > 1:
+        raise BincompressError(
+            "--sequential calibrates on what one store's own layers give: run it once for each recipe, or give all of "
+            "them --stats STATS, as `bincompress calibrate` writes them"
+        )
+    return {store: plan(source, recipe=recipe, **options) for store, recipe in recipes.items()}
+
+
 def plan_batch(
     manifest: str | Path, *, archive: bool = False, export_only: bool = False, headers_only: bool = True
 ) -> dict[str, Planned]:

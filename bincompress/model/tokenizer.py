@@ -64,6 +64,19 @@ class Tokenizer:
         """Number of tokens, added ones included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    def as_json(self) -> str:
+        """Return tokenizer.json of all that is known here, added tokens too."""
+        return str(self._tokenizer.to_str())
+
+    def text_of(self, token: int) -> str | None:
+        """Return a token as the vocabulary writes it, None where no token has this number."""
+        found = self._tokenizer.id_to_token(token)
+        return None if found is None else str(found)
+
+    def number_of(self, text: str | None) -> int | None:
+        """Return the number of a token that is written so, None where there is none."""
+        return None if text is None else self._tokenizer.token_to_id(text)
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Return the tokens of a text, with those that the tokenizer's post-processor adds unless `special` is off."""
         try:
@@ -73,6 +86,11 @@ class Tokenizer:
             raise PromptError(f"text: not UTF-8: {found} at place {error.start}; convert it (iconv -t UTF-8)") from None
         with named("tokenizer.json: cannot make tokens of the text"):
             return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of many texts, as `encode` does of one."""
+        with named("tokenizer.json: cannot make tokens of the text"):
+            return [list(found.ids) for found in self._tokenizer.encode_batch(list(texts))]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of these tokens."""

@@ -1,0 +1,79 @@
+"""How does a file come to be under its name whole, or not at all? What a killed run left is removed by the next."""
+
+import contextlib
+import fcntl
+import os
+import re
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from bincompress.errors import StoreError
+from bincompress.process.faults import explain
+from bincompress.store.files import is_local
+
+_PARTIAL = re.compile(r"\.pack-[0-9a-f]{32}\.partial")
+
+
+@contextlib.contextmanager
+def new_file(file: str) -> Iterator[Path]:
+    """Yield a file to be written, which takes its place when the block ends well, and is removed where it does not."""
+    if not is_local(file):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"new{Path(file).suffix}"
+            path.touch()
+            yield path
+            _upload(path, file)
+        return
+    target = Path(file).resolve()  # a link stays one
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(target.parent)
+    partial = target.parent / f".pack-{uuid.uuid4().hex}.partial"
+    try:
+        with open(partial, "xb") as held:
+            _lock(held)
+            yield partial
+            os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _upload(path: Path, url: str) -> None:
+    import fsspec
+
+    from bincompress.store.objects import options_of
+
+    fs, place = fsspec.core.url_to_fs(url, **options_of(url))
+    fs.put_file(str(path), place)
+    fs.invalidate_cache()
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Lock a file that is being written, so that nobody takes it for a killed run's; returns whether it was free."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another's, or a file system without locks
+        return False
+    return True
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what killed runs have half written here."""
+    for path in folder.iterdir():
+        if _PARTIAL.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                if _lock(file):
+                    path.unlink()
+
+
+@contextlib.contextmanager
+def explained(place: str) -> Iterator[None]:
+    """Say in one line what cannot be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        cause = error.strerror if error.errno is not None else None
+        raise StoreError(f"{place}: cannot be written: {explain(error) or cause or error}") from None
