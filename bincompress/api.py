@@ -382,6 +382,7 @@ def evaluate(
     *,
     context: int = 1024,
     windows: int | None = None,
+    stride: int | None = None,
     baseline: str | Path | None = None,
     threads: int | None = None,
     activation_bits: int = 8,
@@ -393,8 +394,9 @@ def evaluate(
     """Measure how well a model predicts a text: perplexity and, beside a baseline, what the bits cost.
 
     store: a store, or an unquantized checkpoint folder, which runs in float32. text: a UTF-8 file, tokenized as a
-    whole and cut into consecutive windows of `context` tokens, of which at most `windows` are scored. baseline: the
-    unquantized checkpoint to compare with. threads, activation_bits, activation_scale, kernel, memory: as for `load`.
+    whole and cut into consecutive windows of `context` tokens, of which at most `windows` are scored; with a stride
+    they overlap (see `bincompress.inference.evaluate`). baseline: the unquantized checkpoint to compare with. threads,
+    activation_bits, activation_scale, kernel, memory: as for `load`.
     Raises StoreError, CheckpointError, UnsupportedModelError or PromptError.
     """
     content = read_text(Path(text))
@@ -407,7 +409,7 @@ def evaluate(
         decoder, assets = loaded.decoder, loaded.assets
     other = load_baseline(open_source(str(baseline)), threads) if baseline is not None else None
     tokens = np.array(load_tokenizer(assets).encode(content), np.int64)
-    return score(decoder, tokens, context, windows, other, progress)
+    return score(decoder, tokens, context, windows, other, progress, stride=stride)
 
 
 def inspect(store: str | Path) -> dict[str, Any]:

@@ -27,6 +27,8 @@ ORDER = [
     "calibration",
     "compression",
     "inference",
+    "scoring",
+    "lm_eval",
     "reporting",
     "serving",
     "distillation",

@@ -10,8 +10,48 @@ from bincompress.commands.running import Size
 Command = Callable[..., Any]
 
 
+class SeveralBits(click.ParamType[tuple[int, ...]]):
+    """Bits of activations, one number or several, such as 16,8,6."""
+
+    name = "bits"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Return the numbers."""
+        found = [part.strip() for part in str(value).split(",")]
+        if not set(found) <= {"6", "8", "16"} or len(set(found)) < len(found):
+            self.fail(f"{value!r}: expected 6, 8 or 16, or several of them such as 16,8,6", param, ctx)
+        return tuple(map(int, found))
+
+
 def engine_options(command: Command) -> Command:
     """Add --threads, --memory, --activation-bits, --activation-scale and --kernel."""
+    return _engine_options(
+        command,
+        click.option(
+            "--activation-bits",
+            type=click.Choice(["6", "8", "16"]),
+            default="8",
+            show_default=True,
+            help="Bits of activations. 16: float32 activations on decoded weights (slow).",
+        ),
+    )
+
+
+def engine_options_for_several_bits(command: Command) -> Command:
+    """Add the engine's options, with --activation-bits a tuple of numbers that are run one after the other."""
+    return _engine_options(
+        command,
+        click.option(
+            "--activation-bits",
+            type=SeveralBits(),
+            default="8",
+            show_default=True,
+            help="Bits of activations, or several such as 16,8,6. 16: float32 activations on decoded weights (slow).",
+        ),
+    )
+
+
+def _engine_options(command: Command, activation_bits: Command) -> Command:
     for option in (
         click.option("--kernel", help="Force a kernel: lookup, lookup-avx2, popcount, ...  [default: the CPU's best]"),
         click.option(
@@ -21,13 +61,7 @@ def engine_options(command: Command) -> Command:
             show_default=True,
             help="One scale per token, or per token and 128 columns.",
         ),
-        click.option(
-            "--activation-bits",
-            type=click.Choice(["6", "8", "16"]),
-            default="8",
-            show_default=True,
-            help="Bits of activations. 16: float32 activations on decoded weights (slow).",
-        ),
+        activation_bits,
         click.option(
             "--memory",
             type=Size(),

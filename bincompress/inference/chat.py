@@ -21,6 +21,11 @@ class ChatTemplate:
         self._templates = dict(templates)
         self._variables = dict(variables or {})
 
+    @property
+    def source(self) -> str | None:
+        """The template of conversations without tools, as its authors wrote it."""
+        return self._templates.get("default")
+
     def takes(self, variable: str) -> bool:
         """Return whether a template names this variable."""
         return any(re.search(rf"\b{re.escape(variable)}\b", each) for each in self._templates.values())

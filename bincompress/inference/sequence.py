@@ -64,6 +64,7 @@ class Ended:
     reason: FinishReason | None
     sampled: int  # tokens, an end token included
     error: Exception | None = None
+    end_token: TokenLogprob | None = None  # that ended it, where log probabilities were asked for
 
 
 Listener = Callable[[PromptRead | Piece | Ended], None]
@@ -179,11 +180,13 @@ class Writing:
     def _sample(self, logits: Floats) -> None:
         token = self._sampler.choose(logits)
         self.tokens.append(token)
+        most = self.request.logprobs
+        logprob = None if most is None else token_logprob(logits, token, most)
         if token in self._ends:
-            self._finish("stop")
+            self._finish("stop", logprob)
             return
-        if self.request.logprobs is not None:
-            self._untold.append((self._length, token_logprob(logits, token, self.request.logprobs)))
+        if logprob is not None:
+            self._untold.append((self._length, logprob))
         text = self._text.push(token)
         self._length += len(text)
         self._give(self._held.push(text))
@@ -192,7 +195,7 @@ class Writing:
         elif self.sampled == self.limit:
             self._finish("length")
 
-    def _finish(self, reason: FinishReason) -> None:
+    def _finish(self, reason: FinishReason, end_token: TokenLogprob | None = None) -> None:
         """Give what was held back, and end."""
         text = self._text.finish()
         self._length += len(text)
@@ -202,7 +205,7 @@ class Writing:
         else:
             rest += self._held.finish()
         self._give(rest, last=not self._held.stopped)
-        self.end(reason)
+        self.end(reason, end_token=end_token)
 
     def _give(self, text: str, last: bool = False) -> None:
         """Tell of text and of the tokens that began in it; last: of all that are left."""
@@ -212,9 +215,11 @@ class Writing:
             self._untold = self._untold[len(told) :]
             self._tell(Piece(text, tuple(told)))
 
-    def end(self, reason: FinishReason | None, error: Exception | None = None) -> None:
+    def end(
+        self, reason: FinishReason | None, error: Exception | None = None, end_token: TokenLogprob | None = None
+    ) -> None:
         """End it, once."""
         if not self.ended:
             self.ended = True
             with contextlib.suppress(Exception):  # a listener's fault must not end other texts
-                self._tell(Ended(reason, self.sampled, error))
+                self._tell(Ended(reason, self.sampled, error, end_token))
