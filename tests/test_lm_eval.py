@@ -70,7 +70,7 @@ def write_tasks(folder: Path) -> None:
     asked = [{"question": text, "choices": choices, "gold": gold} for text, choices, gold in SENTENCES]
     rows: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "choices": (CHOICES, asked),
-        "text": (WHOLE, [{"text": TEXT[:400]}, {"text": TEXT[:9000]}]),  # the second beyond the model's 2,048 tokens
+        "text": (WHOLE, [{"text": TEXT[:400]}, {"text": TEXT[:7500]}]),  # the second beyond the model's 2,048 tokens
         "written": (WRITTEN, [{"question": text, "answer": "x"} for text, _, _ in SENTENCES]),
     }
     for name, (settings, lines) in rows.items():
@@ -102,7 +102,7 @@ def test_the_figures_are_those_of_transformers_and_of_the_server(tmp_path: Path)
         models = [
             ("hf", f"pretrained={DEMO_MODEL},dtype=float32", TASKS),
             ("bincompress", f"store={DEMO_MODEL},threads=1", TASKS),
-            ("bincompress", f"store={store},threads=1,max_length=511", ["local_choices", "local_text"]),
+            ("bincompress", f"store={store},threads=1,max_length=510", ["local_choices", "local_text"]),
             (
                 "local-completions",
                 f"{url},tokenizer={DEMO_MODEL},tokenizer_backend=huggingface,add_bos_token=True,max_length=512",
@@ -111,9 +111,11 @@ def test_the_figures_are_those_of_transformers_and_of_the_server(tmp_path: Path)
         ]
         run(ROOT / "tests" / "lm_eval_program.py", tmp_path, json.dumps(models))
     theirs, ours, packed, served = json.loads((tmp_path / "results.json").read_text())
-    for first, second, bound in ((theirs, ours, 1e-3), (packed, served, 1e-3)):
+    # Sums over thousands of tokens, which the hf backend adds up in float32, agree in six digits.
+    for first, second, bounds in ((theirs, ours, (1e-3, 1e-6)), (packed, served, (1e-9, 1e-12))):
         for task in first["samples"]:
-            assert numbers(first["samples"][task]) == pytest.approx(numbers(second["samples"][task]), abs=bound)
+            found = numbers(second["samples"][task])
+            assert numbers(first["samples"][task]) == pytest.approx(found, abs=bounds[0], rel=bounds[1])
         for name in ("acc,none", "acc_norm,none"):
             assert first["results"]["local_choices"][name] == second["results"]["local_choices"][name]
         assert first["results"]["local_text"]["bits_per_byte,none"] == pytest.approx(

@@ -95,6 +95,15 @@ def sampling_options(command: Command) -> Command:
     return command
 
 
+def lookup_option(command: Command) -> Command:
+    """Add --prompt-lookup."""
+    return click.option(
+        "--prompt-lookup",
+        is_flag=True,
+        help="Check several tokens at once where a text repeats itself or its prompt: the same text, sooner or later.",
+    )(command)
+
+
 def settings_from(model: Any, options: dict[str, Any]) -> Any:
     """Return the generation settings of a model that `load_with` loaded, with the options that end a text."""
     from dataclasses import replace
@@ -119,4 +128,5 @@ def load_with(store: str, options: dict[str, Any]) -> Any:
         kernel=options["kernel"],
         memory=options["memory"],
         sampling=_sampling_given(options),
+        prompt_lookup=options.get("prompt_lookup", False),
     )

@@ -63,6 +63,7 @@ def load(
     kernel: str | None = None,
     memory: int | None = None,
     sampling: Mapping[str, Any] | None = None,
+    prompt_lookup: bool = False,
 ) -> Model:
     """Load a finished store as a model.
 
@@ -77,7 +78,8 @@ def load(
 
     memory: bytes that the process may take: of a mixture of experts those used last are in memory, as many as fit, and
     the others are read from the store when a token chooses them. sampling: values by name ("temperature", "top_k", ...)
-    that come before those of generation_config.json.
+    that come before those of generation_config.json. prompt_lookup: what followed the last tokens when they came before
+    is drafted, and checked in one pass; the text is the same, sooner where it repeats what it has read or written.
     Raises StoreError, DamagedError, UnsupportedModelError, TokenizerError or TooLittleMemoryError.
 
     >>> model = load("store")  # doctest: +SKIP
@@ -94,6 +96,7 @@ def load(
         load_tokenizer(loaded.assets),
         load_template(loaded.assets),
         GenerationSettings(sampling=chosen),
+        prompt_lookup,
     )
 
 
