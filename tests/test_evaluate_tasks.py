@@ -202,6 +202,9 @@ def test_an_empty_file_of_questions_is_refused(tmp_path: Path) -> None:
         (("--text", "TEXT", "--apply-chat-template"), "--apply-chat-template is for --tasks"),
         (("--tasks", "arc_easy", "--baseline", "MODEL"), "--baseline is for --text and --task"),
         (("--task", "TEXT"), "line 1: not JSON"),
+        (("--text", "TEXT", "--limit", "3"), "--limit is for --task and --tasks"),
+        (("--task", "TEXT", "--stride", "3"), "--stride is for --text"),
+        (("--tasks", "arc_easy", "--windows", "3"), "--windows is for --text"),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -248,6 +248,7 @@ def test_requests_of_the_harness_are_answered(store: Path, scored: Scored) -> No
     for given, message in (
         ({"batch_size": "many"}, "batch_size: expected a number"),
         ({"batch_size": 0}, "at least 1"),
+        ({"memory": "4GB"}, "memory: expected a number of bytes"),
     ):
         with pytest.raises(BincompressError, match=message):
             HarnessRequests(str(store), threads=1, **given)

@@ -90,6 +90,11 @@ def _wanted(options: dict[str, Any]) -> "Wanted":
 
     if not (options["texts"] or options["files"] or options["tasks"]):
         raise BincompressError("nothing to evaluate: give --text FILE, --task FILE.jsonl or --tasks NAMES")
+    for name in ("windows", "stride"):
+        if options[name] is not None and not options["texts"]:
+            raise BincompressError(f"--{name} is for --text")
+    if options["limit"] is not None and not (options["files"] or options["tasks"]):
+        raise BincompressError("--limit is for --task and --tasks")
     for name, paths in (("--text", options["texts"]), ("--task", options["files"])):
         if twice := [path for path in paths if paths.count(path) > 1]:
             raise BincompressError(f"{name} {twice[0]}: is given twice")

@@ -56,6 +56,8 @@ class HarnessRequests:
         at_once = _AUTO_AT_ONCE if str(batch_size).startswith("auto") else batch_size
         if not str(at_once).isdecimal():
             raise PromptError(f'batch_size: expected a number or "auto", found {batch_size!r:.40}')
+        if memory is not None and type(memory) is not int:
+            raise PromptError(f"memory: expected a number of bytes, found {memory!r:.40}")
         scored = load_scored(store, threads, settings, kernel, memory)
         self.scorer = Scorer(scored, max_length, int(at_once), prefix_token_id, add_bos_token)
         self._store, self._activations = store, scored.activations
