@@ -28,6 +28,8 @@ ORDER = [
     "compression",
     "inference",
     "exporting",
+    "scoring",
+    "lm_eval",
     "reporting",
     "serving",
     "distillation",

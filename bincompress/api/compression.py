@@ -134,7 +134,7 @@ def carry_out_several(
     placement: Placement = Placement(),
     progress: OnProgress = ignore,
 ) -> dict[str, CompressionResult]:
-    """Do what `plan_several` with headers_only=False has planned; train, of one store alone, and pack: as `compress`."""
+    """Do what `plan_several` with headers_only=False has planned; train (of one store) and pack: as `compress`."""
     for store in planned if pack else ():  # before the work
         check_target(beside(store), store, overwrite=True)
     if train is None:

@@ -20,6 +20,7 @@ def evaluate(
     text: str | Path,
     *,
     context: int | None = None,
+    stride: int | None = None,
     windows: int | None = None,
     baseline: str | Path | None = None,
     threads: int | None = None,
@@ -33,8 +34,8 @@ def evaluate(
 
     store: a store, or an unquantized checkpoint folder, which runs in float32. text: a UTF-8 file, tokenized as a
     whole and cut into consecutive windows of `context` tokens (1024, or as many as the model takes), of which at most
-    `windows` are scored. baseline: the unquantized checkpoint to compare with. threads, activation_bits,
-    activation_scale, kernel, memory: as for `load`.
+    `windows` are scored; with a stride they overlap (see `bincompress.inference.evaluate`). baseline: the unquantized
+    checkpoint to compare with. threads, activation_bits, activation_scale, kernel, memory: as for `load`.
     Raises StoreError, CheckpointError, UnsupportedModelError or PromptError.
     """
     content = read_text(Path(text))
@@ -47,4 +48,4 @@ def evaluate(
         decoder, assets = loaded.decoder, loaded.assets
     other = load_baseline(open_source(str(baseline)), threads) if baseline is not None else None
     tokens = np.array(load_tokenizer(assets).encode(content), np.int64)
-    return score(decoder, tokens, context, windows, other, progress)
+    return score(decoder, tokens, context, windows, other, progress, stride=stride)

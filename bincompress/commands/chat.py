@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bincompress.commands.options import engine_options, load_with, sampling_options, settings_from
+from bincompress.commands.options import engine_options, load_with, lookup_option, sampling_options, settings_from
 from bincompress.commands.shared import decoding_announced
 from bincompress.errors import BincompressError
 from bincompress.process.interrupts import Terminated
@@ -23,6 +23,7 @@ _TERMINAL_LINE = 4095  # bytes, after which a terminal drops what is typed or pa
 @click.argument("store")
 @click.option("--system", help="System message at the start of the conversation.")
 @sampling_options
+@lookup_option
 @engine_options
 def command(store: str, system: str | None, **options: Any) -> None:
     """Chat with the model in STORE, using its own chat template. An empty line or Ctrl-D ends it, Ctrl-C an answer.

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from bincompress.commands.options import engine_options, load_with, sampling_options, settings_from
+from bincompress.commands.options import engine_options, load_with, lookup_option, sampling_options, settings_from
 from bincompress.commands.shared import decoding_announced, print_json
 from bincompress.process.streams import read_input
 
@@ -14,6 +14,7 @@ from bincompress.process.streams import read_input
 @click.argument("store")
 @click.argument("prompt")
 @sampling_options
+@lookup_option
 @engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print text, token counts and times as JSON.")
 def command(store: str, prompt: str, as_json: bool, **options: Any) -> None:

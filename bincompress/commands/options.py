@@ -10,8 +10,48 @@ from bincompress.commands.running import Size
 Command = Callable[..., Any]
 
 
+class SeveralBits(click.ParamType[tuple[int, ...]]):
+    """Bits of activations, one number or several, such as 16,8,6."""
+
+    name = "bits"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Return the numbers."""
+        found = [part.strip() for part in str(value).split(",")]
+        if not set(found) <= {"6", "8", "16"} or len(set(found)) < len(found):
+            self.fail(f"{value!r}: expected 6, 8 or 16, or several of them such as 16,8,6", param, ctx)
+        return tuple(map(int, found))
+
+
 def engine_options(command: Command) -> Command:
     """Add --threads, --memory, --activation-bits, --activation-scale and --kernel."""
+    return _engine_options(
+        command,
+        click.option(
+            "--activation-bits",
+            type=click.Choice(["6", "8", "16"]),
+            default="8",
+            show_default=True,
+            help="Bits of activations. 16: float32 activations on decoded weights (slow).",
+        ),
+    )
+
+
+def engine_options_for_several_bits(command: Command) -> Command:
+    """Add the engine's options, with --activation-bits a tuple of numbers that are run one after the other."""
+    return _engine_options(
+        command,
+        click.option(
+            "--activation-bits",
+            type=SeveralBits(),
+            default="8",
+            show_default=True,
+            help="Bits of activations, or several such as 16,8,6. 16: float32 activations on decoded weights (slow).",
+        ),
+    )
+
+
+def _engine_options(command: Command, activation_bits: Command) -> Command:
     for option in (
         click.option("--kernel", help="Force a kernel: lookup, lookup-avx2, popcount, ...  [default: the CPU's best]"),
         click.option(
@@ -21,13 +61,7 @@ def engine_options(command: Command) -> Command:
             show_default=True,
             help="One scale per token, or per token and 128 columns.",
         ),
-        click.option(
-            "--activation-bits",
-            type=click.Choice(["6", "8", "16"]),
-            default="8",
-            show_default=True,
-            help="Bits of activations. 16: float32 activations on decoded weights (slow).",
-        ),
+        activation_bits,
         click.option(
             "--memory",
             type=Size(),
@@ -69,6 +103,15 @@ def sampling_options(command: Command) -> Command:
     return command
 
 
+def lookup_option(command: Command) -> Command:
+    """Add --prompt-lookup."""
+    return click.option(
+        "--prompt-lookup",
+        is_flag=True,
+        help="Check several tokens at once where a text repeats itself or its prompt: the same text, sooner or later.",
+    )(command)
+
+
 def settings_from(model: Any, options: dict[str, Any]) -> Any:
     """Return the generation settings of a model that `load_with` loaded, with the options that end a text."""
     from dataclasses import replace
@@ -93,6 +136,7 @@ def load_with(store: str, options: dict[str, Any]) -> Any:
         kernel=options["kernel"],
         memory=options["memory"],
         sampling=_sampling_given(options),
+        prompt_lookup=options.get("prompt_lookup", False),
     )
     for note in model.notes:
         click.echo(f"note: {note}", err=True)

@@ -26,6 +26,11 @@ class ChatTemplate:
         """The templates by name."""
         return dict(self._templates)
 
+    @property
+    def source(self) -> str | None:
+        """The template of conversations without tools, as its authors wrote it."""
+        return self._templates.get("default")
+
     def takes(self, variable: str) -> bool:
         """Return whether a template names this variable."""
         return any(re.search(rf"\b{re.escape(variable)}\b", each) for each in self._templates.values())

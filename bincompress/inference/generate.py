@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from bincompress.inference.chat import ChatTemplate, Message
+from bincompress.inference.lookup import Following
 from bincompress.inference.prefixes import PrefixCache
-from bincompress.inference.sampling import Sampler, Sampling
+from bincompress.inference.sampling import Floats, Sampler, Sampling
 from bincompress.model.cache import CacheType, KvCache
 from bincompress.model.decoder import Decoder
 from bincompress.model.errors import PromptError, TemplateError
@@ -48,6 +49,7 @@ class Model:
     template: ChatTemplate | None = None
     defaults: GenerationSettings = field(default_factory=GenerationSettings)  # as the model's authors set them
     notes: tuple[str, ...] = ()  # what a user should know of how the model is run
+    prompt_lookup: bool = False  # draft tokens from the text so far; changes no text
 
     def stream(self, prompt: str | Sequence[int], settings: GenerationSettings | None = None) -> "Generation":
         """Return an iterator over the pieces of text that continue the prompt; raise PromptError at once."""
@@ -141,6 +143,13 @@ class Generation:
         ends = frozenset() if settings.ignore_eos else self._model.tokenizer.eos_ids
         sampler = Sampler(settings.sampling, decoder.config.vocab, self._prompt)
         logits = decoder.next_logits(self._prompt[cache.length :], cache)
+        following = Following(decoder, cache, self._prompt, self._model.prompt_lookup)
+        try:
+            yield from self._sampled(sampler, ends, logits, following)
+        finally:
+            following.finish()
+
+    def _sampled(self, sampler: Sampler, ends: frozenset[int], logits: Floats, following: Following) -> Iterator[int]:
         while True:
             token = sampler.choose(logits)
             self.tokens.append(token)
@@ -152,7 +161,7 @@ class Generation:
             yield token
             if self.finish_reason is not None:
                 return
-            logits = decoder.next_logits([token], cache)
+            logits = following.after(token)
 
     @property
     def usage(self) -> dict[str, int]:

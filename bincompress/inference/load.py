@@ -77,6 +77,7 @@ def load(
     kernel: str | None = None,
     memory: int | None = None,
     sampling: Mapping[str, Any] | None = None,
+    prompt_lookup: bool = False,
 ) -> Model:
     """Load a finished store as a model.
 
@@ -91,7 +92,8 @@ def load(
 
     memory: bytes that the process may take: of a mixture of experts those used last are in memory, as many as fit, and
     the others are read from the store when a token chooses them. sampling: values by name ("temperature", "top_k", ...)
-    that come before those of generation_config.json.
+    that come before those of generation_config.json. prompt_lookup: what followed the last tokens when they came before
+    is drafted, and checked in one pass; the text is the same, sooner where it repeats what it has read or written.
     Raises StoreError, DamagedError, UnsupportedModelError, TokenizerError or TooLittleMemoryError.
 
     >>> model = load("store")  # doctest: +SKIP
@@ -102,13 +104,19 @@ def load(
     loaded = load_decoder(store, threads, settings, kernel, memory)
     if "tokenizer.json" not in loaded.assets:
         raise StoreError(f"{store}: has no tokenizer.json, so it cannot read or write text; add it to the checkpoint")
+    if prompt_lookup and loaded.decoder.config.recurrent is not None:
+        raise BincompressError(
+            f"{store}: --prompt-lookup takes back tokens that were drafted wrongly, which this model's layers without "
+            "attention cannot; leave it out"
+        )
     chosen = default_sampling(loaded.assets, sampling)
     return Model(
         loaded.decoder,
         load_tokenizer(loaded.assets),
         load_template(loaded.assets),
         GenerationSettings(sampling=chosen),
-        not_obeyed(loaded.assets),
+        notes=not_obeyed(loaded.assets),
+        prompt_lookup=prompt_lookup,
     )
 
 

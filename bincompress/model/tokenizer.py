@@ -106,6 +106,11 @@ class Tokenizer:
             return bytes(_BYTES[character] for character in text)
         return text.replace(_SPACE, " ").encode("utf-8", "replace")
 
+    def id_of(self, text: str) -> int | None:
+        """Return the number of the token that is written so, or None."""
+        found = self._tokenizer.token_to_id(text)
+        return None if found is None else int(found)
+
     def _ids(self, config: Mapping[str, Any], kind: str) -> list[int]:
         """Return the tokens that one file names as those that begin ("bos") or end ("eos") a text."""
         value = config.get(f"{kind}_token_id")

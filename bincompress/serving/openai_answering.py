@@ -36,6 +36,10 @@ class Chat:
         written = self._tokenizer.token_bytes(token)
         return {"token": written.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(written)}
 
+    def end_tokens(self, ended: Ended) -> tuple[TokenLogprob, ...]:
+        """Return none: the tokens of a message are those of its text."""
+        return ()
+
     def opening(self, number: int) -> dict[str, Any]:
         """Return what a stream begins a choice with."""
         return {"delta": {"role": "assistant", "content": ""}}
@@ -78,6 +82,13 @@ class Completion:
             found["top_logprobs"].append(likeliest)
             found["text_offset"].append(self._offsets[number].next(token))
         return found
+
+    def end_tokens(self, ended: Ended) -> tuple[TokenLogprob, ...]:
+        """Return the end token, which is listed as in OpenAI's interface.
+
+        Clients that score a prompt leave out the last token that is listed: else that would be one of the prompt's.
+        """
+        return () if ended.end_token is None else (ended.end_token,)
 
     def opening(self, number: int) -> dict[str, Any]:
         """Return what a stream begins a choice with: the prompt, where it is echoed."""
@@ -139,6 +150,7 @@ class Answer:
                 logprobs[number] += event.tokens
             else:
                 reasons[number] = event.reason
+                logprobs[number] += self._form.end_tokens(event)
         choices = [
             {
                 "index": number,
@@ -164,7 +176,8 @@ class Answer:
                     elif isinstance(event, Piece):
                         yield self._chunk(number, self._form.piece(event.text), event.tokens, None)
                     else:
-                        yield self._chunk(number, self._form.piece(""), None, event.reason)
+                        ends = self._form.end_tokens(event) or None
+                        yield self._chunk(number, self._form.piece(""), ends, event.reason)
                 if self._asked.include_usage:
                     yield _event({**self._head, "object": self._form.part, "choices": [], "usage": self.usage})
             except RequestError as error:
