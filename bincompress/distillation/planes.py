@@ -20,6 +20,7 @@ from bincompress.distillation.fused import fused
 from bincompress.distillation.settings import DistillError
 from bincompress.distillation.student import StoredMatrix, nearest_float8, typical_of_rows
 from bincompress.methods.rounding.codebook import Codebook
+from bincompress.tensors.forms import is_low_rank
 from bincompress.tensors.packed import PackedTensor
 from cpu_kernels.quantize.latents import latent_gradients, levels_of_latents
 from cpu_kernels.quantize.packing import pack_codes, words_for
@@ -238,6 +239,11 @@ class _Part:
 def refuse_untrainable(name: str, attributes: Mapping[str, Any], scale_bits: int | None) -> None:
     """Raise DistillError for a matrix of a store, by its attributes, whose planes cannot be trained as asked."""
     planes, method = 0, attributes["method"]
+    if is_low_rank(attributes):
+        raise DistillError(
+            f"{name}: is stored in low-rank form, whose factors are not trained; begin with a store of planes, or "
+            "leave --start out"
+        )
     for term in attributes["terms"]:
         planes |= term
     if "column_planes" in attributes["hashes"]:

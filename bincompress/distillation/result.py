@@ -24,7 +24,7 @@ from bincompress.tensors.dequantize import dequantize
 from bincompress.tensors.packed import PackedTensor
 from bincompress.tensors.weight import Weight
 
-_OWN = ("format", "version", "status", "failures", SEAL)  # attributes of a root that are of that store alone
+_OWN = ("format", "status", "failures", SEAL)  # attributes of a root that are of that store alone
 _ERROR_ROWS = 512  # whose weights are float64 at once
 
 
@@ -73,7 +73,7 @@ def _write_tensor(
     del attributes["status"]
     seconds = source.read_log(name)
     if packed is None and source.tensors()[name] == "packed":
-        store.write_packed(name, source.read_packed(name, check_hashes=True), archive)
+        store.write_packed(name, source.read_stored(name, check_hashes=True), archive)
     elif packed is not None:
         attributes = _write_packed(store, name, attributes, packed, teacher, source, archive)
     else:
@@ -129,7 +129,7 @@ def _squared_error(store: Store, name: str, teacher: Checkpoint, scale: NDArray[
 
     scale: what the stored columns are larger by, (cols,) or (1,).
     """
-    packed, weight = store.read_packed(name), read_weight(teacher.tensors[name])
+    packed, weight = store.read_stored(name), read_weight(teacher.tensors[name])
     error = norm = 0.0
     for row in range(0, packed.shape[0], _ERROR_ROWS):
         part = slice(row, row + _ERROR_ROWS)
