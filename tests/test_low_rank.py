@@ -15,7 +15,7 @@ from bincompress.errors import DamagedError, RecipeError, StoreError
 from bincompress.inference.load import load_decoder
 from bincompress.methods import Inputs, make_settings, method_named
 from bincompress.methods.rounding.sign_factors import _descend, sign_factors
-from bincompress.model.low_rank_linear import DecodedLowRank, LowRankEmbedding, LowRankLinear
+from bincompress.model.low_rank_linear import MIDDLE_BITS, DecodedLowRank, LowRankEmbedding, LowRankLinear
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.sources.checkpoint import open_checkpoint, read_weight
 from bincompress.store.export import export
@@ -89,7 +89,7 @@ def test_listed_weights_replace_what_the_formula_gives() -> None:
     with Workers(1) as workers:
         for linear in (DecodedLowRank(listed, workers), LowRankLinear([listed], ActivationSettings(), workers)):
             error = linear(x) - x @ expected.T
-            assert float(np.square(error).mean() / np.square(x @ expected.T).mean()) < 1e-3
+            assert float(np.square(error).mean() / np.square(x @ expected.T).mean()) < 5e-3
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(1, 40), (63, 64), (64, 65), (100, 30)])
@@ -168,7 +168,8 @@ def test_the_kernel_flips_what_its_twin_flips(coupled: bool) -> None:
     expected = [part.copy() for part in found]
     run: Any = flip_signs
     flips = run(*found, 3)
-    assert flips == twin.flip_signs(*expected, 3) > 0
+    run = twin.flip_signs
+    assert flips == run(*expected, 3) > 0
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -192,7 +193,7 @@ def test_products_are_those_of_the_twin(threads: int, bits: Any) -> None:
             middle = products.multiply(tensor.right[None], right, cols, cols, scaled).astype(np.float32)
             left = np.ldexp(tensor.row_scale.astype(np.float32), tensor.exponent)[None, :, None]
             turned = tensor.left_by_rows(slice(0, rows))[None]
-            expected = products.multiply(turned, left, rank, rank, products.quantize(middle, bits, "segment"))
+            expected = products.multiply(turned, left, rank, rank, products.quantize(middle, MIDDLE_BITS, "segment"))
             # A middle value on the edge of two steps may fall on either side: a step of one input.
             error = np.abs(found[:, first : first + rows] - expected)
             assert float(error.max()) < 0.02 * float(np.abs(expected).max())
@@ -202,7 +203,7 @@ def test_products_are_those_of_the_twin(threads: int, bits: Any) -> None:
     expected = np.concatenate([x @ dequantize(tensor).T for tensor in tensors], axis=1)
     np.testing.assert_allclose(exact, expected, rtol=1e-3, atol=1e-3)
     share = float(np.square(found - exact).mean() / np.square(exact).mean())
-    assert share < (1e-3 if bits == 8 else 2e-2)
+    assert share < (5e-3 if bits == 8 else 2e-2)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ from bincompress.tensors.weight import Weight
 from cpu_kernels.quantize.packing import words_for
 
 _CHECKSUM_BYTES = 4 * 5  # of the arrays
+_KERNEL_COLUMNS = 128  # that a product kernel takes at a time, whatever is left in the last ones
+_KEPT_SHARE = 31 / 32  # of the bits' rank: so little less is given up for a rank that leaves none of them over
 _ERROR_ROWS = 512  # whose weights are float64 at once
 _SCRATCH_BYTES = 80.0  # a weight: the matrix and its product with the Hessian, and six of both factors, in float32
 
@@ -31,7 +33,12 @@ class LowRankSettings(Settings):
 
     method: ClassVar[str] = "lowrank"
     block: Literal["row"] = option("row", "a scale for every row, rank and column")
-    bits: float = option(1.0, "stored bits a weight: the greatest rank that takes no more", least=0.1, most=4.0)
+    bits: float = option(
+        1.0,
+        "stored bits a weight: the greatest rank that takes no more, or a multiple of 128 just below it",
+        least=0.1,
+        most=4.0,
+    )
     rank: int = option(0, "rank of the factors, in place of --bits", least=0)
     compensate: bool = option(False, "weigh errors by what calibration found")
 
@@ -67,7 +74,9 @@ def rank_of(settings: LowRankSettings, rows: int, cols: int) -> int:
     if settings.rank:
         return settings.rank
     fixed = _bytes_of(0, rows, cols)
-    return int((settings.bits * rows * cols / 8 - fixed) // (_bytes_of(1, rows, cols) - fixed))
+    rank = int((settings.bits * rows * cols / 8 - fixed) // (_bytes_of(1, rows, cols) - fixed))
+    whole = rank // _KERNEL_COLUMNS * _KERNEL_COLUMNS
+    return whole if _KEPT_SHARE * rank <= whole else rank
 
 
 def _bytes_of(rank: int, rows: int, cols: int) -> int:

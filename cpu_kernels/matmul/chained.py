@@ -37,13 +37,19 @@ class ChainedProducts:
     """
 
     def __init__(
-        self, pairs: Sequence[tuple[PackedMatrix, PackedMatrix]], bits: int, per: Per, workers: Workers
+        self,
+        pairs: Sequence[tuple[PackedMatrix, PackedMatrix]],
+        bits: int,
+        per: Per,
+        workers: Workers,
+        middle_bits: int | None = None,
     ) -> None:
+        """bits: of the quantized input; middle_bits: of what lies between the products, by default the same."""
         self.cols = pairs[0][0].cols
         self.rows = sum(second.rows for _, second in pairs)
         self._workers = workers
         self._firsts = [TokenProduct(first, bits, per, workers) for first, _ in pairs]
-        self._seconds = [TokenProduct(second, bits, per, workers) for _, second in pairs]
+        self._seconds = [TokenProduct(second, middle_bits or bits, per, workers) for _, second in pairs]
         self._x = np.empty((len(pairs), self.cols), np.float32)
         self._middle = np.empty((1, sum(first.rows for first, _ in pairs)), np.float32)
         self._edges = np.cumsum([0, *(second.rows for _, second in pairs)])

@@ -141,7 +141,7 @@ def _descend(factors: SignFactors, weights: Floats, hessian: Floats | None) -> N
         of_left = left.T @ left
         factors.middle = _solved(of_left * of_right, np.einsum("ij,ij->j", left, pull), factors.middle)
         gram = of_left * np.outer(factors.middle, factors.middle)
-        target = (felt.T @ left) * factors.middle
+        target = np.asarray((felt.T @ left) * factors.middle, np.float32)
         _flip_right(factors, gram, target, hessian)
         right = factors.right.astype(np.float32)
         pull_column = np.einsum("ij,ij->i", right, target)
