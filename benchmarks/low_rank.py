@@ -3,9 +3,8 @@
     python -m benchmarks.low_rank [--bits 0.8] [--layers 8] [--rounds 15] [--tokens 1]
 
 The shapes are those of Llama-3.2-1B's decoder layers; signs and scales are random, which changes no time. Both forms
-are multiplied in turns on one thread, all layers after each other, so that nothing stays in a cache from one round to the
-next. Times are CPU times: other programs on the machine then count less. Printed are quartiles and
-their ratios.
+are multiplied in turns on one thread, all layers after each other, so that nothing stays in a cache from one round to
+the next. Times are CPU times: other programs on the machine then count less. Printed are quartiles and their ratios.
 """
 
 import argparse

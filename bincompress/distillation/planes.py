@@ -240,10 +240,9 @@ def refuse_untrainable(name: str, attributes: Mapping[str, Any], scale_bits: int
     """Raise DistillError for a matrix of a store, by its attributes, whose planes cannot be trained as asked."""
     planes, method = 0, attributes["method"]
     if is_low_rank(attributes):
-        raise DistillError(
-            f"{name}: is stored in low-rank form, whose factors are not trained; begin with a store of planes, or "
-            "leave --start out"
-        )
+        if scale_bits == 8:
+            raise DistillError(f"{name}: scales of the low-rank form have 16 bits; leave --scale-bits 8 out")
+        return
     for term in attributes["terms"]:
         planes |= term
     if "column_planes" in attributes["hashes"]:
