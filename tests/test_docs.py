@@ -172,7 +172,7 @@ def test_examples_in_help_texts_parse(name: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("bincompress compress ./model ./store --bits 3", "No such option"),
+        ("bincompress compress ./model ./store --bit-width 3", "No such option"),
         ("bincompress compress ./model ./store --block 65", "expected one of"),
         ("bincompress calibrate ./model ./stats", "Missing parameter: text"),
         ("bincompress compress ./model", "Missing parameter: store"),

@@ -65,7 +65,7 @@ def test_later_overrides_win_and_options_win_over_defaults(tiny_model: Path) -> 
         ("not toml", "not readable as TOML"),
         (
             "[defaults]\nmethod = 'wgn'",
-            "unknown method 'wgn'; known: billm, dbellquant, dbllm, keep, lossless, uniform, wgm, xnor",
+            "unknown method 'wgn'; known: billm, dbellquant, dbllm, keep, lossless, lowrank, uniform, wgm, xnor",
         ),
         ("[defaults]\ngroups = 0", "groups: expected 1 to 32768, found 0"),
         ("[defaults]\ngroups = 32769", "groups: expected 1 to 32768, found 32769"),

@@ -12,7 +12,7 @@ from bincompress.compression.prepare import prepare
 from bincompress.compression.records import Job, JobReport, failed_report
 from bincompress.compression.tensor_report import tensor_report
 from bincompress.errors import BincompressError, LossError
-from bincompress.methods import KEEP, Binarized
+from bincompress.methods import KEEP, Made
 from bincompress.process.faults import explain, stops_everything
 from bincompress.sources.checkpoint import read_weight
 from bincompress.store.report import report_problem
@@ -73,7 +73,7 @@ def _done(job: Job, read: Callable[[], Weight]) -> tuple[Literal["done", "unchan
         and not report_problem(before.get("report"))
     ):
         return "unchanged", before["report"]
-    written: Weight | Binarized
+    written: Weight | Made
     if job.settings == KEEP:
         written = plain = prepare(job, weight, mark).as_it_is()
         bad = store.check_plain(job.name, plain, job.source.shape, refuse=job.required)
@@ -84,14 +84,14 @@ def _done(job: Job, read: Callable[[], Weight]) -> tuple[Literal["done", "unchan
         written, bad = found, ""
         hashes, nbytes = store.write_packed(job.name, found.tensor, job.archive)
         record = {"shape": list(job.source.shape), "method": job.settings.method, "settings": job.settings.record()}
-        attributes = {**record, "block": found.tensor.block, **found.tensor.attributes()}
+        attributes = {**record, **found.tensor.attributes()}
     report = tensor_report(job, weight, written, nbytes, bad)
     store.commit(job.name, {**attributes, "hashes": hashes, "fingerprint": mark, "report": report})
     store.write_log(job.name, {"seconds": time.perf_counter() - begin})
     return "done", report
 
 
-def binarized_or_fallback(job: Job, weight: Weight, mark: dict[str, Any]) -> tuple[Job, Binarized]:
+def binarized_or_fallback(job: Job, weight: Weight, mark: dict[str, Any]) -> tuple[Job, Made]:
     """Return what the method makes of the tensor, and the job with the settings that were used in the end.
 
     mark: the job's fingerprint. Where a method that gives every weight exactly cannot, the job's fallback is used, and

@@ -31,6 +31,7 @@ _ORDER = (
     "groups", "solver", "window", "lam", "lam_normalized", "block", "bits", "planes", "scale_bits", "compensate",
     "refine", "epsilon",
 )  # fmt: skip
+_LATER = frozenset({"rank"})  # listed only where a method has them, so that other stores are as they were
 _NOT_GIVEN = {"planes": 0}  # what version 1 writes in place of a method's own default
 
 
@@ -57,7 +58,8 @@ class Recipe:
 
     def record(self) -> dict[str, Any]:
         """Return the recipe as JSON, for the store."""
-        known = options()
+        used = {name for method in self.methods() if method != KEEP.method for name in method_named(method).options()}
+        known = {name: owners for name, owners in options().items() if name in used or name not in _LATER}
         given, own = dict(self.values), {} if self.method == KEEP.method else method_named(self.method).options()
         ordered = [name for name in _ORDER if name in known] + [name for name in known if name not in _ORDER]
         usual = {name: own.get(name, known[name][0][1]).default for name in ordered}

@@ -21,6 +21,7 @@ from bincompress.distillation.settings import DistillError
 from bincompress.distillation.student import StoredMatrix, nearest_float8, typical_of_rows
 from bincompress.methods import Settings, method_named
 from bincompress.methods.rounding.codebook import Codebook
+from bincompress.tensors.forms import is_low_rank
 from bincompress.tensors.packed import PackedTensor
 from cpu_kernels.quantize.latents import latent_gradients, levels_of_latents
 from cpu_kernels.quantize.packing import pack_codes, words_for
@@ -239,6 +240,10 @@ class _Part:
 def refuse_untrainable(name: str, attributes: Mapping[str, Any], scale_bits: int | None) -> None:
     """Raise DistillError for a matrix of a store, by its attributes, whose planes cannot be trained as asked."""
     planes, method = 0, attributes["method"]
+    if is_low_rank(attributes):
+        if scale_bits == 8:
+            raise DistillError(f"{name}: scales of the low-rank form have 16 bits; leave --scale-bits 8 out")
+        return
     for term in attributes["terms"]:
         planes |= term
     _refuse_planes(name, method, "column_planes" in attributes["hashes"], planes.bit_length())

@@ -149,7 +149,7 @@ def _alike(parts: list[NDArray[Any]]) -> list[NDArray[Any]]:
 
 def _tensor(store: Store, name: str) -> NDArray[Any]:
     if store.tensors()[name] == "packed":
-        return to_bfloat16(dequantize(store.read_packed(name))).view(ml_dtypes.bfloat16)
+        return to_bfloat16(dequantize(store.read_stored(name))).view(ml_dtypes.bfloat16)
     weight, shape = store.read_plain(name)
     name = weight.dtype_name
     tensor: NDArray[Any] = weight.bits.view(np.dtype(getattr(ml_dtypes, name, name))).reshape(shape)
