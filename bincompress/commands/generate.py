@@ -1,6 +1,7 @@
 """bincompress generate"""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,21 +16,33 @@ from bincompress.process.streams import read_input
 @click.argument("prompt")
 @sampling_options
 @engine_options
+@click.option(
+    "--json-schema",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File with a JSON schema, which the text is held to.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print text, token counts and times as JSON.")
-def command(store: str, prompt: str, as_json: bool, **options: Any) -> None:
+def command(store: str, prompt: str, json_schema: Path | None, as_json: bool, **options: Any) -> None:
     """Continue PROMPT with the model in STORE, token by token. PROMPT "-" reads standard input.
 
     \b
     Examples:
       bincompress generate ./store "The scheduler" --max-tokens 60
       bincompress generate ./store "The scheduler" --temperature 0 --threads 1 --json
+      bincompress generate ./store "A process as JSON: " --json-schema process.schema.json
     """
     text = read_input("the prompt") if prompt == "-" else prompt
+    schema = None
+    if json_schema is not None:
+        from bincompress.inference.json_schema import read_schema
+
+        schema = read_schema(json_schema)
     begin = time.perf_counter()
     with decoding_announced():
         model = load_with(store, options)
         loaded = time.perf_counter()
-        generation = model.stream(text, settings_from(model, options))
+        grammar = None if schema is None else model.json_grammar(schema)
+        generation = model.stream(text, settings_from(model, options), grammar)
         pieces, first = [], None
         for piece in generation:
             first = first or time.perf_counter()

@@ -7,11 +7,15 @@ is greedy (after bias and penalties).
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bincompress.model.errors import SamplingError
+
+if TYPE_CHECKING:
+    from bincompress.inference.constraint import Constraint
 
 Floats = NDArray[np.float32]
 Scores = NDArray[np.float64]
@@ -62,8 +66,12 @@ class Sampling:
 class Sampler:
     """Chooses tokens one after the other; the same seed and logits give the same tokens."""
 
-    def __init__(self, settings: Sampling, vocab: int, seen: Iterable[int] = ()) -> None:
+    def __init__(
+        self, settings: Sampling, vocab: int, seen: Iterable[int] = (), constraint: "Constraint | None" = None
+    ) -> None:
+        """seen: tokens of the prompt. constraint: what the text is held to; `choose` raises its ConstraintError."""
         self.settings = settings
+        self._constraint = constraint
         self._random = np.random.default_rng(settings.seed)
         self._seen = np.zeros(vocab, bool)
         self._seen[list(seen)] = True
@@ -71,20 +79,31 @@ class Sampler:
         if outside := [token for token, _ in settings.logit_bias if token >= vocab]:
             raise SamplingError(f"logit_bias: expected tokens of the vocabulary, 0 to {vocab - 1}, found {outside[0]}")
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the text has the form that it is held to, and nothing can follow."""
+        return self._constraint is not None and self._constraint.is_complete
+
     def choose(self, logits: Floats) -> int:
         """Return the next token for logits (vocab,) and remember it for the penalties."""
         settings = self.settings
         values = penalised(biased(logits, settings.logit_bias), self._seen, settings.repetition_penalty)
         values = less_repeated(values, self._counts, settings.presence_penalty, settings.frequency_penalty)
+        if self._constraint is not None:
+            values = np.where(self._constraint.allowed(), values, np.float32(-np.inf))
         if settings.temperature == 0.0:
             token = int(np.argmax(values))
         else:
             ids, scores = filtered(values, settings)
+            if self._constraint is not None:  # rounding must not lead to one that is not allowed
+                ids, scores = ids[scores > -np.inf], scores[scores > -np.inf]
             steps = np.cumsum(_softmax(scores))
             drawn = np.searchsorted(steps, self._random.random() * steps[-1], side="right")
             token = int(ids[min(int(drawn), len(ids) - 1)])
         self._seen[token] = True
         self._counts[token] += 1
+        if self._constraint is not None:
+            self._constraint.take(token)
         return token
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bincompress.errors import BincompressError
+from bincompress.inference.constraint import Grammar
 from bincompress.inference.generate import FinishReason, GenerationSettings, Held, Model, room_after
 from bincompress.inference.logprobs import TokenLogprob, token_logprob
 from bincompress.inference.prefixes import Prefix
@@ -38,6 +39,7 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     only_prompt: bool = False
+    grammar: Grammar | None = None  # that the text is held to
     deadline: float = math.inf
 
 
@@ -83,7 +85,8 @@ class Writing:
         self.submitted = time.monotonic()
         self._tell = listener
         self.reused = 0
-        self._sampler = Sampler(request.settings.sampling, model.decoder.config.vocab, request.prompt)
+        constraint = None if request.grammar is None else request.grammar.begin()
+        self._sampler = Sampler(request.settings.sampling, model.decoder.config.vocab, request.prompt, constraint)
         self._text = TextStream(model.tokenizer, request.prompt)
         self._held = Held(request.settings.stop)
         self._ends = frozenset() if request.settings.ignore_eos else model.tokenizer.eos_ids
@@ -189,6 +192,8 @@ class Writing:
         self._give(self._held.push(text))
         if self._held.stopped:
             self.end("stop")
+        elif self._sampler.is_complete:
+            self._finish("stop")
         elif self.sampled == self.limit:
             self._finish("length")
 

@@ -64,6 +64,15 @@ class Tokenizer:
         """Number of tokens, added ones included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    def token_of(self, text: str) -> int | None:
+        """Return the token that is written so, if there is one."""
+        found: int | None = self._tokenizer.token_to_id(text)
+        return found
+
+    def serialized(self) -> str:
+        """Return the tokenizer in the form of tokenizer.json, with the tokens that were added to it."""
+        return str(self._tokenizer.to_str())
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Return the tokens of a text, with those that the tokenizer's post-processor adds unless `special` is off."""
         try:

@@ -21,6 +21,7 @@ from bincompress.errors import BincompressError
 from bincompress.serving import ollama
 from bincompress.serving.asking import Asked
 from bincompress.serving.embeddings import embeddings
+from bincompress.serving.forms import in_form
 from bincompress.serving.openai_answering import Answer, Chat, Completion, error_body
 from bincompress.serving.openai_asking import chat, completion, messages_of, rendered, variables_of
 from bincompress.serving.reading import Fields, RequestError, in_thread, read_json
@@ -194,7 +195,7 @@ async def _answered(
     scheduler = service.ready()
     fields = await read_json(request, service)
     asked = await in_thread(service, ask, fields, service)
-    texts = Texts(scheduler, asked.requests)
+    texts = Texts(scheduler, await in_form(request, service, asked.requests, asked.form))
     answer = Answer(form(service, asked), service, asked)
     request.state.answer = answer
     if asked.stream:

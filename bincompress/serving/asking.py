@@ -28,6 +28,7 @@ class Asked:
     echo: bool = False
     logprobs: int | None = None
     prompts: list[str] = field(default_factory=list)  # their texts, where they are echoed
+    form: str | None = None  # a grammar, which the texts are held to
 
 
 def sampling_of(fields: Fields, defaults: Sampling, names: Mapping[str, str] | None = None) -> Sampling:

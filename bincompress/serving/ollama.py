@@ -15,6 +15,7 @@ from bincompress import __version__
 from bincompress.errors import BincompressError
 from bincompress.inference.sequence import Ended, Piece, PromptRead, Request
 from bincompress.serving.asking import check_model, lengths_of, request_for, sampling_of, stops_of
+from bincompress.serving.forms import in_form, ollama_format
 from bincompress.serving.openai_asking import messages_of, rendered
 from bincompress.serving.reading import Fields, RequestError, in_thread, read_json, shown
 from bincompress.serving.service import Service
@@ -30,6 +31,7 @@ class _Asked:
     stream: bool
     is_chat: bool
     began: int  # time.monotonic_ns()
+    form: str | None = None  # a grammar, which the text is held to
 
 
 async def chat(request: HttpRequest) -> Response:
@@ -69,7 +71,7 @@ async def _answer(http: HttpRequest, is_chat: bool) -> Response:
     began = time.monotonic_ns()
     fields = await read_json(http, service)
     asked = await in_thread(service, _asked, fields, service, is_chat, began)
-    texts = Texts(scheduler, [asked.request])
+    texts = Texts(scheduler, await in_form(http, service, [asked.request], asked.form))
     answer = _Answer(service, asked)
     http.state.answer = answer
     if asked.stream:
@@ -88,7 +90,7 @@ def _asked(fields: Fields, service: Service, is_chat: bool, began: int) -> _Aske
     context = options.number("num_ctx", 1, service.ready().limits.context, whole=True)
     options.finish()
     ids = _chat_ids(fields, service) if is_chat else _prompt_ids(fields, service)
-    fields.neutral("format", "")
+    form = ollama_format(fields)
     fields.neutral("tools", [])
     fields.neutral("images", [])
     _check_kept(fields)
@@ -102,7 +104,7 @@ def _asked(fields: Fields, service: Service, is_chat: bool, began: int) -> _Aske
         options.refuse("num_ctx", f"the prompt has {len(ids):,} tokens; expected more than that")
     if context is not None:
         request = replace(request, settings=replace(request.settings, context=context))
-    return _Asked(request, stream is not False, is_chat, began)
+    return _Asked(request, stream is not False, is_chat, began, form)
 
 
 def _check_kept(fields: Fields) -> None:

@@ -13,6 +13,7 @@ from bincompress.serving.asking import (
     seeded,
     stops_of,
 )
+from bincompress.serving.forms import response_format
 from bincompress.serving.reading import Fields, RequestError, shown
 from bincompress.serving.service import Service
 from bincompress.serving.texts import refused
@@ -60,11 +61,11 @@ def chat(fields: Fields, service: Service) -> Asked:
         fields.refuse("top_logprobs", "expected logprobs to be true as well")
     most = lengths_of(fields, "max_completion_tokens", "max_tokens")
     variables = variables_of(fields)
+    form = response_format(fields)
     # What says that nothing of the kind is wanted is as good as nothing.
     fields.neutral("tools", [])
     fields.neutral("tool_choice", "none", "auto")
     fields.neutral("parallel_tool_calls", True, False)
-    fields.neutral("response_format", {"type": "text"})
     fields.neutral("modalities", ["text"])
     fields.neutral("store", False)
     fields.neutral("service_tier", "auto", "default")
@@ -73,7 +74,7 @@ def chat(fields: Fields, service: Service) -> Asked:
     logprobs = (alternatives or 0) if wanted else None
     request = request_for(service, ids, common.sampling, common.stop, most, logprobs=logprobs)
     made = [seeded(request, choice) for choice in range(common.choices)]
-    return Asked(made, common.choices, common.stream, common.include_usage, logprobs=logprobs)
+    return Asked(made, common.choices, common.stream, common.include_usage, logprobs=logprobs, form=form)
 
 
 def rendered(service: Service, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
