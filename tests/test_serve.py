@@ -247,12 +247,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "/v1/chat/completions",
         {"tools": [{"type": "function"}]},
-        "tools: a list is not supported; expected [], or nothing",
+        "tools[0].function.name: expected 1 to 64 letters",
     ),
     ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs: expected logprobs to be true as well"),
     ("/v1/chat/completions", {"messages": []}, "messages: expected at least one message"),
     ("/v1/chat/completions", {"messages": ["x"]}, "messages[0]: expected an object, found 'x'"),
-    ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role: expected system, us"),
+    ("/v1/chat/completions", {"messages": [{"role": "me", "content": "x"}]}, "messages[0].role: expected system, us"),
     ("/v1/chat/completions", {"messages": [{"role": "user"}]}, "messages[0].content: expected a text"),
     ("/v1/chat/completions", {"messages": [{**TEXT, "name": "I"}]}, "messages[0].name: this parameter is not supp"),
     (

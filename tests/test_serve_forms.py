@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import ollama
 import openai
 import pytest
 
+from bincompress.inference.chat import ChatTemplate
 from bincompress.inference.constraint import Grammars
 from bincompress.inference.load import load
+from bincompress.inference.sampling import Sampler
 from tests.conftest import Run
 from tests.serving import BOUND, Running, make_store, running, until
 
@@ -120,6 +123,177 @@ def test_other_requests_go_on_while_a_schema_is_compiled(
     for each in waiting:
         each.join(BOUND)
     assert [each.choices[0].message.content for each in found] == ["7"] * 6
+
+
+HERMES = (
+    "{% if tools %}{% for t in tools %}{{ t.function.name }}\n{% endfor %}Write <tool_call></tool_call>.\n{% endif %}"
+    "{% for m in messages %}{{ m['role'] if m.role != 'tool' else 'result' }}: {{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<{{ call.function.name }}{{ call.function.arguments | tojson }}>{% endfor %}\n"
+    "{% endfor %}answer:"
+)  # fmt: skip
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Paris", "Oslo"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+OTHER: Any = {"type": "function", "function": {"name": "clock"}}
+
+
+@pytest.fixture(scope="module")
+def with_tools(server: Running, store: Path) -> Iterator[Running]:
+    """A server whose template takes tools."""
+    model = replace(server.service.model, template=ChatTemplate({"default": HERMES}))
+    with running(store, model) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def caller(with_tools: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"http://127.0.0.1:{with_tools.port}/v1", api_key="none", max_retries=0, timeout=BOUND
+    ) as made:
+        yield made
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, server: Running, text: str) -> None:
+    """Have the model write this text."""
+    tokenizer = server.service.model.tokenizer
+    tokens = [*tokenizer.encode(text, special=False), min(tokenizer.eos_ids)]
+
+    class Script(Sampler):
+        def choose(self, logits: Any) -> int:
+            return tokens[int(self._counts.sum())] + self._noted()
+
+        def _noted(self) -> int:
+            self._counts[0] += 1
+            return 0
+
+    monkeypatch.setattr("bincompress.inference.sequence.Sampler", Script)
+
+
+def test_asked_for_calls_come_with_their_arguments(caller: openai.OpenAI) -> None:
+    asked: Any = {**ASKED, "tools": [TOOL, OTHER], "seed": 2, "temperature": 1.5}
+    named: Any = {"type": "function", "function": {"name": "weather"}}
+    found = caller.chat.completions.create(**asked, tool_choice=named)
+    choice = found.choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    (call,) = choice.message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "weather"
+    assert json.loads(call.function.arguments)["city"] in ("Paris", "Oslo")
+    with caller.chat.completions.stream(**asked, tool_choice=named) as stream:
+        told = stream.get_final_completion()
+    (again,) = told.choices[0].message.tool_calls or []
+    assert (again.function.name, again.function.arguments) == (call.function.name, call.function.arguments)
+    assert told.choices[0].finish_reason == "tool_calls"
+    several = caller.chat.completions.create(**asked, tool_choice="required", parallel_tool_calls=False)
+    assert len(several.choices[0].message.tool_calls or []) == 1
+
+
+def test_calls_of_its_own_accord_and_their_results(
+    with_tools: Running, caller: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chats: Any = caller.chat.completions
+    scripted(
+        monkeypatch,
+        with_tools,
+        'I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>',
+    )
+    found = chats.create(**ASKED, tools=[TOOL])
+    message = found.choices[0].message
+    (call,) = message.tool_calls or []
+    assert (message.content, found.choices[0].finish_reason) == ("I look.", "tool_calls")
+    chunks = list(chats.create(**ASKED, tools=[TOOL], stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "I look."
+    (part,) = [each for chunk in chunks for each in chunk.choices[0].delta.tool_calls or []]
+    assert part.function is not None
+    assert (part.index, part.function.name, part.function.arguments) == (0, "weather", '{"city": "Oslo"}')
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    plain = chats.create(**ASKED, tools=[TOOL], tool_choice="none")
+    assert "<tool_call>" in (plain.choices[0].message.content or "")
+
+    back: Any = [*ASKED["messages"], message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
+    tokens = with_tools.ask("/tokenize", {"messages": json.loads(json.dumps(back, default=lambda m: m.to_dict()))})[1]
+    said = with_tools.service.model.tokenizer.decode(tokens["tokens"])
+    assert said == 'user: Helloassistant: I look.<weather{"city": "Oslo"}>result: rainanswer:'
+    assert chats.create(**{**ASKED, "messages": back}, tools=[TOOL]).choices
+
+    with ollama.Client(f"http://127.0.0.1:{with_tools.port}", timeout=BOUND) as asked:
+        told = asked.chat("tiny", ASKED["messages"], tools=[TOOL])
+        (own,) = told.message.tool_calls or []
+        assert (told.message.content, own.function.name, own.function.arguments) == (
+            "I look.",
+            "weather",
+            {"city": "Oslo"},
+        )
+        lines = list(asked.chat("tiny", ASKED["messages"], tools=[TOOL], stream=True))
+        assert [call.function.name for line in lines for call in line.message.tool_calls or []] == ["weather"]
+        result: Any = {"role": "tool", "tool_name": "weather", "content": "rain"}
+        assert asked.chat("tiny", [*ASKED["messages"], told.message, result], tools=[TOOL]).done
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"tools": [{"type": "web_search"}]}, "tools[0].type: expected function, found 'web_search'"),
+    ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name: expected 1 to 64 letters"),
+    ({"tools": [TOOL, TOOL]}, "tools: expected a name of its own for each"),
+    ({"tools": [OTHER] * 200}, "tools: expected at most 128, found 200"),
+    ({"tool_choice": "required"}, "tool_choice: 'required' needs tools"),
+    ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice: expected none, auto, required or a function"),
+    (
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}},
+        "tool_choice.function.name: expected the name of one of the tools, found 'x'",
+    ),
+    (
+        {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
+        "tools[0].function.strict: true is enforced with tool_choice",
+    ),
+    (
+        {
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}],
+            "tool_choice": "required",
+        },
+        "tools: schema.not: this keyword is not supported",
+    ),
+    (
+        {"tools": [TOOL], "response_format": {"type": "json_object"}},
+        "response_format: a form and tools cannot be asked",
+    ),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]}]},
+        "messages[0].tool_calls[0].function.arguments: expected a JSON object as a text",
+    ),
+    ({"chat_template_kwargs": {"enable_thinking": False}}, "this model's chat template does not use 'enable_thinking'"),
+    ({"chat_template_kwargs": {"tools": []}}, "tools is not a variable that a request may set"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), REFUSED)
+def test_what_is_wrong_with_tools_is_refused(with_tools: Running, more: dict[str, Any], message: str) -> None:
+    status, told = with_tools.ask("/v1/chat/completions", {**ASKED, **more})
+    assert status == 400
+    assert message in told["error"]["message"]
+
+
+def test_a_template_without_tools_refuses_them(server: Running) -> None:
+    status, told = server.ask("/v1/chat/completions", {**ASKED, "tools": [TOOL]})
+    assert (status, told["error"]["message"]) == (
+        400,
+        "tools: this model's chat template does not use tools; expected none",
+    )
+    messages = [{"role": "tool", "content": "rain"}]
+    told = server.ask("/v1/chat/completions", {**ASKED, "messages": messages})[1]
+    assert told["error"]["message"] == "messages[0].role: this model's chat template does not know the role tool"
+    assert (
+        server.ask("/v1/chat/completions", {**ASKED, "tools": [TOOL], "tool_choice": "none", "max_tokens": 1})[0] == 200
+    )
 
 
 def test_generate_writes_json(run: Run, tmp_path: Path, store: Path) -> None:

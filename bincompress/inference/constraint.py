@@ -104,12 +104,6 @@ class Grammars:
                 self._known.popitem(last=False)
             return made
 
-    def is_special(self, text: str) -> bool:
-        """Return whether a text is one token that only its name in a grammar can ask for."""
-        token = self._tokenizer.token_of(text)
-        with self._lock:
-            return token is not None and bool(self._tokens(_llguidance()).is_special_token(token))
-
     def _tokens(self, llguidance: Any) -> Any:
         if self._own is None:
             ends = sorted(token for token in self._tokenizer.eos_ids if token < self._vocab)

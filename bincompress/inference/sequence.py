@@ -40,6 +40,7 @@ class Request:
     prompt_logprobs: bool = False
     only_prompt: bool = False
     grammar: Grammar | None = None  # that the text is held to
+    shown: frozenset[int] = frozenset()  # special tokens that are text all the same
     deadline: float = math.inf
 
 
@@ -87,7 +88,7 @@ class Writing:
         self.reused = 0
         constraint = None if request.grammar is None else request.grammar.begin()
         self._sampler = Sampler(request.settings.sampling, model.decoder.config.vocab, request.prompt, constraint)
-        self._text = TextStream(model.tokenizer, request.prompt)
+        self._text = TextStream(model.tokenizer, request.prompt, shown=request.shown)
         self._held = Held(request.settings.stop)
         self._ends = frozenset() if request.settings.ignore_eos else model.tokenizer.eos_ids
         self._prompt_logprobs: list[TokenLogprob] = []

@@ -23,6 +23,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTES = _byte_alphabet()
+_TAIL = 64  # tokens of the prompt that are looked at
 _CONTEXT = 6  # tokens of the prompt that decide how the first new token is written (a leading space, say)
 
 
@@ -68,6 +69,12 @@ class Tokenizer:
         """Return the token that is written so, if there is one."""
         found: int | None = self._tokenizer.token_to_id(text)
         return found
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are left out of texts."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(token for token, own in added.items() if own.special)
 
     def serialized(self) -> str:
         """Return the tokenizer in the form of tokenizer.json, with the tokens that were added to it."""
@@ -120,12 +127,20 @@ class TextStream:
     token is decoded after those before it, and what these give alone is cut off.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), skip_special: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int] = (),
+        skip_special: bool = True,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
+        """shown: special tokens that are text all the same."""
         self._tokenizer = tokenizer
-        self._skip = skip_special
+        self._skip = skip_special and not shown
+        self._left_out = tokenizer.special_ids - shown if shown else frozenset()
         self._ids: list[int] = []
         self._written = ""  # text of the tokens in _ids that has already been given away
-        self._keep_last(prompt)
+        self._keep_last([token for token in prompt[-_TAIL:] if token not in self._left_out])
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._ids, self._skip)
@@ -144,6 +159,8 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Return the text that this token completes, perhaps none."""
+        if token in self._left_out:
+            return ""
         self._ids.append(token)
         text = self._decode()
         if text.endswith(_UNFINISHED) or len(text) <= len(self._written):

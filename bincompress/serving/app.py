@@ -216,7 +216,7 @@ async def tokenize(request: Request) -> Response:
 def _tokens(fields: Fields, service: Service) -> list[int]:
     fields.take("model", str)
     if fields.given("messages"):
-        found = rendered(service, messages_of(fields), variables_of(fields))
+        found = rendered(service, messages_of(fields, service.model.template), variables_of(fields, service))
     else:
         prompt, special = fields.take("prompt", str), fields.take("add_special_tokens", bool)
         if prompt is None:

@@ -11,6 +11,7 @@ from bincompress.inference.sampling import Sampling
 from bincompress.inference.sequence import Request
 from bincompress.serving.reading import Fields
 from bincompress.serving.service import Service
+from bincompress.serving.tools import Tools
 
 _MOST_STOPS, _LONGEST_STOP = 16, 256
 _MOST_BIASED = 1024
@@ -29,6 +30,7 @@ class Asked:
     logprobs: int | None = None
     prompts: list[str] = field(default_factory=list)  # their texts, where they are echoed
     form: str | None = None  # a grammar, which the texts are held to
+    tools: Tools | None = None  # that the texts may call
 
 
 def sampling_of(fields: Fields, defaults: Sampling, names: Mapping[str, str] | None = None) -> Sampling:
