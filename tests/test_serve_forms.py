@@ -15,6 +15,7 @@ from bincompress.inference.chat import ChatTemplate
 from bincompress.inference.constraint import Grammars
 from bincompress.inference.load import load
 from bincompress.inference.sampling import Sampler
+from bincompress.model.decoder import Decoder
 from tests.conftest import Run
 from tests.serving import BOUND, Running, make_store, running, until
 
@@ -311,3 +312,38 @@ def test_generate_writes_json(run: Run, tmp_path: Path, store: Path) -> None:
     assert err.strip() == f"error: {schema}: schema.unique: this keyword is not supported"
     schema.write_text("{")
     assert "not JSON" in run(*arguments)[2]
+
+
+def test_a_prompt_cache_gives_the_same_text_and_is_refused_elsewhere(run: Run, store: Path, tmp_path: Path) -> None:
+    file = tmp_path / "cache.safetensors"
+    asked = ("generate", store, "In Python, a list is", "--threads", 1, "--temperature", 0, "--max-tokens", 6)
+    plain = run(*asked)[1]
+    assert run(*asked, "--prompt-cache", file)[1] == plain
+    first = file.read_bytes()
+    passes: list[int] = []
+    alone = Decoder.next_logits
+
+    def counted(self: Decoder, ids: Any, cache: Any) -> Any:
+        passes.append(len(ids))
+        return alone(self, ids, cache)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "next_logits", counted)
+        longer = (*asked[:2], asked[2] + plain[:8] + " and", *asked[3:])
+        assert run(*longer, "--prompt-cache", file)[1] == run(*longer)[1]
+    assert passes[0] < passes[6] / 2  # tokens of the prompt that are run, with the file and without
+    assert file.read_bytes() != first
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+    code, out, err = run(*asked, "--prompt-cache", file, "--activation-bits", 6)
+    assert (code, out) == (2, "")
+    assert "cache.safetensors: was made with another store, other activation settings or another version" in err
+    for at in (0, 9, len(first) // 2, len(first) - 1):
+        file.write_bytes(first[:at] + bytes([first[at] ^ 0x55]) + first[at + 1 :])
+        code, out, err = run(*asked, "--prompt-cache", file)
+        assert (code, out) == (2, ""), at
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+    for content in (b"", first[:-1], first + b"x", b"\xff" * 64):
+        file.write_bytes(content)
+        assert run(*asked, "--prompt-cache", file)[0] == 2

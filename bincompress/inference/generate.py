@@ -56,15 +56,17 @@ class Model:
         prompt: str | Sequence[int],
         settings: GenerationSettings | None = None,
         grammar: "Grammar | None" = None,
+        prefixes: PrefixCache | None = None,
     ) -> "Generation":
         """Return an iterator over the pieces of text that continue the prompt; raise PromptError at once.
 
-        grammar: what the text is held to (`json_grammar`).
+        grammar: what the text is held to (`json_grammar`). prefixes: where caches of earlier texts are taken from and
+        left.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids and self.tokenizer.bos_id is not None:
             ids = [self.tokenizer.bos_id]
-        return Generation(self, ids, settings or self.defaults, grammar=grammar)
+        return Generation(self, ids, settings or self.defaults, prefixes, grammar)
 
     def json_grammar(self, schema: Any) -> "Grammar":
         """Return the grammar of the JSON values that a JSON schema (parsed JSON) allows, for `stream`.
@@ -166,7 +168,8 @@ class Generation:
         decoder, settings = self._model.decoder, self._settings
         ends = frozenset() if settings.ignore_eos else self._model.tokenizer.eos_ids
         constraint = None if self._grammar is None else self._grammar.begin()
-        sampler = Sampler(settings.sampling, decoder.config.vocab, self._prompt, constraint)
+        breakers = settings.sampling.breakers(self._model.tokenizer, decoder.config.vocab)
+        sampler = Sampler(settings.sampling, decoder.config.vocab, self._prompt, constraint, breakers)
         logits = decoder.next_logits(self._prompt[cache.length :], cache)
         while True:
             token = sampler.choose(logits)

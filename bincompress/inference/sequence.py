@@ -87,7 +87,9 @@ class Writing:
         self._tell = listener
         self.reused = 0
         constraint = None if request.grammar is None else request.grammar.begin()
-        self._sampler = Sampler(request.settings.sampling, model.decoder.config.vocab, request.prompt, constraint)
+        sampling, vocab = request.settings.sampling, model.decoder.config.vocab
+        breakers = sampling.breakers(model.tokenizer, vocab)
+        self._sampler = Sampler(sampling, vocab, request.prompt, constraint, breakers)
         self._text = TextStream(model.tokenizer, request.prompt, shown=request.shown)
         self._held = Held(request.settings.stop)
         self._ends = frozenset() if request.settings.ignore_eos else model.tokenizer.eos_ids

@@ -59,6 +59,7 @@ class Tokenizer:
         self.eos_ids = frozenset(token for config in given for token in self._ids(config, "eos"))
         bos = [token for config in given for token in self._ids(config, "bos")]
         self.bos_id: int | None = bos[0] if bos else None
+        self._with: dict[tuple[str, ...], frozenset[int]] = {}
 
     @property
     def size(self) -> int:
@@ -69,6 +70,16 @@ class Tokenizer:
         """Return the token that is written so, if there is one."""
         found: int | None = self._tokenizer.token_to_id(text)
         return found
+
+    def tokens_with(self, texts: tuple[str, ...]) -> frozenset[int]:
+        """Return the tokens that have one of these texts in what they write; those asked for last are kept."""
+        known = self._with.get(texts)
+        if known is None:
+            wanted = [text.encode("utf-8", "replace") for text in texts]
+            tokens = range(self.size)
+            known = frozenset(token for token in tokens if any(each in self.token_bytes(token) for each in wanted))
+            self._with = {texts: known}
+        return known
 
     @property
     def special_ids(self) -> frozenset[int]:

@@ -20,11 +20,11 @@ from bincompress.serving.service import Service
 from bincompress.serving.texts import refused
 from bincompress.serving.tools import Tools, calls_of, result_of, tools_of, with_calls
 
-_ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "user", "assistant", "tool")
 _SHOWN = 60  # characters of a name in a message
 _RESERVED = ("self", "messages", "tools", "xml_tools", "documents", "add_generation_prompt")
 _USUAL_LENGTH = 16  # of OpenAI's completions
-_MOST_ALTERNATIVES = 20
+MOST_ALTERNATIVES = 20
 
 
 def completion(fields: Fields, service: Service) -> Asked:
@@ -32,7 +32,7 @@ def completion(fields: Fields, service: Service) -> Asked:
     check_model(fields, service)
     prompts = texts_of(fields, service)
     common = _Common(fields, service, len(prompts))
-    logprobs = fields.number("logprobs", 0, _MOST_ALTERNATIVES, whole=True)
+    logprobs = fields.number("logprobs", 0, MOST_ALTERNATIVES, whole=True)
     echo = bool(fields.take("echo", bool))
     most = lengths_of(fields, "max_tokens", least=0)
     if most == 0 and not echo:
@@ -59,7 +59,7 @@ def chat(fields: Fields, service: Service) -> Asked:
     tools = tools_of(fields, service)
     wanted, alternatives = (
         fields.take("logprobs", bool),
-        fields.number("top_logprobs", 0, _MOST_ALTERNATIVES, whole=True),
+        fields.number("top_logprobs", 0, MOST_ALTERNATIVES, whole=True),
     )
     if alternatives is not None and not wanted:
         fields.refuse("top_logprobs", "expected logprobs to be true as well")
@@ -128,11 +128,11 @@ def _message(entry: Any, place: str, template: ChatTemplate | None) -> dict[str,
         Fields({}).refuse(place, f"expected an object, found {shown(entry)}")
     own = Fields(entry, f"{place}.")
     role = own.take("role", str)
-    if role not in _ROLES:
-        own.refuse("role", f"expected {', '.join(_ROLES)}; found {shown(role)}")
+    if role not in ROLES:
+        own.refuse("role", f"expected {', '.join(ROLES)}; found {shown(role)}")
     calls = calls_of(own, f"{place}.") if role == "assistant" else []
     message: dict[str, Any] = {"role": role, "content": _content(own, optional=bool(calls))}
-    thought = own.take("reasoning_content", str)
+    thought = own.take("reasoning_content", str) if role == "assistant" else None
     if thought is not None:
         message["reasoning_content"] = thought
     if role == "tool":

@@ -12,8 +12,8 @@ from bincompress.inference.tool_calls import CallForm, CallReader, call_grammar,
 from bincompress.serving.reading import Fields, RequestError, shown
 from bincompress.serving.service import Service
 
-_MOST_TOOLS = 128
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+MOST_TOOLS = 128
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ def tools_of(fields: Fields, service: Service) -> Tools | None:
     """Return the tools that a request offers; None where it offers none, or wants none to be called."""
     given = fields.take("tools", list) or []
     several = fields.take("parallel_tool_calls", bool) is not False
-    if len(given) > _MOST_TOOLS:
-        fields.refuse("tools", f"expected at most {_MOST_TOOLS}, found {len(given)}")
+    if len(given) > MOST_TOOLS:
+        fields.refuse("tools", f"expected at most {MOST_TOOLS}, found {len(given)}")
     tools = [_tool(each, f"tools[{number}]") for number, each in enumerate(given)]
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {"type": "object"} for tool in tools}
     if len(schemas) < len(tools):
@@ -105,7 +105,7 @@ def _tool(given: Any, place: str) -> dict[str, Any]:
     function = Fields(own.take("function", dict) or {}, f"{place}.function.")
     own.finish()
     name = function.take("name", str)
-    if name is None or not _NAME.fullmatch(name):
+    if name is None or not NAME.fullmatch(name):
         function.refuse("name", "expected 1 to 64 letters, digits, dots, dashes or underscores")
     found = {"name": name}
     for key, wanted in (("description", str), ("parameters", dict), ("strict", bool)):
