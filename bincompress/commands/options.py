@@ -10,6 +10,9 @@ from bincompress.commands.running import Size
 Command = Callable[..., Any]
 
 
+_FURTHER = ("typical_p", "dry_multiplier", "dry_base", "dry_allowed_length", "xtc_probability", "xtc_threshold")
+
+
 class SeveralBits(click.ParamType[tuple[int, ...]]):
     """Bits of activations, one number or several, such as 16,8,6."""
 
@@ -85,6 +88,16 @@ def sampling_options(command: Command) -> Command:
     """Add the sampling options; those not given come from the model's generation_config.json."""
     for option in (
         click.option("--seed", type=int, help="Seed of the sampling: the same seed gives the same text."),
+        click.option("--xtc-threshold", type=float, help="XTC: probability from which on a token may be left out."),
+        click.option(
+            "--xtc-probability", type=float, help="XTC: how often all likely tokens but the last of them are left out."
+        ),
+        click.option("--dry-base", type=float, help="DRY: by what the penalty grows with each token of a repetition."),
+        click.option("--dry-allowed-length", type=int, help="DRY: tokens that may be repeated without a penalty."),
+        click.option("--dry-multiplier", type=float, help="DRY: penalty of tokens that go on with a repetition."),
+        click.option(
+            "--typical-p", type=float, help="Keep only the most typical tokens, of this probability together."
+        ),
         click.option("--repetition-penalty", type=float, help="Above 1: tokens that have appeared become less likely."),
         click.option(
             "--min-p",
@@ -120,7 +133,7 @@ def settings_from(model: Any, options: dict[str, Any]) -> Any:
 
 
 def _sampling_given(options: dict[str, Any]) -> dict[str, Any]:
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", *_FURTHER)
     return {name: options[name] for name in names if options.get(name) is not None}
 
 

@@ -31,8 +31,8 @@ class PrefixCache:
 
     def __init__(self, decoder: Decoder, capacity: int, kind: CacheType, most_bytes: int) -> None:
         self._decoder = decoder
-        self._capacity = capacity
-        self._kind: CacheType = kind
+        self.capacity = capacity
+        self.kind: CacheType = kind
         self._most_bytes = most_bytes
         self._idle: list[Prefix] = []  # the least recently used first
 
@@ -40,6 +40,11 @@ class PrefixCache:
     def held_bytes(self) -> int:
         """Bytes of the caches that wait."""
         return sum(prefix.cache.held_bytes for prefix in self._idle)
+
+    @property
+    def last(self) -> Prefix | None:
+        """The cache that was used last, of those that wait."""
+        return self._idle[-1] if self._idle else None
 
     def take(self, prompt: Sequence[int], in_use: Iterable[Prefix] = ()) -> KvCache:
         """Return a cache that holds the longest known beginning of a prompt, never all of it: one token is to be run.
@@ -57,7 +62,7 @@ class PrefixCache:
             self._idle = [prefix for prefix in self._idle if prefix is not best]
             best.cache.rewind(shared)
             return best.cache
-        made = self._decoder.new_cache(self._capacity, self._kind)
+        made = self._decoder.new_cache(self.capacity, self.kind)
         if best is not None and shared >= _SHORTEST_COPY:
             # The other text goes on differently, and more of it than this beginning may be wanted again.
             made.copy_from(best.cache, shared)
@@ -66,7 +71,7 @@ class PrefixCache:
     def put(self, tokens: Sequence[int], cache: KvCache) -> None:
         """Keep the cache of a text that is no longer written; tokens: at least those in the cache."""
         held = np.asarray(tokens[: cache.length], np.int64)
-        if not cache.length or cache.capacity != self._capacity:
+        if not cache.length or cache.capacity != self.capacity:
             return
         for prefix in self._idle:
             if prefix.cache.reusable(_common(prefix.tokens, held)) == len(held):

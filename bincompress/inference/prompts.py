@@ -13,8 +13,11 @@ from bincompress.errors import BincompressError
 from bincompress.inference.generate import GenerationSettings
 from bincompress.sources.text import UTF_8
 
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-_WHOLE = ("max_tokens", "top_k", "seed")
+_NUMBERS = (
+    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "typical_p",
+    "dry_multiplier", "dry_base", "xtc_probability", "xtc_threshold",
+)  # fmt: skip
+_WHOLE = ("max_tokens", "top_k", "seed", "dry_allowed_length", "dry_penalty_last_n")
 _LARGEST = (1 << 63) - 1  # of whole numbers, as in a request to the server
 _DEEPEST = 64  # levels of lists and objects
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bincompress.errors import BincompressError
+from bincompress.inference.constraint import Grammar
 from bincompress.inference.generate import FinishReason, GenerationSettings, Held, Model, room_after
 from bincompress.inference.logprobs import TokenLogprob, token_logprob
 from bincompress.inference.lookup import Lookup
@@ -39,6 +40,8 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     only_prompt: bool = False
+    grammar: Grammar | None = None  # that the text is held to
+    shown: frozenset[int] = frozenset()  # special tokens that are text all the same
     deadline: float = math.inf
 
 
@@ -85,10 +88,13 @@ class Writing:
         self.submitted = time.monotonic()
         self._tell = listener
         self.reused = 0
-        self._sampler = Sampler(request.settings.sampling, model.decoder.config.vocab, request.prompt)
+        constraint = None if request.grammar is None else request.grammar.begin()
+        sampling, vocab = request.settings.sampling, model.decoder.config.vocab
+        breakers = sampling.breakers(model.tokenizer, vocab)
+        self._sampler = Sampler(sampling, vocab, request.prompt, constraint, breakers)
         self._lookup = Lookup(request.prompt) if model.prompt_lookup else None
         self.draft: list[int] = []  # what may follow, to be checked in the next pass
-        self._text = TextStream(model.tokenizer, request.prompt)
+        self._text = TextStream(model.tokenizer, request.prompt, shown=request.shown)
         self._held = Held(request.settings.stop)
         self._ends = frozenset() if request.settings.ignore_eos else model.tokenizer.eos_ids
         self._prompt_logprobs: list[TokenLogprob] = []
@@ -222,6 +228,8 @@ class Writing:
         self._give(self._held.push(text))
         if self._held.stopped:
             self.end("stop")
+        elif self._sampler.is_complete:
+            self._finish("stop")
         elif self.sampled == self.limit:
             self._finish("length")
 

@@ -138,6 +138,10 @@ class KvCache:
             own[:, :blocks] = source[:, :blocks]
         for own, source in zip(self.values, other.values, strict=True):
             own[:, :length] = source[:, :length]
+        self.hold(length)
+
+    def hold(self, length: int) -> None:
+        """Count so many positions as filled, whose keys and values were put there."""
         self.reach(length)
         self.length = length
 

@@ -29,6 +29,7 @@ class RequestError(Exception):
     """A request that is refused: the status, what is wrong, and with which field."""
 
     def __init__(self, status: int, message: str, param: str | None = None, retry_after: int | None = None) -> None:
+        """retry_after: seconds."""
         super().__init__(message)
         self.status = status
         self.message = _encodable(message)
@@ -145,6 +146,8 @@ class Fields:
         for kind in kinds:
             if kind is float and type(value) is int and abs(value) < 1 << 53:
                 return float(value)
+            if kind is int and type(value) is float and value.is_integer():
+                return int(value)  # JSON knows one kind of numbers
             if type(value) is kind:
                 return value
         self.refuse(name, f"expected {' or '.join(_TYPES[kind] for kind in kinds)}, found {shown(value)}")
