@@ -58,7 +58,7 @@ def test_other_versions_and_other_stores_are_refused(tiny_model: Path, tmp_path:
     run(tiny_model, tmp_path / "store")
     root = zarr.open_group(tmp_path / "store")
     root.attrs["version"] = 99
-    with pytest.raises(StoreError, match="store version 99; this program reads version 1"):
+    with pytest.raises(StoreError, match="store version 99; this program reads versions 1 and 2"):
         open_store(str(tmp_path / "store"))
     with pytest.raises(StoreError, match="no such store"):
         open_store(str(tmp_path / "nowhere"))
