@@ -84,7 +84,7 @@ def test_a_dropped_model_leaves_neither_memory_nor_threads(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # An arena of its own: in the process's last one, arrays of earlier tests may still be in use.
-    monkeypatch.setattr("cpu_kernels.matmul.aligned_memory._arena", None)
+    monkeypatch.setattr("cpu_kernels.matmul.aligned_memory._last", None)
     store = stored(tiny_model, tmp_path / "store", Recipe())
     before = set(threading.enumerate())
     loaded = load_decoder(store, 3, ActivationSettings(8))

@@ -5,7 +5,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,27 +19,32 @@ from cpu_kernels.matmul.prepacking import prepack
 from cpu_kernels.matmul.products import TokenProduct, multiply
 from cpu_kernels.parallel.workers import Workers
 from cpu_kernels.reference import products as reference_products
-from tests.product_cases import BITS_AND_BLOCKS, COLUMNS, EACH_KERNEL, KERNELS, ROWS, assert_near, make, tokens
-
-# What a random product is drawn from.
-DRAWN: dict[str, st.SearchStrategy[Any]] = {
-    "seed": st.integers(0, 1 << 30),
-    "rows": st.sampled_from(ROWS),
-    "cols": st.sampled_from(COLUMNS),
-    "count": st.integers(1, 4),
-    "bits_and_block": st.sampled_from(BITS_AND_BLOCKS),
-    "offset": st.booleans(),
-    "per": st.sampled_from(["token", "segment"]),
-}
+from tests.product_cases import BITS_AND_BLOCKS, COLUMNS, EACH_KERNEL, ROWS, assert_near, make, tokens
 
 
 @pytest.mark.parametrize("kernel", EACH_KERNEL)
 @settings(max_examples=120, deadline=None)
-@given(n=st.sampled_from([1, 2, 4, 5, 9]), **DRAWN)
+@given(
+    seed=st.integers(0, 1 << 30),
+    rows=st.sampled_from(ROWS),
+    cols=st.sampled_from(COLUMNS),
+    count=st.integers(1, 4),
+    bits_and_block=st.sampled_from(BITS_AND_BLOCKS),
+    offset=st.booleans(),
+    per=st.sampled_from(["token", "segment"]),
+    n=st.sampled_from([1, 2, 4, 5, 9]),
+)
 def test_integer_sums_equal_the_reference_with_every_kernel(
-    kernel: str, seed: int, rows: int, cols: int, count: int, bits_and_block: tuple[int, int], offset: bool, per: Per,
+    kernel: str,
+    seed: int,
+    rows: int,
+    cols: int,
+    count: int,
+    bits_and_block: tuple[int, int],
+    offset: bool,
+    per: Per,
     n: int,
-) -> None:  # fmt: skip
+) -> None:
     bits, block = bits_and_block
     case = make(seed, rows, cols, count, block, offset, ones=True)
     # With scales of 1 the float32 sums are those of the integers, which stay below 2 ** 24.
@@ -56,20 +60,34 @@ def test_integer_sums_equal_the_reference_with_every_kernel(
 
 @pytest.mark.parametrize("kernel", EACH_KERNEL)
 @settings(max_examples=60, deadline=None)
-@given(n=st.sampled_from([1, 4, 7]), **DRAWN)
+@given(
+    seed=st.integers(0, 1 << 30),
+    rows=st.sampled_from(ROWS),
+    cols=st.sampled_from(COLUMNS),
+    count=st.integers(1, 4),
+    bits_and_block=st.sampled_from(BITS_AND_BLOCKS),
+    offset=st.booleans(),
+    per=st.sampled_from(["token", "segment"]),
+    n=st.sampled_from([1, 4, 7]),
+)
 def test_scaled_products_are_near_the_reference(
-    kernel: str, seed: int, rows: int, cols: int, count: int, bits_and_block: tuple[int, int], offset: bool, per: Per,
+    kernel: str,
+    seed: int,
+    rows: int,
+    cols: int,
+    count: int,
+    bits_and_block: tuple[int, int],
+    offset: bool,
+    per: Per,
     n: int,
-) -> None:  # fmt: skip
+) -> None:
     bits, block = bits_and_block
     case = make(seed, rows, cols, count, block, offset)
     activations = quantize(tokens(seed, n, cols), bits, per)
     matrix = prepack(case.planes, case.scale, block, cols, case.offset, kernel=kernel)
     found = multiply(matrix, activations)
-    sizes = (activations.absolute * np.repeat(activations.scale, 2, axis=1)).sum(axis=1)
     for t in range(n):
-        terms = float(np.abs(case.scale).sum(axis=0).max() * sizes[t])
-        assert_near(found[t : t + 1], case.expected(activations)[t : t + 1], terms)
+        assert_near(found[t : t + 1], case.expected(activations)[t : t + 1])
 
 
 @pytest.mark.parametrize("bits", [6, 8])
@@ -201,10 +219,8 @@ def test_out_and_prepared_tables_are_reused() -> None:
 @pytest.mark.parametrize(("bits", "per"), [(8, "segment"), pytest.param(6, "token", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cols", [1, 129, 1100])
 def test_a_token_quantized_on_the_way_gives_the_same_products(kernel: str, bits: int, per: Per, cols: int) -> None:
-    # Blocks of 64 columns with six bits are one kernel more: of the best alone, as compiling takes seconds.
-    block = 64 if bits == 8 or kernel == KERNELS[0] else 128
-    case = make(23, 300, cols, 2, block, True)
-    matrix = prepack(case.planes, case.scale, block, cols, case.offset, kernel=kernel)
+    case = make(23, 300, cols, 2, 64, True)
+    matrix = prepack(case.planes, case.scale, 64, cols, case.offset, kernel=kernel)
     for x in (*tokens(24, 3, cols)[:, None], np.full((1, cols), np.nan, np.float32)):
         expected = multiply(matrix, quantize(x, bits, per))
         for threads in (1, 3):
