@@ -300,7 +300,7 @@ class _Run:
         self.on_event(JobEvent("lost", task.job.store, task.job.name, detail=text))
         if kind == "memory":
             task = replace(task, memory=min(2 * task.memory, max(task.memory, self.nodes.largest_memory)))
-        self.queue.appendleft(task)
+        self.queue.appendleft(replace(task, job=task.job.handed_out_again()))
 
 
 def _failed(job: Job, error: str, fatal: bool = False) -> JobReport:

@@ -1,6 +1,7 @@
 """Does a run survive what happens to runs: kills, full disks, other settings, other drivers, bad tensors?"""
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from bincompress.errors import StoreError
 from bincompress.reporting.inspection import inspect
 from bincompress.store.store import open_store
 from tests.conftest import tiny_config, tiny_tensors, write_model
+from tests.gates import dies_when_done
 from tests.runs import Tree, plan_of, problems, run
 
 
@@ -178,6 +180,19 @@ def test_a_dead_worker_is_retried_and_given_up_by_name(tiny_model: Path, tmp_pat
     assert len(reports) == 21
     assert "worker process died twice" in reports[deadly.name].error
     assert {report.status for report in reports.values() if report.name != deadly.name} == {"done"}
+
+
+@pytest.mark.slow
+def test_what_a_dead_worker_had_done_counts_as_done_by_this_run_alone(tiny_model: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def runner(jobs: Sequence[Job]) -> Iterator[JobReport]:
+        return run_local(jobs, workers=2, work=functools.partial(dies_when_done, name))
+
+    for done, unchanged in ((21, 0), (0, 21)):  # a fresh store, and one that an earlier run has completed
+        outcome = compress(plan_of(tiny_model), str(tmp_path / "store"), runner=runner)  # type: ignore[arg-type]
+        assert (outcome.done, outcome.unchanged, outcome.failures, outcome.complete) == (done, unchanged, {}, True)
+    assert problems(tmp_path / "store") == {}
 
 
 class _Deadly:

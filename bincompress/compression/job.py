@@ -61,7 +61,7 @@ def _run(job: Job, read: Callable[[], Weight]) -> JobReport:
 
 
 def _done(job: Job, read: Callable[[], Weight]) -> tuple[Literal["done", "unchanged"], dict[str, Any]]:
-    """Do a job that is not done already; returns whether it was, and the tensor's report."""
+    """Do a job that is not done already; returns whether this run did it, and the tensor's report."""
     begin = time.perf_counter()
     store = _opened(job.store, job.run_id)
     weight = read()
@@ -72,7 +72,8 @@ def _done(job: Job, read: Callable[[], Weight]) -> tuple[Literal["done", "unchan
         and before.get("fingerprint") == mark
         and not report_problem(before.get("report"))
     ):
-        return "unchanged", before["report"]
+        told_by_log = job.again and store.read_log(job.name).get("run_id") == job.run_id
+        return "done" if told_by_log else "unchanged", before["report"]
     written: Weight | Made
     if job.settings == KEEP:
         written = plain = prepare(job, weight, mark).as_it_is()
@@ -86,8 +87,9 @@ def _done(job: Job, read: Callable[[], Weight]) -> tuple[Literal["done", "unchan
         record = {"shape": list(job.source.shape), "method": job.settings.method, "settings": job.settings.record()}
         attributes = {**record, **found.tensor.attributes()}
     report = tensor_report(job, weight, written, nbytes, bad)
+    # Before it is complete: whoever does a complete one again after a lost report finds out by whom it was done.
+    store.write_log(job.name, {"seconds": time.perf_counter() - begin, "run_id": job.run_id})
     store.commit(job.name, {**attributes, "hashes": hashes, "fingerprint": mark, "report": report})
-    store.write_log(job.name, {"seconds": time.perf_counter() - begin})
     return "done", report
 
 

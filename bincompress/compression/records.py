@@ -35,6 +35,11 @@ class Job:
     shared: Shared | None = None  # of a norm and of the matrices that read it, where a transformation is folded into it
     fallback: Settings | None = None  # where `settings` give every weight exactly and that turns out to be impossible
     others: tuple["Job", ...] = ()  # of the same tensor, for other stores: done after this one, which reads it for all
+    again: bool = False  # whether this run has handed it out before, and what came of it was lost
+
+    def handed_out_again(self) -> "Job":
+        """Return the job as it is handed out after a worker was lost, which may have done it without telling."""
+        return replace(self, again=True, others=tuple(other.handed_out_again() for other in self.others))
 
 
 @dataclass(frozen=True)
