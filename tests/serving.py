@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
+
 from bincompress.inference.generate import Model
 from bincompress.inference.load import load
 from bincompress.inference.scheduler import Limits
@@ -91,6 +93,11 @@ def until(fulfilled: Any) -> None:
     while not fulfilled():
         assert time.monotonic() < end
         threading.Event().wait(0.002)
+
+
+def openai_client(server: Running) -> openai.OpenAI:
+    """The real client of a server; to be closed."""
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0, timeout=BOUND)
 
 
 @contextlib.contextmanager

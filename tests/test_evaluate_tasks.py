@@ -21,7 +21,6 @@ from bincompress.scoring.measure import TaskRow, TextRow
 from bincompress.scoring.models import load_scored
 from bincompress.scoring.questions import Accuracy, accuracy, read_questions
 from bincompress.scoring.scorer import Scorer
-from tests.chat_stores import make_store
 from tests.conftest import DEMO_MODEL, Run
 from tests.test_model_evaluate import random_decoder
 
@@ -39,8 +38,8 @@ QUESTIONS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("evaluated"))
+def store(chat_store: Path) -> Path:
+    return chat_store
 
 
 @pytest.fixture(scope="module")

@@ -28,13 +28,12 @@ def theirs(file: str, ids: list[int]) -> np.ndarray:
     return found
 
 
-def compare(store: Store, file: Path, tolerance: float, **options: Any) -> None:
+def assert_logits_near(store: Store, file: Path, tolerance: float, **options: Any) -> None:
     """Logits beside those of our engine with unrounded activations, relative to the largest."""
     done = export_gguf(store, file, **options)
     decoder = load_decoder(store.url, 1, ActivationSettings(16)).decoder
     ours = decoder.logits(IDS, decoder.new_cache(len(IDS)))
     off = np.abs(theirs(done.file, IDS) - ours).max() / np.abs(ours).max()
-    print(f"{file.parent.name}: {done.types}: {off:.5f}")
     assert off < tolerance
 
 
@@ -43,11 +42,11 @@ def compare(store: Store, file: Path, tolerance: float, **options: Any) -> None:
 def test_logits_of_every_architecture(tmp_path: Path, architecture: str) -> None:
     own: dict[str, Any] = {"layer_types": None, "num_hidden_layers": 6} if architecture == "Gemma3ForCausalLM" else {}
     own |= {"sliding_window": None} if architecture == "Phi3ForCausalLM" else {}
-    compare(made_store(tmp_path, architecture, **own), tmp_path / "m.gguf", 0.01)
+    assert_logits_near(made_store(tmp_path, architecture, **own), tmp_path / "m.gguf", 0.01)
 
 
 def test_logits_of_q8_0(tmp_path: Path) -> None:
-    compare(made_store(tmp_path, "Qwen2ForCausalLM"), tmp_path / "m.gguf", 0.03, gguf_type="q8_0")
+    assert_logits_near(made_store(tmp_path, "Qwen2ForCausalLM"), tmp_path / "m.gguf", 0.03, gguf_type="q8_0")
 
 
 @pytest.mark.parametrize(
@@ -55,7 +54,7 @@ def test_logits_of_q8_0(tmp_path: Path) -> None:
 )
 def test_logits_of_exact_types(tmp_path: Path, levels: Any, block: int, ternary: str) -> None:
     config, tensors = few_levels(levels, block)
-    compare(compressed(tmp_path, tensors, config, None, {}), tmp_path / "m.gguf", 0.03, ternary=ternary)
+    assert_logits_near(compressed(tmp_path, tensors, config, None, {}), tmp_path / "m.gguf", 0.03, ternary=ternary)
 
 
 @pytest.mark.parametrize("kind", ["byte level", "pieces", "prefixed pieces"])

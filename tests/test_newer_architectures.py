@@ -127,7 +127,6 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     expected = their_logits(theirs, ids)
     decoder = load_checkpoint(tmp_path)
     off = [distance(in_parts(decoder, ids, parts), expected) for parts in ([45], [23, 9, 1, 12], [33] + [1] * 12)]
-    print(f"{case}: {max(off):.2e}")
     assert max(off) < TOLERANCE
 
 
@@ -137,10 +136,10 @@ EXPORTED = ["granite4", "gpt-oss odd", "lfm2-moe odd"]
 @pytest.mark.parametrize("case", EXPORTED)
 def test_a_store_of_many_groups_is_close_and_its_export_is_a_checkpoint(case: str, tmp_path: Path, run: Run) -> None:
     random_model(tmp_path / "model", *CASES[case])
-    close_and_exported(tmp_path, run)
+    assert_close_and_exported(tmp_path, run)
 
 
-def close_and_exported(tmp_path: Path, run: Run, loader: str = "AutoModelForCausalLM") -> None:
+def assert_close_and_exported(tmp_path: Path, run: Run, loader: str = "AutoModelForCausalLM") -> None:
     """Compress with 32 groups: the logits are close to those of the model, and transformers loads the export."""
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tiny_tokenizer(VOCAB)))
     packed = run("compress", tmp_path / "model", tmp_path / "store", "--groups", 32, "--block", 64)
@@ -162,7 +161,6 @@ def close_and_exported(tmp_path: Path, run: Run, loader: str = "AutoModelForCaus
     decoder = load_decoder(str(tmp_path / "store"), 1, ActivationSettings(16)).decoder
     stored = decoder.logits(ids, decoder.new_cache(40))
     off = np.abs(stored - exact).max(axis=1) / np.abs(exact).max()
-    print(f"32 groups: {np.median(off):.1e}")
     # Of a token that chooses another expert all logits differ; half of them do not.
     assert np.median(off) < 0.1
 
@@ -203,7 +201,6 @@ def test_the_language_model_of_a_larger_one_runs(case: str, tmp_path: Path) -> N
     ids = np.random.default_rng(2).integers(0, VOCAB, 60)
     decoder = load_checkpoint(tmp_path)
     off = distance(in_parts(decoder, ids, [30, 1, 29]), their_logits(theirs, ids))
-    print(f"{case}: {off:.2e}")
     assert off < TOLERANCE
     assert "what sees or hears beside it is kept" in decoder.config.notes[0]
 
@@ -212,7 +209,7 @@ def test_a_larger_model_is_exported_whole(tmp_path: Path, run: Run) -> None:
     kind, options, tower = WHOLES["qwen3.5"]
     given = {**options, "vision_config": {**VISION, **tower}}
     random_model(tmp_path / "model", kind, given, "ForConditionalGeneration")
-    close_and_exported(tmp_path, run, "AutoModelForImageTextToText")
+    assert_close_and_exported(tmp_path, run, "AutoModelForImageTextToText")
 
 
 def test_mxfp4_and_bf16_are_the_same_model(tmp_path: Path) -> None:

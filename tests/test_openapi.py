@@ -6,16 +6,14 @@ from pathlib import Path
 import pytest
 
 from bincompress.inference.load import load
-from tests.chat_stores import make_store
 from tests.serving import Running, running
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    store: Path = make_store(tmp_path_factory.mktemp("openapi"))
-    with running(store, load(str(store), threads=1)) as made:
+def server(chat_store: Path) -> Iterator[Running]:
+    with running(chat_store, load(str(chat_store), threads=1)) as made:
         yield made
 
 

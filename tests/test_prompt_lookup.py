@@ -17,7 +17,6 @@ from bincompress.inference.prefixes import PrefixCache
 from bincompress.inference.sampling import Sampling
 from bincompress.inference.scheduler import Limits, Scheduler
 from bincompress.inference.sequence import Ended, Piece, PromptRead, Request
-from tests.chat_stores import make_store
 from tests.conftest import Run
 from tests.test_scheduler import Heard
 
@@ -31,8 +30,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("lookup"))
+def store(chat_store: Path) -> Path:
+    return chat_store
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from bincompress.model.errors import PromptError, SamplingError, TemplateError
 from bincompress.scoring.likelihood import Pair, likelihoods
 from bincompress.scoring.models import Scored, load_scored
 from bincompress.scoring.scorer import Scorer
-from tests.chat_stores import make_store
 from tests.conftest import DEMO_MODEL
 from tests.serving import running
 
@@ -28,8 +27,8 @@ WORDS = TEXT.split()
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("scoring"))
+def store(chat_store: Path) -> Path:
+    return chat_store
 
 
 @pytest.fixture(scope="module")

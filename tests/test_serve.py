@@ -14,7 +14,7 @@ import pytest
 from bincompress.inference.generate import GenerationSettings
 from bincompress.inference.load import load
 from bincompress.inference.sampling import Sampling
-from tests.serving import BOUND, Running, running, until
+from tests.serving import BOUND, Running, openai_client, running, until
 
 pytestmark = pytest.mark.slow
 PROMPT = "In Python,"
@@ -28,9 +28,7 @@ def server(chat_store: Path) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0, timeout=BOUND
-    ) as made:
+    with openai_client(server) as made:
         yield made
 
 

@@ -16,9 +16,8 @@ from bincompress.inference.constraint import Grammars
 from bincompress.inference.load import load
 from bincompress.inference.sampling import Sampler
 from bincompress.model.decoder import Decoder
-from tests.chat_stores import make_store
 from tests.conftest import Run
-from tests.serving import BOUND, Running, running, until
+from tests.serving import BOUND, Running, openai_client, running, until
 
 pytestmark = pytest.mark.slow
 SCHEMA: dict[str, Any] = {
@@ -31,21 +30,14 @@ ASKED: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("forms"))
-
-
-@pytest.fixture(scope="module")
-def server(store: Path) -> Iterator[Running]:
-    with running(store, load(str(store), threads=1)) as made:
+def server(chat_store: Path) -> Iterator[Running]:
+    with running(chat_store, load(str(chat_store), threads=1)) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0, timeout=BOUND
-    ) as made:
+    with openai_client(server) as made:
         yield made
 
 
@@ -150,18 +142,16 @@ OTHER: Any = {"type": "function", "function": {"name": "clock"}}
 
 
 @pytest.fixture(scope="module")
-def with_tools(server: Running, store: Path) -> Iterator[Running]:
+def with_tools(server: Running, chat_store: Path) -> Iterator[Running]:
     """A server whose template takes tools."""
     model = replace(server.service.model, template=ChatTemplate({"default": HERMES}))
-    with running(store, model) as made:
+    with running(chat_store, model) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def caller(with_tools: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"http://127.0.0.1:{with_tools.port}/v1", api_key="none", max_retries=0, timeout=BOUND
-    ) as made:
+    with openai_client(with_tools) as made:
         yield made
 
 
@@ -298,10 +288,10 @@ def test_a_template_without_tools_refuses_them(server: Running) -> None:
     )
 
 
-def test_generate_writes_json(run: Run, tmp_path: Path, store: Path) -> None:
+def test_generate_writes_json(run: Run, tmp_path: Path, chat_store: Path) -> None:
     schema = tmp_path / "schema.json"
     schema.write_text(json.dumps(SCHEMA))
-    arguments = ("generate", store, "As JSON: ", "--json-schema", schema, "--threads", 1, "--seed", 3)
+    arguments = ("generate", chat_store, "As JSON: ", "--json-schema", schema, "--threads", 1, "--seed", 3)
     code, out, _ = run(*arguments, "--json", "--temperature", 1)
     assert code == 0
     found = json.loads(out)
@@ -315,9 +305,11 @@ def test_generate_writes_json(run: Run, tmp_path: Path, store: Path) -> None:
     assert "not JSON" in run(*arguments)[2]
 
 
-def test_a_prompt_cache_gives_the_same_text_and_is_refused_elsewhere(run: Run, store: Path, tmp_path: Path) -> None:
+def test_a_prompt_cache_gives_the_same_text_and_is_refused_elsewhere(
+    run: Run, chat_store: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "cache.safetensors"
-    asked = ("generate", store, "In Python, a list is", "--threads", 1, "--temperature", 0, "--max-tokens", 6)
+    asked = ("generate", chat_store, "In Python, a list is", "--threads", 1, "--temperature", 0, "--max-tokens", 6)
     plain = run(*asked)[1]
     assert run(*asked, "--prompt-cache", file)[1] == plain
     first = file.read_bytes()

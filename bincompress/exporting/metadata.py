@@ -13,22 +13,8 @@ from bincompress.model.architectures import ARCHITECTURES
 from bincompress.model.config import ModelConfig, parse
 from bincompress.model.fields import LARGEST_POSITION, size
 from bincompress.model.rope import Rope, rotated
+from bincompress.sources.gguf import keys
 from bincompress.sources.gguf.config import GEMMA_27B, config_of, llama3_factors
-from bincompress.sources.gguf.keys import (
-    EPSILON,
-    FACTOR,
-    LOCAL_THETA,
-    LOGIT_CAP,
-    MULTIPLIERS,
-    ORIGINAL,
-    PATTERN,
-    ROTATED,
-    SCALING,
-    SIZES,
-    THETA,
-    VALUE_LENGTH,
-    WINDOW,
-)
 from bincompress.sources.gguf.names import FAMILIES, Family, arch_of
 
 Factors = dict[str, NDArray[np.float32]]  # of rotary embeddings, by the tensor that holds them
@@ -65,11 +51,11 @@ def metadata_of(config: ModelConfig, raw: Mapping[str, Any]) -> tuple[dict[str, 
     }
     scaling, factors = _scaling(rope, raw, config)
     found: dict[str, Any] = {
-        **{SIZES[field]: value for field, value in values.items()},
-        VALUE_LENGTH: config.head_dim,
-        EPSILON: float(config.norm_epsilon),
-        THETA: float(rope.theta),
-        ROTATED: rotated(rope, config.head_dim),
+        **{keys.SIZES[field]: value for field, value in values.items()},
+        keys.VALUE_LENGTH: config.head_dim,
+        keys.EPSILON: float(config.norm_epsilon),
+        keys.THETA: float(rope.theta),
+        keys.ROTATED: rotated(rope, config.head_dim),
         "vocab_size": config.vocab,
         **scaling,
         **_of_family(config),
@@ -84,17 +70,17 @@ def _context(config: ModelConfig, raw: Mapping[str, Any]) -> int:
 
 def _scaling(rope: Rope, raw: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str, Any], Factors]:
     if rope.kind == "linear":
-        return {SCALING: "linear", FACTOR: float(rope.factor)}, {}
+        return {keys.SCALING: "linear", keys.FACTOR: float(rope.factor)}, {}
     if rope.kind == "yarn":
-        return {SCALING: "yarn", FACTOR: float(rope.factor), ORIGINAL: rope.original_context}, {}
+        return {keys.SCALING: "yarn", keys.FACTOR: float(rope.factor), keys.ORIGINAL: rope.original_context}, {}
     if rope.kind == "llama3":
         factors = llama3_factors(rope.theta, config.head_dim, rope.factor, rope.original_context)
-        return {ORIGINAL: rope.original_context}, {"rope_freqs.weight": factors.astype(np.float32)}
+        return {keys.ORIGINAL: rope.original_context}, {"rope_freqs.weight": factors.astype(np.float32)}
     if rope.kind == "longrope":
         given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         lists = {end: np.array(given[f"{end}_factor"], np.float32) for end in ("long", "short")}
         attention = {"rope.scaling.attn_factor": float(rope.attention_factor)}
-        return {ORIGINAL: rope.original_context, **attention}, {
+        return {keys.ORIGINAL: rope.original_context, **attention}, {
             f"rope_factors_{end}.weight": values for end, values in lists.items()
         }
     return {}, {}
@@ -103,17 +89,17 @@ def _scaling(rope: Rope, raw: Mapping[str, Any], config: ModelConfig) -> tuple[d
 def _of_family(config: ModelConfig) -> dict[str, Any]:
     """Return what only some architectures have."""
     windows = {window for window in config.windows if window is not None}
-    found: dict[str, Any] = {WINDOW: windows.pop()} if len(windows) == 1 else {}
+    found: dict[str, Any] = {keys.WINDOW: windows.pop()} if len(windows) == 1 else {}
     if config.architecture == "Gemma3ForCausalLM":
         local = next((rope for rope, window in zip(config.ropes, config.windows, strict=True) if window), None)
-        found |= {LOCAL_THETA: float(local.theta)} if local is not None else {}
-        found |= {LOGIT_CAP: float(config.logit_cap)} if config.logit_cap is not None else {}
+        found |= {keys.LOCAL_THETA: float(local.theta)} if local is not None else {}
+        found |= {keys.LOGIT_CAP: float(config.logit_cap)} if config.logit_cap is not None else {}
         if any((window is None) != ((layer + 1) % _USUAL_WINDOWS == 0) for layer, window in enumerate(config.windows)):
-            found[PATTERN] = [window is not None for window in config.windows]
+            found[keys.PATTERN] = [window is not None for window in config.windows]
     elif config.architecture == "GraniteForCausalLM":
         scale = config.query_scale if config.query_scale is not None else 1 / math.sqrt(config.head_dim)
         held = (scale, config.embedding_multiplier, config.residual_multiplier, config.logit_divisor)
-        found |= {key: float(value) for key, value in zip(MULTIPLIERS.values(), held, strict=True)}
+        found |= {key: float(value) for key, value in zip(keys.MULTIPLIERS.values(), held, strict=True)}
     return found
 
 
