@@ -16,9 +16,10 @@ from bincompress.errors import BincompressError
 from bincompress.inference.sequence import Ended, Piece, PromptRead, Request
 from bincompress.inference.tool_calls import ToolCall
 from bincompress.serving.asking import check_model, lengths_of, request_for, sampling_of, stops_of
+from bincompress.serving.bodies import in_thread, read_json
 from bincompress.serving.forms import in_form, ollama_format
 from bincompress.serving.openai_asking import messages_of, rendered
-from bincompress.serving.reading import Fields, RequestError, in_thread, read_json, shown
+from bincompress.serving.reading import Fields, RequestError, shown
 from bincompress.serving.service import Service
 from bincompress.serving.texts import Streamed, Texts, of_request, refused, while_connected
 from bincompress.serving.tools import Tools, tools_of

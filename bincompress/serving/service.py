@@ -31,7 +31,7 @@ class Service:
         self.facts: dict[str, object] = {}  # about the store, for the page
         self.failure: BaseException | None = None
         self.scheduler: Scheduler | None = None
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(lambda: self.scheduler)
         self.body_bytes = 0  # of requests that are being read; the event loop's thread alone changes it
         # Making tokens of a long text takes seconds; so many texts at a time, so that the model is not held up.
         self.embedding = asyncio.Semaphore(1)
