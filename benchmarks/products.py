@@ -107,17 +107,7 @@ def measure(
     head_planes = rng.integers(0, 1 << 64, (4, ROWS, COLS // 64), dtype=np.uint64)
     x = rng.normal(size=(max([1, *tokens]), COLS)).astype(np.float32)
     dense = rng.normal(size=(ROWS, COLS)).astype(np.float32)
-    # Every kernel and NumPy in turns, ten products after one another: a matrix then stays in the last-level cache,
-    # and the small one (1 MB) in the second-level cache of most CPUs.
-    small = np.ascontiguousarray(planes[:, :2048, :32]), np.ascontiguousarray(scale[:, :2048, :16])
-    cached = {}
-    for bits in (6, 8):
-        work: dict[str, Callable[[], object]] = {"numpy": partial(np.dot, dense, x[0])}
-        for name in names:
-            work[name] = gemv([prepack(planes, scale, BLOCK, COLS, kernel=name)] * 10, x[:1], bits)
-            one = prepack(*small, BLOCK, 2048, kernel=name)
-            work[f"{name} small"] = gemv([one] * 10, x[:1, :2048], bits)
-        cached[bits] = median_times(work, 2 * repeats)
+    cached = {bits: in_caches(names, planes, scale, dense, x, bits, 2 * repeats) for bits in (6, 8)}
     records = []
     for name in names:
         matrix = prepack(planes, scale, BLOCK, COLS, kernel=name)
@@ -160,6 +150,23 @@ def measure(
             }
             records.append(record)
     return records
+
+
+def in_caches(
+    names: list[str], planes: NDArray[np.uint64], scale: NDArray[np.float32], dense: NDArray[np.float32],
+    x: NDArray[np.float32], bits: int, repeats: int,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Return times of every kernel and of NumPy, in turns, ten products after one another.
+
+    A matrix then stays in the last-level cache, and the small one (1 MB) in the second-level cache of most CPUs.
+    """
+    small = np.ascontiguousarray(planes[:, :2048, :32]), np.ascontiguousarray(scale[:, :2048, :16])
+    work: dict[str, Callable[[], object]] = {"numpy": partial(np.dot, dense, x[0])}
+    for name in names:
+        work[name] = gemv([prepack(planes, scale, BLOCK, COLS, kernel=name)] * 10, x[:1], bits)
+        one = prepack(*small, BLOCK, 2048, kernel=name)
+        work[f"{name} small"] = gemv([one] * 10, x[:1, :2048], bits)
+    return median_times(work, repeats)
 
 
 def gemm(
