@@ -342,3 +342,12 @@ def test_the_python_call_and_a_store_without_tokenizer(tmp_path: Path) -> None:
     assert bincompress.export(store.url, tmp_path / "m.gguf") == tmp_path / "m.gguf"
     with pytest.raises(BincompressError, match="are for GGUF"):
         bincompress.export(store.url, tmp_path / "folder", gguf_type="q8_0")
+
+
+def test_low_rank_matrices_are_written_dequantized(tmp_path: Path) -> None:
+    store = made_store(tmp_path, "LlamaForCausalLM", settings={"method": "lowrank", "rank": 24})
+    done = export_gguf(store, tmp_path / "m.gguf")
+    back = open_source(done.file)
+    name = "model.layers.0.mlp.down_proj.weight"
+    expected = dequantize(store.read_stored(name)).astype(np.float16).astype(np.float32)
+    assert np.array_equal(read_weight(back.tensors[name]).float32().reshape(expected.shape), expected)

@@ -174,7 +174,7 @@ def test_every_declaration_is_whole() -> None:
         (
             "wgn",
             {},
-            "unknown method 'wgn'; known: billm, dbellquant, dbllm, keep, lossless, lowrank",
+            "unknown method 'wgn'; known: billm, dbellquant, dbllm, keep, lossless, lowrank, uniform, wgm, xnor",
         ),
         ("wgm", {"planes": 2}, "wgm has no setting 'planes'; it has block, compensate, groups"),
         ("wgm", {"groups": 2.0}, r"groups: expected int, found 2\.0"),

@@ -76,6 +76,7 @@ def test_later_overrides_win_and_options_win_over_defaults(tiny_model: Path) -> 
         ("[defaults]\nembeddings = '3bit'", "embeddings: expected one of keep, 4bit, 8bit, lossless"),
         ("[[tensor]]\npattern = '*.norm.weight'\nmethod = 'wgm'", "only matrices can be packed"),
         ("[[tensor]]\npattern = 'lm_head*'\nmethod = 'uniform'\nblock = 'matrix'", "1 to 8 bits per row or row-block"),
+        ('[defaults]\nmethod = "lowrank"\nbits = 9.5', r"bits: expected 0\.1 to 4, found 9\.5"),
     ],
 )
 def test_mistakes_are_refused_by_name(tiny_model: Path, text: str, message: str) -> None:

@@ -1,14 +1,24 @@
 """Training of both factors of a low-rank matrix: its beginning, its gradients, and what it stores again."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from bincompress import api
+from bincompress.distillation import after_compression
 from bincompress.distillation.low_rank import FactorsBeginning, TrainedFactors, flat, from_flat
+from bincompress.distillation.settings import LayerSettings
 from bincompress.tensors.dequantize import dequantize
+from tests.conftest import Run
 from tests.test_low_rank import random_tensor
 
+pytestmark = pytest.mark.slow  # PyTorch
+
 NAME = "w"
+SMALL: dict[str, Any] = {"windows": 24, "context": 16, "passes": 2}
 SOURCE = np.random.default_rng(0).standard_normal((40, 70)).astype(np.float32)
 
 
@@ -50,3 +60,35 @@ def test_signs_learn_too() -> None:
         adam.step()
     assert losses[-1] < 0.7 * losses[0]
     assert 0 < float((before != factors.codes()).float().mean()) < 0.5
+
+
+@pytest.fixture(scope="module")
+def low_rank_store(letters_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("low") / "store"
+    assert api.compress(letters_model, store, method="lowrank", rank=20).complete
+    return store
+
+
+def test_what_does_not_train_factors_refuses_them_by_name(
+    low_rank_store: Path, letters_model: Path, letters_text: Path, tmp_path: Path, run: Run
+) -> None:
+    given = ("--text", letters_text, "--context", 16, "--steps", 2)
+    code, _, errors = run("distill", low_rank_store, "--teacher", letters_model, *given, "--out", tmp_path / "out")
+    assert code == 2
+    assert "is stored in low-rank form, whose scales are trained with its factors: `bincompress train" in errors
+    windows = ("--windows", 8, "--layer-context", 16, "--activation-bits", 6)
+    start = ("--start", low_rank_store, "--text", letters_text)
+    code, _, errors = run("train", letters_model, tmp_path / "out", *start, *windows)
+    assert code == 2
+    assert "in low-rank form, whose two products round their inputs in another way" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_compressed_model_is_trained_in_this_form(letters_model: Path, letters_text: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method": "lowrank", "rank": 20}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(after_compression, "LayerSettings", lambda **own: LayerSettings(**{**SMALL, **own}))
+        made = api.compress(letters_model, tmp_path / "out", train=letters_text, **settings)
+    assert made.trained is not None
+    assert all(report.held_out < report.held_out_start for report in made.trained.layers)
+    assert api.verify(tmp_path / "out").ok

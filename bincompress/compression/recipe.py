@@ -153,9 +153,10 @@ def _level(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     if method not in (None, KEEP.method):
         changes |= {key: value for key, value in _own_defaults(str(method), where).items() if key not in changes}
     for key, value in changes.items():
-        problems = [(option.flag[2:], option.problem(value)) for _, option in known.get(key, ())]
-        if problems and all(problem for _, problem in problems):
-            raise RecipeError(f"{where}: {problems[0][0]}: {problems[0][1]}")
+        problems = {owner.name: (option.flag[2:], option.problem(value)) for owner, option in known.get(key, ())}
+        if problems and all(problem for _, problem in problems.values()):
+            flag, problem = problems.get(str(method)) or next(iter(problems.values()))
+            raise RecipeError(f"{where}: {flag}: {problem}")
     return changes
 
 

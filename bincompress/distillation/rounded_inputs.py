@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bincompress.distillation.settings import DistillError
 from bincompress.store.store import Store
+from bincompress.tensors.forms import is_low_rank
 from cpu_kernels.matmul.activations import LEVELS, SEGMENT
 
 
@@ -55,6 +57,11 @@ def rounded_inputs(store: Store, names: Collection[str], bits: int, device: torc
     scales: dict[str, Tensor | None] = {}
     for name in names:
         if kinds.get(name) == "packed":
+            if is_low_rank(store.complete_attributes(name)):
+                raise DistillError(
+                    f"{name}: is stored in low-rank form, whose two products round their inputs in another way than "
+                    "training knows; leave --activation-bits out"
+                )
             found = store.read_packed(name).in_scale
             scales[name] = None if found is None else torch.from_numpy(found.copy()).to(device)
     return RoundedInputs(bits, scales)

@@ -17,6 +17,7 @@ from bincompress.sources.gguf.names import Family, file_name, heads_in_turns, on
 from bincompress.store.arrays import let_go
 from bincompress.store.store import Store
 from bincompress.tensors.dequantize import dequantize
+from bincompress.tensors.packed import PackedTensor
 
 GgufType = Literal["f16", "q8_0"]
 Ternary = Literal["tq2_0", "tq1_0"]
@@ -137,8 +138,8 @@ def _three_levels(values: NDArray[np.float32]) -> bool:
 def rows_of(store: Store, name: str, check: bool = False) -> tuple[Rows, int]:
     """Return what gives rows of a stored tensor as float32, and how many there are; check: its hashes, too."""
     if store.tensors()[name] == "packed":
-        packed = store.read_packed(name, check_hashes=check)
-        if check:
+        packed = store.read_stored(name, check_hashes=check)
+        if check and isinstance(packed, PackedTensor):
             let_go(packed.planes)
         return (lambda rows: dequantize(packed, rows)), packed.shape[0]
     weight, _ = store.read_plain(name, check_hashes=True)

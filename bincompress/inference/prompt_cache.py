@@ -46,7 +46,9 @@ def load_prefix(path: Path, prefixes: PrefixCache, decoder: Decoder, engine: str
         with safetensors.safe_open(path, framework="numpy") as file:
             tokens, cache = _read(path, file, prefixes, decoder, engine)
     except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
-        raise PromptCacheError(f"{path}: not a prompt cache, or damaged ({str(error)[:100]}); remove it") from None
+        raise PromptCacheError(
+            f"{path}: not a prompt cache, or damaged ({str(error)[:100]}); give another name"
+        ) from None
     prefixes.put(tokens.tolist(), cache)
     return len(tokens)
 

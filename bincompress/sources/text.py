@@ -15,4 +15,5 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(UTF_8)
     except (OSError, ValueError) as error:
-        raise BincompressError(f"{path}: not readable as UTF-8 text: {error}") from None
+        cause = (error.strerror if isinstance(error, OSError) else None) or error
+        raise BincompressError(f"{path}: not readable as UTF-8 text: {cause}") from None

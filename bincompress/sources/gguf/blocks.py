@@ -31,7 +31,7 @@ def gguf_package() -> Any:
         if error.name != "gguf":
             raise
         raise CheckpointError(
-            "reading a GGUF file needs the gguf package, which is not installed: pip install 'bincompress[gguf]'"
+            "GGUF files need the gguf package, which is not installed: pip install 'bincompress[gguf]'"
         ) from None
     return gguf
 
