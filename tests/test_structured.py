@@ -170,3 +170,13 @@ def test_a_vocabulary_that_cannot_write_the_text_is_said(byte_level: Tokenizer) 
     constraint = few.compiled(json_grammar({"const": 7})).begin()
     with pytest.raises(ConstraintError, match="no token of the model's vocabulary"):
         constraint.allowed()
+
+
+def test_a_token_of_any_number_may_be_asked_for() -> None:
+    """A grammar is tried out with tokens that are bytes, of which no number is above a few hundred."""
+    demo = load_tokenizer({path.name: path.read_bytes() for path in DEMO_MODEL.iterdir() if path.suffix == ".json"})
+    token = demo.size - 1
+    constraint = Grammars(demo, demo.size).compiled(f'start: <[{token}]> "x"').begin()
+    assert np.flatnonzero(constraint.allowed()).tolist() == [token]
+    constraint.take(token)
+    assert demo.encode("x", special=False)[-1] in np.flatnonzero(constraint.allowed())

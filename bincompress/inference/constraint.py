@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from bincompress.inference.json_schema import SchemaError
 from bincompress.model.errors import PromptError
 from bincompress.model.tokenizer import Tokenizer
 
+_TOKEN = re.compile(r"<\[\d+\]>")  # a token by its number, as a grammar writes it
 _KEPT = 32  # compiled grammars
 _TRIAL_SECONDS = 30.0  # to wait for a trial, which has less time of a CPU
 _FIRST_SECONDS, _TOKEN_SECONDS = 1.0, 0.02  # of a CPU: what a text may take at once, and for each token in the mean
@@ -126,8 +128,12 @@ def _llguidance() -> Any:
 def _try_out(grammar: str) -> None:
     """Compile a grammar in a process that may be lost; raise SchemaError where it is, or the grammar is faulty."""
     program = [sys.executable, "-P", str(Path(grammar_trial.__file__))]
+    # The trial's tokens are bytes: any of them stands for one of the model's, whatever its number.
+    of_bytes = _TOKEN.sub("<[1]>", grammar)
     try:
-        done = subprocess.run(program, input=grammar.encode(), capture_output=True, timeout=_TRIAL_SECONDS, check=False)
+        done = subprocess.run(
+            program, input=of_bytes.encode(), capture_output=True, timeout=_TRIAL_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
         done = None
     if done is None or done.returncode < 0:
