@@ -27,6 +27,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before NumPy is imported: its produc
 
 import numpy as np
 from numba import types
+from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -106,17 +107,7 @@ def measure(
     head_planes = rng.integers(0, 1 << 64, (4, ROWS, COLS // 64), dtype=np.uint64)
     x = rng.normal(size=(max([1, *tokens]), COLS)).astype(np.float32)
     dense = rng.normal(size=(ROWS, COLS)).astype(np.float32)
-    # Every kernel and NumPy in turns, ten products after one another: a matrix then stays in the last-level cache,
-    # and the small one (1 MB) in the second-level cache of most CPUs.
-    small = np.ascontiguousarray(planes[:, :2048, :32]), np.ascontiguousarray(scale[:, :2048, :16])
-    cached = {}
-    for bits in (6, 8):
-        work: dict[str, Callable[[], object]] = {"numpy": partial(np.dot, dense, x[0])}
-        for name in names:
-            work[name] = gemv([prepack(planes, scale, BLOCK, COLS, kernel=name)] * 10, x[:1], bits)
-            one = prepack(*small, BLOCK, 2048, kernel=name)
-            work[f"{name} small"] = gemv([one] * 10, x[:1, :2048], bits)
-        cached[bits] = median_times(work, 2 * repeats)
+    cached = {bits: in_caches(names, planes, scale, dense, x, bits, 2 * repeats) for bits in (6, 8)}
     records = []
     for name in names:
         matrix = prepack(planes, scale, BLOCK, COLS, kernel=name)
@@ -154,20 +145,45 @@ def measure(
                 "numpy_float32_ms": middle["numpy"] * 1e3,
                 "cached_over_numpy": middle["numpy"] / middle["cached"],
                 "prepack_gb_s": planes.nbytes / statistics.median(packing["prepack"]) / 1e9,
-                "gemm": [],
+                # Popcount is the reference path; a few tokens show its speed.
+                "gemm": gemm(matrix, x, bits, threads, tokens if matrix.kernel == "lookup" else [min([8, *tokens])]),
             }
-            # Popcount is the reference path; a few tokens show its speed.
-            for n in tokens if matrix.kernel == "lookup" else [min([8, *tokens])]:
-                activations = quantize(x[:n], bits)
-                result = np.empty((n, ROWS), np.float32)
-                for count in threads:
-                    with Workers(count) as pool:
-                        once = partial(multiply, matrix, activations, result, pool)
-                        second = statistics.median(median_times({"gemm": once}, 5)["gemm"])
-                    rate = ROWS * COLS * n / second / 1e9
-                    record["gemm"].append({"tokens": n, "threads": count, "g_weight_tokens_per_s": rate})
             records.append(record)
     return records
+
+
+def in_caches(
+    names: list[str], planes: NDArray[np.uint64], scale: NDArray[np.float32], dense: NDArray[np.float32],
+    x: NDArray[np.float32], bits: int, repeats: int,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Return times of every kernel and of NumPy, in turns, ten products after one another.
+
+    A matrix then stays in the last-level cache, and the small one (1 MB) in the second-level cache of most CPUs.
+    """
+    small = np.ascontiguousarray(planes[:, :2048, :32]), np.ascontiguousarray(scale[:, :2048, :16])
+    work: dict[str, Callable[[], object]] = {"numpy": partial(np.dot, dense, x[0])}
+    for name in names:
+        work[name] = gemv([prepack(planes, scale, BLOCK, COLS, kernel=name)] * 10, x[:1], bits)
+        one = prepack(*small, BLOCK, 2048, kernel=name)
+        work[f"{name} small"] = gemv([one] * 10, x[:1, :2048], bits)
+    return median_times(work, repeats)
+
+
+def gemm(
+    matrix: PackedMatrix, x: NDArray[np.float32], bits: int, threads: list[int], tokens: list[int]
+) -> list[dict[str, Any]]:
+    """Return the rate of products with several tokens, for each number of tokens and threads."""
+    found = []
+    for n in tokens:
+        activations = quantize(x[:n], bits)
+        result = np.empty((n, ROWS), np.float32)
+        for count in threads:
+            with Workers(count) as pool:
+                once = partial(multiply, matrix, activations, result, pool)
+                second = statistics.median(median_times({"gemm": once}, 5)["gemm"])
+            rate = ROWS * COLS * n / second / 1e9
+            found.append({"tokens": n, "threads": count, "g_weight_tokens_per_s": rate})
+    return found
 
 
 def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

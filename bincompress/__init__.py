@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         batch,
         calibrate,
         compress,
+        compress_several,
         distill,
         evaluate,
         export,
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "__version__", "batch", "calibrate", "compress", "distill", "evaluate", "export", "inspect", "load", "pack",
-    "plan", "push", "train", "unpack", "verify",
+    "__version__", "batch", "calibrate", "compress", "compress_several", "distill", "evaluate", "export", "inspect",
+    "load", "pack", "plan", "push", "train", "unpack", "verify",
 ]  # fmt: skip
 
 

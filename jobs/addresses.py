@@ -25,6 +25,11 @@ def check_address(address: str | None) -> None:
         ) from None
 
 
+def begins_one(address: str | None) -> bool:
+    """Return whether ray.init begins a cluster of this run's own."""
+    return _source(address)[1] in ("", "local")
+
+
 def _source(address: str | None) -> tuple[str, str]:
     """Return where ray.init takes the address from, and the address; empty where it begins a cluster of its own."""
     if address not in (None, "auto"):

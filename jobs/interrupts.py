@@ -1,7 +1,9 @@
-"""Ctrl-C once asks for an orderly end, twice for an immediate one."""
+"""Ctrl-C once asks for an orderly end, twice for an immediate one; SIGTERM ends a run on Ray as any other."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -29,3 +31,23 @@ class Interrupts:
     ) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
+
+
+@contextlib.contextmanager
+def termination_kept() -> Iterator[None]:
+    """Keep the caller's handler of SIGTERM while Ray is started, which sets one that ends with code 15 and no word."""
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+    real, before = signal.signal, signal.getsignal(signal.SIGTERM)
+
+    def set_others(number: int, handler: Any) -> Any:
+        return before if number == signal.SIGTERM else real(number, handler)
+
+    signal.signal = set_others  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        signal.signal = real
+        if before is not None:
+            real(signal.SIGTERM, before)  # Ray's library in C++ has set one, too: it writes a stack

@@ -17,14 +17,15 @@ from typing import Any
 from bincompress import __version__
 from bincompress.compression.events import JobEvent, OnEvent
 from bincompress.compression.job import run_job
-from bincompress.compression.records import Job, JobReport
+from bincompress.compression.records import Job, JobReport, failed_report
 from bincompress.errors import BincompressError
 from bincompress.sources.checkpoint import Checkpoint
 from bincompress.store.store import is_local
 from bincompress.tensors.weight import TensorSource
 
-from .addresses import check_address
-from .interrupts import Interrupts
+from .addresses import begins_one, check_address
+from .ending import end_watched, watched
+from .interrupts import Interrupts, termination_kept
 from .nodes import PATIENCE_SECONDS, Nodes
 from .task import ENVIRONMENT, run_task
 
@@ -78,6 +79,7 @@ def connected(address: str | None) -> Iterator[Any]:
     finally:
         if began:
             ray.shutdown()
+            end_watched()
 
 
 def import_ray() -> Any:
@@ -94,10 +96,11 @@ def import_ray() -> Any:
 def connect(ray: Any, address: str | None) -> None:
     """Connect to a cluster, or begin one; raises BincompressError where there is none at the address."""
     check_address(address)
+    # The dashboard concerns a cluster that is begun here; Ray's client for ray:// knows no such option.
+    options = {} if str(address).startswith("ray://") else {"include_dashboard": False}
     try:
-        # The dashboard concerns a cluster that is begun here; Ray's client for ray:// knows no such option.
-        options = {} if str(address).startswith("ray://") else {"include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+        with termination_kept(), watched() if begins_one(address) else contextlib.nullcontext():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
     except Exception as error:  # Ray raises whatever its parts raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if re.search(r"token|unauthenticated|authenticat", reason, re.IGNORECASE):
@@ -127,6 +130,7 @@ def absolute(job: Job) -> Job:
     return replace(
         job, store=absolute_url(job.store), source=source(job.source), shared=shared,
         statistics=absolute_url(job.statistics) if job.statistics else "",
+        others=tuple(absolute(other) for other in job.others),
     )  # fmt: skip
 
 
@@ -267,7 +271,9 @@ class _Run:
         """Yield a finished task's report, or count its death and put it back, or give it up."""
         errors = self.ray.exceptions
         try:
-            yield replace(self.ray.get(reference), store=task.job.store)
+            report, named = self.ray.get(reference), task.job.others
+            others = tuple(replace(one, store=job.store) for one, job in zip(report.others, named, strict=False))
+            yield replace(report, store=task.job.store, others=others)
             return
         except errors.OutOfMemoryError:
             kind = "memory"
@@ -294,8 +300,8 @@ class _Run:
         self.on_event(JobEvent("lost", task.job.store, task.job.name, detail=text))
         if kind == "memory":
             task = replace(task, memory=min(2 * task.memory, max(task.memory, self.nodes.largest_memory)))
-        self.queue.appendleft(task)
+        self.queue.appendleft(replace(task, job=task.job.handed_out_again()))
 
 
 def _failed(job: Job, error: str, fatal: bool = False) -> JobReport:
-    return JobReport(job.name, "failed", 0.0, 0, error=error, fatal=fatal, store=job.store)
+    return failed_report(job, error, fatal=fatal)

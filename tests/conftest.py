@@ -1,6 +1,8 @@
 """Small checkpoints and settings that many tests share."""
 
 import json
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 DEMO_MODEL = Path(bincompress.__file__).parent / "demo_model"
 
 # The files that take longest, which therefore begin first: else one process is left with one of them at the end.
-_LONGEST = ("test_ray", "test_products", "test_sequence", "test_calibrate", "test_compiler", "test_model_transformers")
+_LONGEST = (
+    "test_ray", "test_products", "test_numba_private", "test_calibrate", "test_sequence", "test_compiler",
+    "test_model_transformers", "test_distill_parts", "test_fuzz", "test_faults", "test_api", "test_pack", "test_train",
+)  # fmt: skip
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -41,10 +46,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out files whose every test is slow where slow ones are not asked for: their imports alone take seconds."""
-    if config.option.markexpr != "not slow" or collection_path.suffix != ".py":
+    """Leave out files without a test that is asked for: their imports alone take seconds, in each process."""
+    wanted = config.option.markexpr
+    if wanted not in ("not slow", "needs_shared") or not collection_path.name.startswith("test_"):
         return None
-    return b"\npytestmark = pytest.mark.slow" in collection_path.read_bytes() or None
+    content = collection_path.read_bytes()
+    if wanted == "needs_shared":
+        return b"mark.needs_shared" not in content or None
+    return re.search(rb"^pytestmark = \[?pytest\.mark\.slow\b", content, re.MULTILINE) is not None or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -160,6 +169,22 @@ def letters_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def letters_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """900 random letters, to train `letters_model` on."""
+    file = tmp_path_factory.mktemp("letters") / "text.txt"
+    file.write_text("".join(map(chr, np.random.default_rng(3).integers(33, 127, 900))))
+    return file
+
+
+@pytest.fixture
+def one_torch_thread() -> None:
+    """PyTorch with one thread, as products of small matrices are slower with more."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -188,6 +213,58 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def tiny_model(tmp_path: Path) -> Path:
     """A tiny Llama checkpoint in two shards."""
     return write_model(tmp_path / "model", tiny_tensors(), tiny_config(), shards=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, its store and its archive, which tests copy before they change them."""
+    folder = tmp_path_factory.mktemp("stores")
+    model = write_model(folder / "model", tiny_tensors(), tiny_config())
+    for name in ("store", "archive"):
+        assert bincompress.compress(model, folder / name, archive=name == "archive").complete
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, its store, and the store as one file, which tests copy before they change them."""
+    folder = tmp_path_factory.mktemp("pack")
+    model = write_model(folder / "model", tiny_tensors(), tiny_config())
+    assert bincompress.compress(model, folder / "store", embeddings="4bit").complete
+    for log in (folder / "store" / "log").glob("*/zarr.json"):  # times differ from run to run
+        log.unlink()
+    bincompress.pack(folder / "store", folder / "model.bincompress.zip")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of the demo model whose embeddings are not packed, in four groups and blocks of 64 columns."""
+    store = tmp_path_factory.mktemp("demo") / "store"
+    assert bincompress.compress(DEMO_MODEL, store, groups=4, block=64).complete
+    return store
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of the demo model, all of it packed: embeddings in eight bits, the rest as in `demo_store`."""
+    store = tmp_path_factory.mktemp("demo") / "store"
+    assert bincompress.compress(DEMO_MODEL, store, groups=4, block=64, embeddings="8bit").complete
+    return store
+
+
+@pytest.fixture(scope="session")
+def chat_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of the demo model with a chat template."""
+    from tests.chat_stores import make_store
+
+    return make_store(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture
+def packed(tiny_pack: Path, tmp_path: Path) -> Path:
+    """A copy of the one file of `tiny_pack`."""
+    return Path(shutil.copy(tiny_pack / "model.bincompress.zip", tmp_path / "m.zip"))
 
 
 @pytest.fixture

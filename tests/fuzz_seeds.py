@@ -60,13 +60,14 @@ def files_of(folder: Path) -> Files:
 
 
 def stores(folder: Path) -> list[Files]:
-    """Return finished stores: planes of several methods, an archive, listed weights, 4-bit embeddings."""
+    """Return finished stores: planes of several methods, low rank, an archive, listed weights, 4-bit embeddings."""
     model = write_model(folder / "model", tiny_tensors(1, 64, 128), tiny_config(1, 64, 128))
     kept = {"model.layers.0.mlp.up_proj.weight": ((0, 1), (5, 7))}
     made: list[tuple[dict[str, Any], bool]] = [
         ({"embeddings": "4bit"}, False),
         ({"groups": 4, "block": "row"}, True),
         ({"method": "dbllm"}, False),
+        ({"method": "lowrank", "rank": 24}, False),
     ]
     found = []
     for number, (given, archive) in enumerate(made):

@@ -69,6 +69,14 @@ def dies(name: str, job: Job) -> JobReport:
     return run_job(job)
 
 
+def dies_when_done(name: str, job: Job) -> JobReport:
+    """A job that is done, and of which its first run does not tell."""
+    report = run_job(job)
+    if job.name == name and not job.again:
+        os._exit(9)
+    return report
+
+
 def probe(job: Job) -> JobReport:
     """A job that tells which kernels it compiled, and how its process is set up."""
     from cpu_kernels.jit.compiler import announce
@@ -85,7 +93,7 @@ def probe(job: Job) -> JobReport:
 def drive(address: str, model: str, store: str, folder: str, held: str, events: str) -> None:
     """The driver that tests kill or interrupt."""
     from jobs.runner import run_ray
-    from tests.test_run import plan_of
+    from tests.runs import plan_of
 
     with open(events, "a", buffering=1) as log:
         runner = functools.partial(

@@ -1,8 +1,9 @@
 """Kill commands at random moments and run them again: `python -m tests.kill_many [COMMAND ...] [--kills 20]`.
 
-COMMAND: compress, compress-2 (two workers), sequential, calibrate, batch, distill (needs PyTorch); all without one.
-The process alone is killed with SIGKILL; what it started has to end by itself. Prints a line for each command: how many
-reruns went on, gave the bytes of a run that was left alone, and left no process behind. Exit code 1 if one did not.
+COMMAND: compress, compress-2 (two workers), sequential, calibrate, batch, batch-ray (needs Ray; each run begins a
+cluster of its own), distill (needs PyTorch); all without one. The process alone is killed with SIGKILL; what it
+started has to end by itself. Prints a line for each command: how many reruns went on, gave the bytes of a run that was
+left alone, and left no process behind. Exit code 1 if one did not.
 """
 
 import argparse
@@ -59,11 +60,11 @@ def _calibrate(place: Place) -> list[str]:
     return place.arguments("calibrate", place.model, out, "--text", place.text, "--samples", 8, "--context", 64)
 
 
-def _batch(place: Place) -> list[str]:
+def _batch(place: Place, *more: str) -> list[str]:
     manifest = place.inputs / f"{place.out.name}.toml"
     stores = (place.out / "one", place.out / "two")
     manifest.write_text("\n".join(f'[[model]]\nsource = "{place.model}"\nstore = "{store}"' for store in stores))
-    return place.arguments("batch", manifest, "--workers", 2)
+    return place.arguments("batch", manifest, *more)
 
 
 def _distill(place: Place) -> list[str]:
@@ -92,9 +93,11 @@ COMMANDS: dict[str, Callable[[Place], list[str]]] = {
     "compress-2": lambda place: _compress(place, "--workers", "2"),
     "sequential": _sequential,
     "calibrate": _calibrate,
-    "batch": _batch,
+    "batch": lambda place: _batch(place, "--workers", "2"),
+    "batch-ray": lambda place: _batch(place, "--runner", "ray", "--address", "local"),
     "distill": _distill,
 }
+_PACKAGES = {"batch-ray": "ray", "distill": "torch"}
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -224,8 +227,9 @@ def main() -> int:
         parser.error(f"{unknown[0]}: expected any of {', '.join(COMMANDS)}")
     well = True
     for name in options.commands or COMMANDS:
-        if name == "distill" and importlib.util.find_spec("torch") is None:
-            print("distill: not tried, as PyTorch is not installed")
+        needed = _PACKAGES.get(name)
+        if needed and importlib.util.find_spec(needed) is None:
+            print(f"{name}: not tried, as {needed} is not installed")
             continue
         line, good = kill_many(name, options.model, options.kills, options.seed)
         print(line, flush=True)

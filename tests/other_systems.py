@@ -9,12 +9,14 @@ import contextlib
 import errno
 import io
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-OURS = {"bincompress", "cpu_kernels", "jobs", "bincompress_jobs"}
+OURS = ("bincompress", "cpu_kernels", "jobs", "bincompress_jobs")
+_SOURCES = Path(__file__).parents[1] / "bincompress"
 
 LACKS: dict[str, dict[str, set[str]]] = {
     "macos": {
@@ -51,7 +53,7 @@ LACKS: dict[str, dict[str, set[str]]] = {
             "pthread_sigmask", "sigwait", "sigpending", "siginterrupt", "sigtimedwait", "sigwaitinfo",
         },
         "select": {"poll", "epoll", "kqueue"},
-        "socket": {"AF_UNIX", "socketpair_unix", "CMSG_LEN", "SCM_RIGHTS"},
+        "socket": {"AF_UNIX", "socketpair_unix", "CMSG_LEN", "SCM_RIGHTS", "SO_REUSEADDR"},
         "time": {"clock_gettime", "clock_getres", "CLOCK_MONOTONIC", "CLOCK_PROCESS_CPUTIME_ID", "tzset"},
     },
 }  # fmt: skip
@@ -61,6 +63,13 @@ ABSENT = {
         "fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "curses", "readline", "syslog", "posix", "crypt",
     },
 }  # fmt: skip
+
+
+# SO_REUSEADDR is there on Windows, where it lets two processes have one address: not what our code wants.
+_MORE: dict[str, dict[str, Any]] = {
+    "os": {"O_BINARY": 0},
+    "socket": {"SO_EXCLUSIVEADDRUSE": socket.SO_REUSEADDR},
+}
 
 
 class _Restricted(ModuleType):
@@ -80,12 +89,14 @@ class _Restricted(ModuleType):
 
 def become(system: str) -> None:
     """Let this process's own code see no more than the system, "macos" or "windows", has."""
-    more: dict[str, dict[str, Any]] = {"os": {"O_BINARY": 0}} if system == "windows" else {}
+    more: dict[str, dict[str, Any]] = _MORE if system == "windows" else {}
     original = builtins.__import__
     shown: dict[str, ModuleType] = {}
 
     def restricted(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
         package = (globals or {}).get("__package__") or (globals or {}).get("__name__") or ""
+        if package == "__main__" and str((globals or {}).get("__file__")).startswith(str(_SOURCES)):
+            package = OURS[0]  # a program of ours that is started by its file
         if level or package.split(".")[0] not in OURS:
             return original(name, globals, locals, fromlist, level)
         if name.split(".")[0] in ABSENT[system]:

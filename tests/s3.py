@@ -30,6 +30,14 @@ def s3_server() -> Iterator[tuple[str, int]]:
         s3fs.S3FileSystem.clear_instance_cache()
 
 
+def s3_environment(url: str) -> dict[str, str]:
+    """Return the environment variables with which programs find a server."""
+    return {
+        "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }  # fmt: skip
+
+
 class CuttingProxy:
     """Passes TCP on to a server, and resets connections half-way through the bodies of chosen PUT requests."""
 

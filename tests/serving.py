@@ -3,7 +3,6 @@
 import contextlib
 import http.client
 import json
-import shutil
 import socket
 import threading
 import time
@@ -11,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bincompress import compress
+import openai
+
 from bincompress.inference.generate import Model
 from bincompress.inference.load import load
 from bincompress.inference.scheduler import Limits
@@ -19,22 +19,8 @@ from bincompress.serving.loading import facts_of
 from bincompress.serving.run import Server, _listen
 from bincompress.serving.service import Service
 from bincompress.serving.settings import ServeSettings
-from tests.conftest import DEMO_MODEL
 
 BOUND = 60.0
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if enable_thinking %}Think.\n{% endif %}"
-    "{% if forever %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}answer:"
-)
-
-
-def make_store(folder: Path, groups: int = 4) -> Path:
-    """Return a store of the demo model with a chat template."""
-    shutil.copytree(DEMO_MODEL, folder / "model")
-    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
-    compress(str(folder / "model"), str(folder / "store"), groups=groups, block=64)
-    return folder / "store"
 
 
 class Running:
@@ -107,6 +93,11 @@ def until(fulfilled: Any) -> None:
     while not fulfilled():
         assert time.monotonic() < end
         threading.Event().wait(0.002)
+
+
+def openai_client(server: Running) -> openai.OpenAI:
+    """The real client of a server; to be closed."""
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0, timeout=BOUND)
 
 
 @contextlib.contextmanager

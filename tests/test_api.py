@@ -8,8 +8,8 @@ import bincompress
 from bincompress.compression.placement import Placement
 from bincompress.compression.progress import Progress
 from bincompress.errors import BincompressError, RecipeError, StoreError
+from tests.conftest import DEMO_MODEL
 
-DEMO = Path(bincompress.__file__).parent / "demo_model"
 TEXT = "The scheduler picks the next task that is ready to run, and the kernel switches to it. " * 40
 
 
@@ -71,15 +71,17 @@ def test_calibrate_compress_and_evaluate_a_model_with_a_tokenizer(tmp_path: Path
     text.write_text(TEXT)
     counted: list[tuple[int, int]] = []
     collected = bincompress.calibrate(
-        DEMO, stats, text, samples=4, context=64, threads=1, progress=lambda *seen: counted.append(seen)
+        DEMO_MODEL, stats, text, samples=4, context=64, threads=1, progress=lambda *seen: counted.append(seen)
     )
     assert (collected.tokens, len(collected.inputs)) == (256, 28)
     assert counted[-1][0] == counted[-1][1]
-    result = bincompress.compress(DEMO, store, stats=stats, compensate=True, keep=["*.mlp.*", "*.self_attn.o_proj*"])
+    result = bincompress.compress(
+        DEMO_MODEL, store, stats=stats, compensate=True, keep=["*.mlp.*", "*.self_attn.o_proj*"]
+    )
     assert result.complete
-    found = bincompress.evaluate(store, text, context=32, windows=4, baseline=DEMO, threads=1)
+    found = bincompress.evaluate(store, text, context=32, windows=4, baseline=DEMO_MODEL, threads=1)
     assert found.baseline_perplexity is not None
     assert found.baseline_perplexity < found.perplexity < 3 * found.baseline_perplexity
-    assert bincompress.evaluate(DEMO, text, context=32, windows=4, threads=1).perplexity == pytest.approx(
+    assert bincompress.evaluate(DEMO_MODEL, text, context=32, windows=4, threads=1).perplexity == pytest.approx(
         found.baseline_perplexity
     )

@@ -27,6 +27,9 @@ ORDER = [
     "calibration",
     "compression",
     "inference",
+    "exporting",
+    "scoring",
+    "lm_eval",
     "reporting",
     "serving",
     "distillation",
@@ -149,7 +152,7 @@ def test_jobs_are_imported_by_their_place_alone() -> None:
 def test_there_is_no_circle() -> None:
     graph: dict[str, set[str]] = {}
     for found in all_imports():
-        if found.when == "import":
+        if found.when != "types":
             graph.setdefault(found.by, set()).add(found.of)
     order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
     assert "bincompress.errors" in order

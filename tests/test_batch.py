@@ -17,7 +17,7 @@ from bincompress.compression.run import compress_all
 from bincompress.errors import RecipeError
 from bincompress.store.store import open_store
 from tests.conftest import tiny_config, tiny_tensors, write_model
-from tests.test_run import plan_of, run
+from tests.runs import plan_of, run
 
 Tree = Callable[[Path], dict[str, bytes]]
 

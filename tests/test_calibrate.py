@@ -30,7 +30,7 @@ from bincompress.sources.checkpoint import open_checkpoint
 from bincompress.store.export import export
 from bincompress.store.store import open_store
 from tests.conftest import Run, tiny_config, tiny_tensors, write_model
-from tests.test_run import problems
+from tests.runs import problems
 
 Tree = Callable[[Path], dict[str, bytes]]
 SAMPLES = np.random.default_rng(5).integers(0, 96, (6, 32))
@@ -357,35 +357,38 @@ def test_samples_are_spread_over_the_text() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_line(run: Run, tmp_path: Path) -> None:
-    demo = Path(__file__).parents[1] / "bincompress" / "demo_model"
+def test_the_command_line(run: Run, letters_model: Path, tmp_path: Path) -> None:
+    model = letters_model
     text = tmp_path / "text.txt"
     text.write_text("The scheduler picks the next process to run on this core, and the page cache holds files. " * 40)
     stats, store = tmp_path / "stats", tmp_path / "store"
-    code, out, err = run("calibrate", demo, stats, "--text", text, "--samples", 4, "--context", 64, "--json")
+    code, out, err = run("calibrate", model, stats, "--text", text, "--samples", 4, "--context", 64, "--json")
     assert code == 0, err
     assert json.loads(out)["tokens"] == 256
     options = ("--stats", stats, "--compensate", "--scale-bits", 8)
-    code, out, err = run("compress", demo, store, *options, "--target-bits", 2, "--json")
+    code, out, err = run("compress", model, store, *options, "--target-bits", 2, "--json")
     assert code == 0, err
     assert json.loads(out)["total"]["binary"]["stored_bits"] <= 2
-    code, out, err = run("compress", demo, store, *options, "--target-bits", 2)
+    code, out, err = run("compress", model, store, *options, "--target-bits", 2)
     assert (code, "already complete" in out) == (0, True), err
-    code, _, err = run("compress", demo, tmp_path / "other", *options, "--target-bits", 0.5)
+    code, _, err = run("compress", model, tmp_path / "other", *options, "--target-bits", 0.5)
     assert (code, "these matrices need at least" in err) == (2, True)
-    code, out, err = run("compress", demo, tmp_path / "dry", *options, "--dry-run")
+    code, out, err = run("compress", model, tmp_path / "dry", *options, "--dry-run")
     assert (code, "core-hours" in out) == (0, True), err
     for arguments, message in (
-        (("calibrate", demo, stats, "--text", tmp_path / "none"), "not readable as UTF-8 text"),
-        (("calibrate", demo, stats, "--text", text, "--samples", 10**6), "--samples"),
-        (("calibrate", demo, stats, "--text", text, "--address", "auto"), "--address is for --runner ray"),
+        (("calibrate", model, stats, "--text", tmp_path / "none"), "not readable as UTF-8 text"),
         (
-            ("calibrate", demo, stats, "--text", text, "--runner", "ray", "--threads", 2),
+            ("calibrate", model, stats, "--text", text, "--samples", 10**6, "--context", 64),
+            "give a longer text, or --samples",
+        ),
+        (("calibrate", model, stats, "--text", text, "--address", "auto"), "--address is for --runner ray"),
+        (
+            ("calibrate", model, stats, "--text", text, "--runner", "ray", "--threads", 2),
             "--threads is for --runner local",
         ),
-        (("compress", demo, tmp_path / "x", "--stats", tmp_path / "none", "--compensate"), "no statistics there"),
-        (("compress", demo, tmp_path / "x", "--stats", store, "--compensate"), "holds no statistics"),
-        (("compress", demo, tmp_path / "x", "--compensate"), "needs statistics of the inputs"),
+        (("compress", model, tmp_path / "x", "--stats", tmp_path / "none", "--compensate"), "no statistics there"),
+        (("compress", model, tmp_path / "x", "--stats", store, "--compensate"), "holds no statistics"),
+        (("compress", model, tmp_path / "x", "--compensate"), "needs statistics of the inputs"),
     ):
         code, _, err = run(*arguments)
         assert (code, message in err) == (2, True), err

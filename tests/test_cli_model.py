@@ -7,22 +7,11 @@ from pathlib import Path
 
 import pytest
 
-import bincompress
 from bincompress.compression.plan import make_plan
 from bincompress.compression.recipe import load_recipe
 from bincompress.compression.run import compress
 from bincompress.sources.checkpoint import open_checkpoint
-from tests.conftest import SHARED, Run
-
-DEMO_MODEL = Path(bincompress.__file__).parent / "demo_model"
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    store = tmp_path_factory.mktemp("demo") / "store"
-    plan = make_plan(open_checkpoint(DEMO_MODEL), load_recipe(None, {"groups": 4, "block": 64, "embeddings": "8bit"}))
-    assert compress(plan, str(store)).complete
-    return store
+from tests.conftest import DEMO_MODEL, SHARED, Run
 
 
 def test_generate_is_repeatable_and_counts(run: Run, demo: Path) -> None:

@@ -20,7 +20,7 @@ from bincompress.store.lock import exclusive
 from bincompress.store.objects import ObjectFiles
 from bincompress.store.store import begin_store, open_store
 from tests.conftest import Run, tiny_config, tiny_tensors, write_model
-from tests.test_run import Tree, plan_of, problems, run
+from tests.runs import Tree, plan_of, problems, run
 
 # Begins a store (or statistics) in a child that is killed at its N-th write, half of which is done; then goes on.
 KILLED = """

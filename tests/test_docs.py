@@ -127,7 +127,7 @@ def test_command_lines_parse(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "CHANGELOG.md"])
 def test_options_that_are_named_exist(name: str) -> None:
     for text in inline(name):
-        if text.split()[0] in ("pip", "pytest", "python", "ruff"):
+        if text.split()[0] in ("lm_eval", "pip", "pytest", "python", "ruff"):
             continue
         for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text):
             assert option in all_options(), f"{name}: {text}"
@@ -172,9 +172,9 @@ def test_examples_in_help_texts_parse(name: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("bincompress compress ./model ./store --bits 3", "No such option"),
+        ("bincompress compress ./model ./store --bit-width 3", "No such option"),
         ("bincompress compress ./model ./store --block 65", "expected one of"),
-        ("bincompress evaluate ./store", "Missing parameter: text"),
+        ("bincompress calibrate ./model ./stats", "Missing parameter: text"),
         ("bincompress compress ./model", "Missing parameter: store"),
         ("bincompress verify ./store ./other", "unexpected extra argument"),
     ],

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import bincompress
+from tests.conftest import DEMO_MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
-DEMO = Path(bincompress.__file__).parent / "demo_model"
 _LONGEST = 40
 
 
@@ -34,7 +33,7 @@ def test_every_example_is_short_and_tested_here() -> None:
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What the first example prints, and its store."""
     store = tmp_path_factory.mktemp("examples") / "store"
-    return run("compress_and_write.py", DEMO, store), store
+    return run("compress_and_write.py", DEMO_MODEL, store), store
 
 
 def test_compress_and_write(written: tuple[str, Path]) -> None:
@@ -42,12 +41,12 @@ def test_compress_and_write(written: tuple[str, Path]) -> None:
     assert f"{store}: 38 tensors done, 0 already complete" in out
     text = out.split("already complete\n")[1]
     assert len(text.split()) > 10
-    assert "38 already complete" in run("compress_and_write.py", DEMO, store)
+    assert "38 already complete" in run("compress_and_write.py", DEMO_MODEL, store)
 
 
 @pytest.mark.slow
 def test_evaluate_store(written: tuple[str, Path]) -> None:
-    out = run("evaluate_store.py", written[1], DEMO, ROOT / "docs" / "format.md")
+    out = run("evaluate_store.py", written[1], DEMO_MODEL, ROOT / "docs" / "format.md")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
     assert [row[0] for row in rows[2:]] == ["8 bits", "6 bits"]
     for row in rows[2:]:
@@ -59,7 +58,7 @@ def test_evaluate_store(written: tuple[str, Path]) -> None:
 
 @pytest.mark.slow
 def test_calibrate_and_choose_bits(tmp_path: Path) -> None:
-    out = run("calibrate_and_choose_bits.py", DEMO, ROOT / "docs" / "methods.md", tmp_path, 8)
+    out = run("calibrate_and_choose_bits.py", DEMO_MODEL, ROOT / "docs" / "methods.md", tmp_path, 8)
     found = re.search(r"38 tensors done, ([\d.]+) stored bits", out)
     assert found is not None
     assert 2.0 < float(found[1]) <= 2.25

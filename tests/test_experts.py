@@ -1,4 +1,4 @@
-"""Mixtures of experts: how they are stored, what is refused, who chooses, and what a calibration says of them."""
+"""Mixtures of experts: how checkpoints store them, what is refused by name, and what the summaries show."""
 
 import json
 import re
@@ -7,39 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.numpy
 
-from bincompress.calibration.collect import choose_samples
-from bincompress.calibration.statistics import open_statistics
 from bincompress.errors import CheckpointError
-from bincompress.inference.load import load_decoder
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.config import parse
 from bincompress.model.errors import ConfigError, UnsupportedModelError
-from bincompress.model.experts import ExpertLayer
-from bincompress.model.packed_linear import ActivationSettings
-from bincompress.sources.checkpoint import open_checkpoint, read_weight
+from bincompress.sources.checkpoint import open_checkpoint
 from bincompress.sources.experts import experts_of
 from bincompress.store.store import open_store
-from cpu_kernels.decoder.routing import choose_experts, mix_experts
-from cpu_kernels.reference.routing import choose_experts as choose_experts_plainly
-from cpu_kernels.reference.routing import mix_experts as mix_experts_plainly
 from tests.conftest import Run, write_model
-from tests.test_declarations import WORDS, config_of, write
+from tests.expert_models import KINDS, tensors_of
+from tests.test_declarations import config_of, write
 
-KINDS = ("Qwen3MoeForCausalLM", "MixtralForCausalLM")
 PARTS = {
     "Qwen3MoeForCausalLM": ("mlp", "gate_proj", "up_proj", "down_proj"),
     "MixtralForCausalLM": ("block_sparse_moe", "w1", "w3", "w2"),
 }
-
-
-def tensors_of(folder: Path) -> dict[str, Any]:
-    return {
-        name: value
-        for path in sorted(folder.glob("*.safetensors"))
-        for name, value in safetensors.numpy.load_file(path).items()
-    }
 
 
 def fused(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -207,213 +190,6 @@ def test_names_that_are_none_of_experts_are_put_together_of_nothing() -> None:
     assert experts_of(config, given, names[:4]) == {}  # expert 1 has no up
     assert experts_of({"model_type": ["qwen3_moe"]}, given, names) == {}
     assert experts_of({}, given, names) == {}
-
-
-def test_routers_are_kept_as_they_are(tmp_path: Path, run: Run) -> None:
-    model = write(tmp_path / "model", KINDS[1])
-    code, output, _ = run("compress", model, tmp_path / "store")
-    assert code == 0
-    assert "2 of 2 layers have 3 experts each, 2 for each token; 18 of 18 matrices of experts are packed" in output
-    assert "router of experts" in output
-    name = "model.layers.1.block_sparse_moe.gate.weight"
-    stored = open_store(str(tmp_path / "store")).read_plain(name)[0]
-    assert np.array_equal(stored.bits, read_weight(open_checkpoint(model).tensors[name]).bits)
-
-
-@pytest.mark.parametrize(("experts", "count"), [(1, 1), (3, 2), (8, 2), (60, 4), (128, 8), (300, 4)])
-def test_the_largest_are_chosen(experts: int, count: int) -> None:
-    logits = np.random.default_rng(experts).standard_normal((50, experts)).astype(np.float32) * 3
-    for normalized in (0, 1):
-        chosen, weights = np.zeros((50, count), np.int64), np.zeros((50, count), np.float32)
-        choose_experts(logits, normalized, 0, 20, chosen, weights)
-        choose_experts(logits, normalized, 20, 50, chosen, weights)
-        expected, shares = choose_experts_plainly(logits, count, bool(normalized))
-        assert np.array_equal(chosen, expected)
-        assert np.abs(weights - shares).max() < 1e-6
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("experts", "count"), [(4, 2), (8, 2), (60, 4), (64, 1), (128, 1), (128, 2), (128, 8), (9, 9)])
-def test_equal_probabilities_are_chosen_as_torch_chooses(experts: int, count: int) -> None:
-    torch = pytest.importorskip("torch")
-    random = np.random.default_rng(experts + count)
-    for levels in (1, 2, 3, 6):
-        logits = random.integers(0, levels, (300, experts)).astype(np.float32)
-        chosen, weights = np.empty((300, count), np.int64), np.empty((300, count), np.float32)
-        choose_experts(logits, 0, 0, 300, chosen, weights)
-        expected = torch.topk(torch.softmax(torch.from_numpy(logits), -1), count, -1).indices
-        assert np.array_equal(chosen, np.sort(expected.numpy(), axis=1))
-
-
-def test_a_router_that_is_not_finite_chooses_within_bounds() -> None:
-    for value in (np.nan, np.inf, -np.inf):
-        logits = np.full((4, 16), value, np.float32)
-        logits[1:3, ::2] = np.arange(8)
-        chosen, weights = np.full((4, 3), -1, np.int64), np.empty((4, 3), np.float32)
-        choose_experts(logits, 1, 0, 4, chosen, weights)
-        assert ((chosen >= 0) & (chosen < 16)).all()
-        assert (np.diff(chosen, axis=1) > 0).all()
-
-
-def test_what_experts_made_is_added_up() -> None:
-    random = np.random.default_rng(2)
-    made, weights = (random.standard_normal(shape).astype(np.float32) for shape in ((21, 13), (7, 3)))
-    places, result = random.permutation(21).reshape(7, 3), np.full((7, 13), np.nan, np.float32)
-    mix_experts(made, places, weights, 0, 4, result)
-    mix_experts(made, places, weights, 4, 7, result)
-    assert np.abs(result - mix_experts_plainly(made, places, weights)).max() < 1e-6
-
-
-FORMS: dict[str, tuple[object, ...]] = {
-    "planes": (),
-    "one kept": ("--keep", "*experts.1.*"),
-    "a gate kept": ("--keep", "*experts.2.w1.weight"),
-    "other planes": ("--recipe", "RECIPE"),
-    "listed": ("--keep-weights", "LIST"),
-    "many terms": ("--groups", 64, "--block", "matrix"),
-    "scaled": ("--method", "dbellquant", "--stats", "STATS"),
-}
-RECIPE = """
-[[tensor]]
-pattern = "*experts.0.*"
-groups = 4
-block = 64
-"""
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_tokens_one_by_one_and_together_agree(form: str, tmp_path: Path, run: Run) -> None:
-    model, store = write(tmp_path / "model", KINDS[1]), tmp_path / "store"
-    (tmp_path / "recipe.toml").write_text(RECIPE)
-    (tmp_path / "text").write_text(WORDS)
-    (tmp_path / "list").write_text("model.layers.0.block_sparse_moe.experts.1.w2.weight 3 5\n")
-    if form == "scaled":
-        run("calibrate", model, tmp_path / "stats", "--text", tmp_path / "text", "--samples", 8, "--context", 40)
-    places = {"RECIPE": tmp_path / "recipe.toml", "LIST": tmp_path / "list", "STATS": tmp_path / "stats"}
-    options = [places.get(str(option), option) for option in FORMS[form]]
-    assert run("compress", model, store, *options)[0] == 0
-    ids = np.random.default_rng(8).integers(0, 96, 30)
-    found = []
-    for bits in (16, 8):
-        for threads in (1, 3):
-            decoder = load_decoder(str(store), threads, ActivationSettings(bits)).decoder
-            cache = decoder.new_cache(30)
-            together = decoder.logits(ids, decoder.new_cache(30))
-            single = np.concatenate([decoder.logits(ids[i : i + 1], cache) for i in range(30)])
-            assert np.median(np.abs(together - single).max(axis=1)) < 1e-4 * np.abs(together).max()
-            layer = decoder.layers[0].experts
-            assert layer is not None
-            at_once = form in ("planes", "other planes") and bits == 8  # all experts in one call
-            everything = np.arange(3)
-            assert (layer._gate_ups.has(everything) and layer._downs.has(everything)) is at_once or form == "scaled"
-            found.append(together)
-            decoder.workers.close()
-        assert np.array_equal(found[-2], found[-1])
-    # Eight bits of activations move routers whose margins are small: half of the tokens keep their experts.
-    assert np.median(np.abs(found[0] - found[2]).max(axis=1)) < 0.1 * np.abs(found[0]).max()
-
-
-def unused_expert(folder: Path) -> Path:
-    """Write a model whose router never chooses expert 4."""
-    tensors = tensors_of(write(folder / "whole", KINDS[0]))
-    router = tensors["model.layers.1.mlp.gate.weight"]
-    # What the router reads is the token's vector, whose items are all positive: nothing else is added to it.
-    router[4] = -1000 * np.abs(router[4])
-    tensors["model.layers.0.mlp.down_proj.weight"] *= 0
-    tensors["model.embed_tokens.weight"] = np.abs(tensors["model.embed_tokens.weight"])
-    for layer in range(2):
-        tensors[f"model.layers.{layer}.self_attn.o_proj.weight"] *= 0
-    return write_model(folder / "model", tensors, config_of(KINDS[0]))
-
-
-def test_a_calibration_counts_the_tokens_of_each_expert(tmp_path: Path, run: Run) -> None:
-    model, text, stats = unused_expert(tmp_path), tmp_path / "text", tmp_path / "stats"
-    text.write_text(WORDS)
-    code, output, _ = run("calibrate", model, stats, "--text", text, "--samples", 9, "--context", 40, "--json")
-    assert code == 0
-    counts = json.loads(output)["experts"]["1"]
-    assert sum(counts) == 2 * 9 * 40
-    assert counts[4] == 0
-    found = open_statistics(str(stats))
-    prefix = "model.layers.1.mlp.experts"
-    assert [found.tokens(f"{prefix}.{expert}.down_proj.weight") for expert in range(5)] == counts
-    assert found.read(f"{prefix}.4.gate_proj.weight").hessian.max() == 0
-    assert found.read(f"{prefix}.0.gate_proj.weight").hessian.max() > 0
-    output = run("calibrate", model, stats, "--text", text, "--samples", 9, "--context", 40)[1]
-    assert "of 5 experts saw fewer tokens than the 64 columns of their inputs, 1 of them none at all" in output
-    assert "4 (0)" in output
-
-
-METHODS: dict[str, tuple[object, ...]] = {
-    "wgm": ("--compensate",),
-    "xnor": ("--method", "xnor", "--compensate", "--refine", 1),
-    "billm": ("--method", "billm"),
-    "dbellquant": ("--method", "dbellquant"),
-    "spread bits": ("--compensate", "--target-bits", 3.5),
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_an_expert_without_tokens_is_rounded_without_compensation(method: str, tmp_path: Path, run: Run) -> None:
-    model, text, stats = unused_expert(tmp_path), tmp_path / "text", tmp_path / "stats"
-    text.write_text(WORDS)
-    run("calibrate", model, stats, "--text", text, "--samples", 9, "--context", 40)
-    code, output, errors = run("compress", model, tmp_path / "store", "--stats", stats, *METHODS[method])
-    assert code == 0, errors + output
-    assert "none at all" in output
-    store = open_store(str(tmp_path / "store"))
-    for part in ("gate_proj", "down_proj"):
-        assert store.report(f"model.layers.1.mlp.experts.4.{part}.weight")["relative_error"] < 0.7
-
-
-def test_statistics_of_an_expert_are_those_of_its_own_tokens(
-    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, text, stats = write(tmp_path / "model", KINDS[0]), tmp_path / "text", tmp_path / "stats"
-    text.write_text(WORDS)
-    assert run("calibrate", model, stats, "--text", text, "--samples", 3, "--context", 24)[0] == 0
-    decoder, checkpoint = load_checkpoint(model), open_checkpoint(model)
-    seen: dict[int, list[Any]] = {}
-    choose = ExpertLayer.choose
-
-    def watched(self: ExpertLayer, x: Any) -> Any:
-        chosen, weights = choose(self, x)
-        for expert in range(5):
-            seen.setdefault(expert, []).append(x[(chosen == expert).any(axis=1)])
-        return chosen, weights
-
-    monkeypatch.setattr(ExpertLayer, "choose", watched)
-    for sample in choose_samples(checkpoint, WORDS, 3, 24):
-        decoder.states(sample, decoder.new_cache(24))
-    found = open_statistics(str(stats))
-    for expert, inputs in seen.items():
-        x = np.concatenate(inputs).astype(np.float64)
-        name = f"model.layers.1.mlp.experts.{expert}.up_proj.weight"
-        assert found.tokens(name) == len(x)
-        expected = x.T @ x / len(x)
-        assert np.abs(found.read(name).hessian - expected).max() < 1e-4 * np.abs(expected).max()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            ("--sequential", "TEXT", "--samples", 2, "--context", 16, "--compensate"),
-            "--sequential does not know mix",
-        ),
-        (("--keep-weights", "auto"), "--keep-weights auto does not know mixtures of experts yet"),
-    ],
-)
-def test_what_does_not_know_experts_says_so_before_the_work(
-    options: tuple[object, ...], message: str, tmp_path: Path, run: Run
-) -> None:
-    model, text = write(tmp_path / "model", KINDS[0]), tmp_path / "text"
-    text.write_text(WORDS)
-    given = [text if option == "TEXT" else option for option in options]
-    code, _, errors = run("compress", model, tmp_path / "store", *given)
-    assert code == 2
-    assert message in errors
-    assert not (tmp_path / "store").exists()
 
 
 def test_a_file_cut_short_is_refused_by_name(tmp_path: Path) -> None:

@@ -16,28 +16,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import bincompress
-import bincompress.inference.load  # before tests that put something else in the place of what it imports
+import bincompress.inference.load  # noqa: F401 (before tests that put something else in the place of its imports)
 from bincompress import cli
-from tests.conftest import Run
-from tests.s3 import s3_server
+from tests.conftest import DEMO_MODEL, Run
+from tests.s3 import s3_environment, s3_server
 
 ROOT = Path(__file__).parents[1]
-DEMO_MODEL = Path(bincompress.__file__).parent / "demo_model"
 BOUND = 120
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from bincompress.compression.plan import make_plan
-    from bincompress.compression.recipe import load_recipe
-    from bincompress.compression.run import compress
-    from bincompress.sources.checkpoint import open_checkpoint
-
-    store = tmp_path_factory.mktemp("demo") / "store"
-    plan = make_plan(open_checkpoint(DEMO_MODEL), load_recipe(None, {"groups": 4, "block": 64, "embeddings": "8bit"}))
-    assert compress(plan, str(store)).complete
-    return store
 
 
 def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -201,8 +186,7 @@ def faulty() -> Iterator[Faulty]:
 
 def keys(url: str) -> dict[str, str]:
     return {
-        "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1", "AWS_EC2_METADATA_DISABLED": "true",
+        **s3_environment(url), "AWS_MAX_ATTEMPTS": "1", "AWS_EC2_METADATA_DISABLED": "true",
     }  # fmt: skip
 
 

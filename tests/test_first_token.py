@@ -7,15 +7,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-import bincompress
 from bincompress.compression.plan import make_plan
 from bincompress.compression.recipe import load_recipe
 from bincompress.compression.run import compress
 from bincompress.inference import warmup
 from bincompress.inference.warmup import compiling_ahead
 from bincompress.sources.checkpoint import open_checkpoint
-
-DEMO_MODEL = Path(bincompress.__file__).parent / "demo_model"
+from tests.conftest import DEMO_MODEL
 
 GENERATE = """
 import gc, sys
@@ -96,6 +94,7 @@ def test_what_compiles_ahead_finds_its_modules_anywhere(tmp_path: Path) -> None:
     script = """
 import os, subprocess, sys
 from bincompress.inference import warmup as ahead
+from tests.conftest import DEMO_MODEL
 os.chdir({folder!r})
 with ahead.compiling_ahead() as start:
     start()

@@ -210,11 +210,8 @@ def test_normalized_lambda_spans_from_every_weight_its_own_group_to_one_group() 
     weight = as_weight(values, "F32")
 
     def groups(share: float) -> int:
-        return (
-            method_named("wgm")
-            .binarize(weight, make_settings("wgm", groups=64, block="matrix", lam=share, lam_normalized=True))
-            .groups
-        )
+        settings = make_settings("wgm", groups=64, block="matrix", lam=share, lam_normalized=True)
+        return int(method_named("wgm").binarize(weight, settings).groups)
 
     assert groups(0.0) > 30
     assert groups(1.0) <= 2
@@ -230,7 +227,7 @@ def test_exact_is_never_above_the_papers_algorithms_on_a_trained_model() -> None
 
         def error(solver: str, weight=weight) -> float:  # type: ignore[no-untyped-def]
             settings = make_settings("wgm", groups=32, block="matrix", solver=solver, window=64)  # type: ignore[arg-type]
-            return method_named("wgm").binarize(weight, settings).squared_error
+            return float(method_named("wgm").binarize(weight, settings).squared_error)
 
         exact = error("exact")
         assert exact <= error("windowed"), source.name

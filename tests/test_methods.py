@@ -171,7 +171,11 @@ def test_every_declaration_is_whole() -> None:
 @pytest.mark.parametrize(
     ("method", "values", "message"),
     [
-        ("wgn", {}, "unknown method 'wgn'; known: billm, dbellquant, dbllm, keep, lossless, uniform, wgm, xnor"),
+        (
+            "wgn",
+            {},
+            "unknown method 'wgn'; known: billm, dbellquant, dbllm, keep, lossless, lowrank, uniform, wgm, xnor",
+        ),
         ("wgm", {"planes": 2}, "wgm has no setting 'planes'; it has block, compensate, groups"),
         ("wgm", {"groups": 2.0}, r"groups: expected int, found 2\.0"),
         ("wgm", {"compensate": 1}, "compensate: expected bool, found 1"),

@@ -238,14 +238,13 @@ REFUSED_OF_OTHERS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (PHI3, {"architectures": ["PhimoeForCausalLM"]}, "architecture PhimoeForCausalLM is not supported"),
     (OLMO2, {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
     (OLMO2, {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types contradict"),
-    (OLMO2, {"architectures": ["OlmoeForCausalLM"]}, "architecture OlmoeForCausalLM is not supported"),
+    (OLMO2, {"architectures": ["OlmoeForCausalLM"]}, "OlmoeForCausalLM has model_type 'olmoe', found 'olmo2'"),
     (SMOLLM3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     *(
         (LLAMA, {"architectures": [name], "model_type": kind}, f"architecture {name} is not supported; known: Llama")
         for name, kind in [
-            ("Qwen2MoeForCausalLM", "qwen2_moe"), ("OlmoeForCausalLM", "olmoe"), ("GptOssForCausalLM", "gpt_oss"),
-            ("Qwen3_5ForCausalLM", "qwen3_5_text"), ("Lfm2ForCausalLM", "lfm2"), ("Gemma2ForCausalLM", "gemma2"),
-            ("Olmo3ForCausalLM", "olmo3"), ("Ministral3ForCausalLM", "ministral3"),
+            ("GraniteMoeForCausalLM", "granitemoe"), ("Glm4MoeForCausalLM", "glm4_moe"),
+            ("MinistralForCausalLM", "ministral"), ("Gemma2ForCausalLM", "gemma2"),
             ("Gemma4ForCausalLM", "gemma4_text"),
         ]
     ),

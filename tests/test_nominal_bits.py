@@ -47,7 +47,7 @@ def test_nominal_bits_are_a_sign_and_the_scales(settings: Any) -> None:
 
 
 def test_every_method_is_among_the_cases() -> None:
-    tried = {settings.method for settings in EVERY_METHOD + CALIBRATED} | {"lossless"}
+    tried = {settings.method for settings in EVERY_METHOD + CALIBRATED} | {"lossless", "lowrank"}
     assert tried == {method.name for method in METHODS}
 
 

@@ -17,8 +17,8 @@ from bincompress.inference.offline import write_answers
 from bincompress.inference.prompts import PromptFileError, read_prompts
 from bincompress.inference.sampling import Sampling
 from bincompress.inference.scheduler import Limits
+from tests.chat_stores import make_store
 from tests.conftest import Run
-from tests.serving import make_store
 
 LIMITS = Limits(parallel=3, waiting=6, context=256)
 DEFAULTS = GenerationSettings(8, Sampling(temperature=0.0), context=256)
@@ -32,13 +32,8 @@ LINES: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("offline"))
-
-
-@pytest.fixture(scope="module")
-def model(store: Path) -> Model:
-    return load(str(store), threads=1)
+def model(chat_store: Path) -> Model:
+    return load(str(chat_store), threads=1)
 
 
 def write(path: Path, lines: list[Any]) -> Path:
@@ -92,12 +87,13 @@ def test_an_interrupted_run_is_resumed(model: Model, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"prompts", "whole", *(f"out{stop}" for stop in range(5))}
 
 
-def test_a_prompt_that_cannot_be_run_fails_alone_and_is_tried_again(run: Run, store: Path, tmp_path: Path) -> None:
+def test_a_prompt_that_cannot_be_run_fails_alone_and_is_tried_again(run: Run, chat_store: Path, tmp_path: Path) -> None:
     prompts = write(tmp_path / "prompts", [{"prompt": "word " * 500}, {"prompt": "A page"}])
     for _ in range(2):
         code, _, errors = run(
-            "run", store, prompts, "--out", tmp_path / "out", "--max-tokens", 2, "--temperature", 0, "--context", 64
-        )
+            "run", chat_store, prompts, "--out", tmp_path / "out",
+            "--max-tokens", 2, "--temperature", 0, "--context", 64,
+        )  # fmt: skip
         assert code == 1
         assert "1 failed" in errors
         found = read(tmp_path / "out")
@@ -169,11 +165,11 @@ def test_prompts_that_are_not_understood(tmp_path: Path, line: str, message: str
         read_prompts(tmp_path / "prompts")
 
 
-def test_a_file_without_prompts_and_one_that_would_be_written_over(run: Run, store: Path, tmp_path: Path) -> None:
+def test_a_file_without_prompts_and_one_that_would_be_written_over(run: Run, chat_store: Path, tmp_path: Path) -> None:
     empty = write(tmp_path / "empty", [])
-    assert "holds no prompt" in run("run", store, empty, "--out", tmp_path / "out")[2]
+    assert "holds no prompt" in run("run", chat_store, empty, "--out", tmp_path / "out")[2]
     prompts = write(tmp_path / "prompts", LINES)
-    code, _, errors = run("run", store, prompts, "--out", prompts)
+    code, _, errors = run("run", chat_store, prompts, "--out", prompts)
     assert (code, "is the file of prompts" in errors) == (2, True)
     assert len(read(prompts)) == 5
 
@@ -234,14 +230,14 @@ def test_nothing_but_the_file_of_answers_is_written_and_a_link_stays(model: Mode
     assert {path.name for path in tmp_path.rglob("*")} == {"out.ordered", "folder", "real", "out"}
 
 
-def test_answers_of_another_engine_are_refused(model: Model, store: Path, tmp_path: Path) -> None:
+def test_answers_of_another_engine_are_refused(model: Model, chat_store: Path, tmp_path: Path) -> None:
     other = make_store(tmp_path / "made", groups=2)
-    engines = [engine_of(str(store), *how) for how in ((8, "segment"), (6, "segment"), (8, "token"))]
+    engines = [engine_of(str(chat_store), *how) for how in ((8, "segment"), (6, "segment"), (8, "token"))]
     engines.append(engine_of(str(other), 8, "segment"))
     assert len(set(engines)) == 4
-    shutil.copytree(store, tmp_path / "moved")
+    shutil.copytree(chat_store, tmp_path / "moved")
     assert engine_of(str(tmp_path / "moved"), 8, "segment") == engines[0]
-    bincompress.pack(str(store), str(tmp_path / "packed.zip"))
+    bincompress.pack(str(chat_store), str(tmp_path / "packed.zip"))
     assert engine_of(str(tmp_path / "packed.zip"), 8, "segment") == engines[0]
     asked = read_prompts(write(tmp_path / "prompts", LINES[:1]))
     write_answers(model, asked, tmp_path / "answers", DEFAULTS, LIMITS, engines[0])

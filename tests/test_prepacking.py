@@ -1,5 +1,6 @@
 """Laying out: scales of every kind, several matrices in one, the stream, its memory, the choice of kernel."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cpu_kernels.jit import cpu_features
+from cpu_kernels.matmul import aligned_memory
 from cpu_kernels.matmul.activations import quantize
 from cpu_kernels.matmul.aligned_memory import allocate
 from cpu_kernels.matmul.prepacking import Part, prepack, prepack_rows
@@ -130,6 +132,24 @@ def test_arrays_of_an_arena_are_zeros_of_their_own() -> None:
         assert not array.any()
         array[:] = number + 1
     assert [set(array[[0, -1]].tolist()) for array in arrays] == [{number + 1} for number in range(len(arrays))]
+
+
+def test_an_interrupt_while_an_arena_begins_gives_no_memory_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        @staticmethod
+        def ref(found: object) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(aligned_memory, "_last", None)
+    size = 60 << 20  # two fill an arena; no page of it is touched
+    held = [allocate(size), allocate(size)]
+    with monkeypatch.context() as patch:
+        patch.setattr(aligned_memory, "weakref", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            allocate(size)
+    held += [allocate(1), allocate(size), allocate(size)]
+    spans = sorted((array.ctypes.data, array.size) for array in held)
+    assert all(start + length <= following for (start, length), (following, _) in itertools.pairwise(spans))
 
 
 @pytest.mark.parametrize("kernel", [name for name in KERNELS if name.startswith("lookup")])

@@ -180,7 +180,7 @@ def test_a_damaged_store_and_odd_arguments(model: Path, tmp_path: Path, run: Run
     chunk.write_bytes(bytes(8) + chunk.read_bytes()[8:])
     code, _, errors = run("verify", tmp_path / "store", "--source", model)
     assert (code, errors.count(UP) >= 1) == (1, True)
-    with pytest.raises(BincompressError):
+    with pytest.raises(BincompressError, match="--sample and --statistics are for --source MODEL"):
         bincompress.verify(tmp_path / "store", sample=3)
 
 

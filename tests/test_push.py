@@ -369,8 +369,8 @@ def test_a_download_that_cannot_be_checked_does_not_stay_in_the_cache(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("bincompress.store.verify.verify", fail)
-    monkeypatch.setattr("bincompress.store.store.open_store", lambda path: path)
+    monkeypatch.setattr("bincompress.store.hub.verify", fail)
+    monkeypatch.setattr("bincompress.store.hub._opened", lambda path: path)
     for kind, raised in ((error, DamagedError), (KeyboardInterrupt(), KeyboardInterrupt)):
         error = kind
         blob.write_bytes(b"x")

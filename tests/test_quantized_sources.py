@@ -78,14 +78,15 @@ def test_mxfp4_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
     name, form = "model.layers.0.mlp.experts.gate_up_proj", mxfp4(2, 24, 96)
     config = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "quantization_config": form.config}
     folder = write_model(tmp_path / "m", {name + end: part for end, part in form.parts.items()}, config)
-    tensor = open_checkpoint(folder).tensors[name]
-    weight = read_weight(tensor)
-    assert tensor.shape == form.values.shape
-    assert weight.dtype == "BF16"
-    np.testing.assert_array_equal(weight.float32().reshape(form.values.shape), form.values)
+    tensors = open_checkpoint(folder).tensors
     parts = [torch.from_numpy(form.parts[end]) for end in ("_blocks", "_scales")]
     theirs = convert_moe_packed_tensors(*parts).float().numpy()
-    np.testing.assert_array_equal(weight.float32().reshape(form.values.shape), theirs)
+    np.testing.assert_array_equal(theirs, form.values)
+    for expert in range(2):  # each expert's matrices, whose rows take turns among the outputs
+        for number, part in enumerate(("gate_proj", "up_proj")):
+            weight = read_weight(tensors[f"model.layers.0.mlp.experts.{expert}.{part}.weight"])
+            assert weight.dtype == "BF16"
+            np.testing.assert_array_equal(weight.float32(), theirs[expert, :, number::2].T)
     plan = plan_of(folder)
     assert not plan.verdict.runs
     assert compress(plan, str(tmp_path / "store")).complete

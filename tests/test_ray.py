@@ -7,8 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ from bincompress.store.store import open_store
 from jobs.calibration import run_on_ray
 from jobs.runner import run_ray
 from tests.gates import Notes, dies, gated, probe, wait_for
-from tests.s3 import CuttingProxy, s3_server
+from tests.runs import Tree, plan_of, problems, run
+from tests.s3 import CuttingProxy, s3_environment, s3_server
 from tests.test_calibrate import SAMPLES
-from tests.test_run import Tree, plan_of, problems, run
 
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
@@ -50,6 +51,8 @@ def cluster() -> Iterator[Cluster]:
     """A head without cores, to which tests add nodes."""
     quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 20}
     head = {"num_cpus": 0, "memory": GB, "object_store_memory": 100 << 20, "_system_config": quick}
+    # What no test looks at: a dozen processes, which take longer to start than the cluster.
+    head |= {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # of workers, for tests.gates
         started = Cluster(initialize_head=True, connect=False, head_node_args=head)
@@ -74,7 +77,14 @@ def add_node(cluster: Cluster) -> Iterator[AddNode]:
 def remove(cluster: Cluster, nodes: set[Any]) -> None:
     """End these nodes and wait until the cluster knows; until then it would still send them jobs, to be lost."""
     for node in nodes:
-        cluster.remove_node(node, allow_graceful=True)  # a killed one is missed only after ten seconds
+        # Ray's own `allow_graceful` kills it after a second, and a killed one is missed only after ten.
+        for raylet in node.all_processes["raylet"]:
+            raylet.process.terminate()
+    for node in nodes:
+        for raylet in node.all_processes["raylet"]:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                raylet.process.wait(20)
+        cluster.remove_node(node)
     left = {node.node_id for node in cluster.list_all_nodes()}
     wait_for(lambda: {node["NodeID"] for node in ray.nodes() if node["Alive"]} <= left)
 
@@ -108,9 +118,16 @@ def on_ray(model: Path, store: Path | str, **options: Any) -> tuple[Outcome, lis
 
 def begin_on_ray(model: Path, store: Path, notes: Notes) -> Callable[[], tuple[Outcome, list[JobEvent]]]:
     """Begin a run whose first job waits for its release, beside the test; the returned function waits for its end."""
-    pool = ThreadPoolExecutor(1)
-    future = pool.submit(on_ray, model, store, work=functools.partial(gated, notes.folder, LARGEST))
-    pool.shutdown(wait=False)
+    future: Future[tuple[Outcome, list[JobEvent]]] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(on_ray(model, store, work=functools.partial(gated, notes.folder, LARGEST)))
+        except BaseException as error:
+            future.set_exception(error)
+
+    # Not a pool's thread: where a test fails before the job is released, the process would wait for it for ever.
+    threading.Thread(target=work, daemon=True).start()
     return future.result
 
 
@@ -376,10 +393,7 @@ def test_object_store_with_dropped_connections(
     no_home: None, add_node: AddNode, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with s3_server() as upstream, CuttingProxy(upstream) as proxy:
-        environment = {
-            "AWS_ENDPOINT_URL": proxy.url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "2",
-        }  # fmt: skip
+        environment = s3_environment(proxy.url) | {"AWS_MAX_ATTEMPTS": "2"}
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         add_node(num_cpus=2, **environment)

@@ -65,7 +65,7 @@ def test_later_overrides_win_and_options_win_over_defaults(tiny_model: Path) -> 
         ("not toml", "not readable as TOML"),
         (
             "[defaults]\nmethod = 'wgn'",
-            "unknown method 'wgn'; known: billm, dbellquant, dbllm, keep, lossless, uniform, wgm, xnor",
+            "unknown method 'wgn'; known: billm, dbellquant, dbllm, keep, lossless, lowrank, uniform, wgm, xnor",
         ),
         ("[defaults]\ngroups = 0", "groups: expected 1 to 32768, found 0"),
         ("[defaults]\ngroups = 32769", "groups: expected 1 to 32768, found 32769"),
@@ -76,6 +76,7 @@ def test_later_overrides_win_and_options_win_over_defaults(tiny_model: Path) -> 
         ("[defaults]\nembeddings = '3bit'", "embeddings: expected one of keep, 4bit, 8bit, lossless"),
         ("[[tensor]]\npattern = '*.norm.weight'\nmethod = 'wgm'", "only matrices can be packed"),
         ("[[tensor]]\npattern = 'lm_head*'\nmethod = 'uniform'\nblock = 'matrix'", "1 to 8 bits per row or row-block"),
+        ('[defaults]\nmethod = "lowrank"\nbits = 9.5', r"bits: expected 0\.1 to 4, found 9\.5"),
     ],
 )
 def test_mistakes_are_refused_by_name(tiny_model: Path, text: str, message: str) -> None:

@@ -19,8 +19,8 @@ from bincompress.store.layout import MODEL, STATISTICS
 from bincompress.store.replace import clear, look, put_in_place, remove
 from bincompress.store.store import open_store
 from tests.conftest import Run
-from tests.s3 import s3_server
-from tests.test_run import plan_of, problems
+from tests.runs import plan_of, problems
+from tests.s3 import s3_environment, s3_server
 
 SAMPLES = np.random.default_rng(5).integers(0, 96, (2, 16))
 
@@ -46,11 +46,7 @@ class Tree:
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[None]:
     with s3_server() as (host, port), pytest.MonkeyPatch.context() as patch:
-        environment = {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }  # fmt: skip
-        for name, value in environment.items():
+        for name, value in s3_environment(f"http://{host}:{port}").items():
             patch.setenv(name, value)
         yield
 

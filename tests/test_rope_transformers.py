@@ -15,6 +15,7 @@ from tests.transformers_models import (
     TOLERANCE,
     VOCAB,
     assert_alike,
+    assert_parts_alike,
     distance,
     in_parts,
     random_model,
@@ -110,12 +111,7 @@ LONGROPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", SCALINGS)
 def test_kinds_of_scaling_are_those_of_transformers_also_past_the_original_context(case: str, tmp_path: Path) -> None:
-    theirs = random_model(tmp_path, *SCALINGS[case])
-    ids = np.random.default_rng(1).integers(0, VOCAB, 75)
-    expected = their_logits(theirs, ids)
-    decoder = load_checkpoint(tmp_path)
-    assert distance(in_parts(decoder, ids, [75]), expected) < TOLERANCE
-    assert distance(in_parts(decoder, ids, [20] + [1] * 55), expected) < TOLERANCE
+    assert_parts_alike(tmp_path, *SCALINGS[case], parts=[[75], [20] + [1] * 55])
 
 
 @pytest.mark.parametrize("case", LONGROPES)

@@ -5,12 +5,12 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bincompress import compress
 from bincompress.inference.generate import GenerationSettings, Model, TooLongError
 from bincompress.inference.load import load
 from bincompress.inference.logprobs import token_logprob
@@ -19,17 +19,14 @@ from bincompress.inference.sampling import Sampling
 from bincompress.inference.scheduler import BusyError, ClosedError, Limits, Scheduler
 from bincompress.inference.sequence import CancelledError, DeadlineError, Ended, Piece, PromptRead, Request
 from bincompress.model.errors import NotFiniteError
-from tests.conftest import DEMO_MODEL
 
 GREEDY = Sampling(temperature=0.0)
 BOUND = 60.0
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    store = tmp_path_factory.mktemp("stores") / "store"
-    compress(str(DEMO_MODEL), str(store), groups=4, block=64)
-    return load(str(store), threads=1)
+def model(demo_store: Path) -> Model:
+    return load(str(demo_store), threads=1)
 
 
 @pytest.fixture

@@ -30,13 +30,13 @@ from bincompress.methods.rounding.curvature import curvature
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.sources.checkpoint import open_checkpoint
-from bincompress.store.files import files_at
 from bincompress.store.layout import STATISTICS
+from bincompress.store.location import files_at
 from bincompress.store.replace import mark_beginning
 from bincompress.store.store import open_store
 from tests.conftest import DEMO_MODEL, SHARED, Run, tiny_config, tiny_tensors, write_model
+from tests.runs import problems
 from tests.test_calibrate import SAMPLES, Watched
-from tests.test_run import problems
 
 Tree = Callable[[Path], dict[str, bytes]]
 ONE_PLANE = {"method": "xnor", "compensate": True, "scale_bits": 8, "block": 64, "refine": 2}
@@ -300,19 +300,19 @@ def test_jobs_of_one_input_are_handed_over_together(tiny_model: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_the_command_line(run: Run, tmp_path: Path) -> None:
+def test_the_command_line(run: Run, letters_model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The scheduler picks the next process to run on this core, and the page cache holds files. " * 40)
     store, stats = tmp_path / "store", tmp_path / "stats"
     options = ("--sequential", text, "--samples", 4, "--context", 64, "--compensate", "--scale-bits", 8)
-    code, out, err = run("compress", DEMO_MODEL, store, *options, "--json")
-    assert (code, json.loads(out)["done"]) == (0, 38), err
-    assert "256 tokens are few for inputs of 768 columns" in err
-    code, out, err = run("compress", DEMO_MODEL, store, *options)
-    assert (code, "38 already complete" in out) == (0, True), err
+    code, out, err = run("compress", letters_model, store, *options, "--json")
+    assert (code, json.loads(out)["done"]) == (0, 21), err
+    assert "256 tokens are few for inputs of 160 columns" in err
+    code, out, err = run("compress", letters_model, store, *options)
+    assert (code, "21 already complete" in out) == (0, True), err
     assert run("report", store, "--out", tmp_path / "report.html")[0] == 0
     assert '"context": 64' in (tmp_path / "report.html").read_text()
-    code, out, err = run("compress", DEMO_MODEL, tmp_path / "dry", *options, "--dry-run")
+    code, out, err = run("compress", letters_model, tmp_path / "dry", *options, "--dry-run")
     assert (code, "core-hours" in out, "--sequential also runs 256 tokens" in out) == (0, True, True), err
     dry = ("--compensate", "--dry-run", "--json")
     assert "give a longer text" in run("compress", DEMO_MODEL, tmp_path / "dry", *options[:2], *dry)[2]
@@ -324,9 +324,9 @@ def test_the_command_line(run: Run, tmp_path: Path) -> None:
     )
     added = most["collecting_memory_bytes"] - more["collecting_memory_bytes"]
     assert added == (64 - 4) * 512 * 4 * (6 * 256 + 2 * 768)
-    assert run("calibrate", DEMO_MODEL, stats, "--text", text, "--samples", 4, "--context", 64)[0] == 0
+    assert run("calibrate", letters_model, stats, "--text", text, "--samples", 4, "--context", 64)[0] == 0
     code, out, err = run(
-        "compress", DEMO_MODEL, tmp_path / "spread", *options, "--stats", stats, "--target-bits", 2, "--json"
+        "compress", letters_model, tmp_path / "spread", *options, "--stats", stats, "--target-bits", 2, "--json"
     )
     assert (code, json.loads(out)["total"]["binary"]["stored_bits"] <= 2) == (0, True), err
     sequential = ("--sequential", text, "--samples", 2, "--context", 64)
@@ -339,7 +339,7 @@ def test_the_command_line(run: Run, tmp_path: Path) -> None:
         (("--sequential", tmp_path / "none", "--compensate"), "not readable as UTF-8 text"),
         (("--compensate",), "or give --sequential FILE"),
     ):
-        code, _, err = run("compress", DEMO_MODEL, tmp_path / "x", *arguments)
+        code, _, err = run("compress", letters_model, tmp_path / "x", *arguments)
         assert (code, message in err) == (2, True), err
-    code, _, err = run("compress", DEMO_MODEL, store, *options[:2], "--samples", 5, *options[4:])
+    code, _, err = run("compress", letters_model, store, *options[:2], "--samples", 5, *options[4:])
     assert (code, "was started with other settings: statistics" in err) == (2, True), err

@@ -1,5 +1,6 @@
 """What can go wrong at a server is brought about: clients that stall or leave, too many at once, keys, signals."""
 
+import contextlib
 import json
 import re
 import signal
@@ -21,7 +22,7 @@ from bincompress.inference.scheduler import Limits
 from bincompress.serving.loading import check_fits
 from bincompress.serving.settings import ServeSettings, read_keys
 from tests.conftest import Run
-from tests.serving import BOUND, Running, make_store, posted, running, until
+from tests.serving import BOUND, Running, posted, running, until
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -29,19 +30,14 @@ ENDLESS = {"prompt": "In Python,", "max_tokens": 500, "logit_bias": {"0": -100, 
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("serve"))
-
-
-@pytest.fixture(scope="module")
-def model(store: Path) -> Model:
-    return load(str(store), threads=1)
+def model(chat_store: Path) -> Model:
+    return load(str(chat_store), threads=1)
 
 
 @pytest.fixture
-def server(store: Path, model: Model) -> Iterator[Running]:
+def server(chat_store: Path, model: Model) -> Iterator[Running]:
     with running(
-        store, model, Limits(parallel=1, waiting=1, context=512), stalled_seconds=0.3, body_seconds=0.3
+        chat_store, model, Limits(parallel=1, waiting=1, context=512), stalled_seconds=0.3, body_seconds=0.3
     ) as made:
         yield made
 
@@ -71,8 +67,8 @@ def ended(server: Running) -> bool:
     return not scheduler.active and not scheduler.waiting
 
 
-def test_while_the_model_is_loaded(store: Path, model: Model) -> None:
-    server = Running(store, model, Limits(context=512))
+def test_while_the_model_is_loaded(chat_store: Path, model: Model) -> None:
+    server = Running(chat_store, model, Limits(context=512))
     try:
         for path, body in (("/health", None), ("/v1/models", None), ("/v1/completions", {"prompt": "x"})):
             status, headers, content = server.raw(path, None if body is None else json.dumps(body).encode())
@@ -127,26 +123,33 @@ def test_a_client_that_never_reads_ends_its_text(server: Running, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    "sent",
+    ("sent", "answer"),
     [
-        b"",
-        b"POST /v1/completions HTTP/1.1\r\nhost: local",
-        b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET /hea",
+        (b"", b""),
+        (b"POST /v1/completions HTTP/1.1\r\nhost: local", b""),
+        (b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET /hea", b"HTTP/1.1 200 OK"),
     ],
 )
-def test_a_connection_that_does_not_ask_is_ended(server: Running, sent: bytes) -> None:
-    connection = server.connect(sent)
-    while connection_reads(connection):
-        pass
-    connection.close()
+def test_a_connection_that_does_not_ask_is_ended(server: Running, sent: bytes, answer: bytes) -> None:
+    """By the server, after `stalled_seconds`; what was asked before is answered."""
+    begin = time.monotonic()
+    with server.connect(sent) as connection:
+        until(lambda: server.server.server_state.connections)
+        got = everything_sent(connection)  # TimeoutError where the server keeps the connection
+        seconds = time.monotonic() - begin
+    assert got.partition(b"\r\n")[0] == answer
+    assert seconds >= server.settings.stalled_seconds
+    until(lambda: not server.server.server_state.connections)
+    assert server.ask("/health") == (200, {"status": "ok"})
 
 
-def connection_reads(connection: socket.socket) -> bool:
-    """Return whether more came; False once the other end has closed or reset it."""
-    try:
-        return bool(connection.recv(4096))
-    except ConnectionResetError:
-        return False
+def everything_sent(connection: socket.socket) -> bytes:
+    """Return what comes until the other end closes or resets the connection."""
+    got = b""
+    with contextlib.suppress(ConnectionResetError):
+        while more := connection.recv(4096):
+            got += more
+    return got
 
 
 def test_a_body_that_does_not_arrive(server: Running) -> None:
@@ -173,8 +176,8 @@ def test_beyond_the_queue_comes_429(server: Running, monkeypatch: pytest.MonkeyP
         connection.close()
 
 
-def test_a_text_that_takes_too_long(store: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running(store, model, Limits(parallel=1, context=512), request_seconds=0.2) as server:
+def test_a_text_that_takes_too_long(chat_store: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(chat_store, model, Limits(parallel=1, context=512), request_seconds=0.2) as server:
         slowed = Slowed(server, monkeypatch)
         connection = server.connect(posted("/v1/completions", ENDLESS))
         until(lambda: slowed.passes)
@@ -203,8 +206,8 @@ def test_a_fault_of_ours_is_told_and_logged(
     assert server.ask("/v1/completions", {"prompt": "In Python,", "max_tokens": 2})[0] == 200
 
 
-def test_two_hundred_connections(store: Path, model: Model) -> None:
-    with running(store, model, Limits(parallel=4, waiting=200, context=512)) as server:
+def test_two_hundred_connections(chat_store: Path, model: Model) -> None:
+    with running(chat_store, model, Limits(parallel=4, waiting=200, context=512)) as server:
         body = posted("/v1/completions", {"prompt": "In Python,", "max_tokens": 3, "temperature": 0})
         connections = [server.connect(body) for _ in range(200)]
         texts = set()
@@ -219,8 +222,8 @@ def test_two_hundred_connections(store: Path, model: Model) -> None:
         assert len(texts) == 1
 
 
-def test_connections_are_bounded(store: Path, model: Model) -> None:
-    with running(store, model, most_connections=4) as server:
+def test_connections_are_bounded(chat_store: Path, model: Model) -> None:
+    with running(chat_store, model, most_connections=4) as server:
         open_ones = [server.connect() for _ in range(4)]
         until(lambda: len(server.server.server_state.connections) == 4)
         assert server.raw("/health")[0] == 503
@@ -230,8 +233,8 @@ def test_connections_are_bounded(store: Path, model: Model) -> None:
         assert server.raw("/health")[0] == 200
 
 
-def test_keys(store: Path, model: Model) -> None:
-    with running(store, model, api_keys=("first", "second")) as server:
+def test_keys(chat_store: Path, model: Model) -> None:
+    with running(chat_store, model, api_keys=("first", "second")) as server:
         for key, status in (("first", 200), ("second", 200), ("third", 401), ("", 401)):
             headers = {"authorization": f"Bearer {key}"} if key else {}
             for path in ("/v1/models", "/metrics", "/api/tags", "/facts"):
@@ -246,7 +249,7 @@ def test_another_host_needs_a_key(tmp_path: Path, run: Run) -> None:
     for host in ("127.0.0.1", "::1", "localhost", "127.3.4.5"):
         assert ServeSettings(host=host).is_local
     for host in ("::", "192.168.0.1", "example.com", "127.0.0.1.example.com"):
-        with pytest.raises(BincompressError):
+        with pytest.raises(BincompressError, match="can be reached from other machines: give --api-key"):
             ServeSettings(host=host)
     assert not ServeSettings(host="0.0.0.0", insecure=True).is_local
     assert not ServeSettings(host="0.0.0.0", api_keys=("k",)).is_local
@@ -272,13 +275,13 @@ def test_key_files(tmp_path: Path) -> None:
         read_keys(tmp_path / "absent")
 
 
-def test_more_texts_than_memory_are_refused(store: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_texts_than_memory_are_refused(chat_store: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bincompress.serving.loading.free_memory", lambda: (10_000_000, "this machine"))
-    check_fits(str(store), model, Limits(parallel=1, context=512), 512)
+    check_fits(str(chat_store), model, Limits(parallel=1, context=512), 512)
     with pytest.raises(BincompressError, match=r"64 texts of 2,048 tokens need .* MB for their keys and values, 10"):
-        check_fits(str(store), model, Limits(parallel=64, context=8192), None)
+        check_fits(str(chat_store), model, Limits(parallel=64, context=8192), None)
     with pytest.raises(BincompressError, match="--context 4,096: expected at most 2,048, the model's limit"):
-        check_fits(str(store), model, Limits(context=4096), 4096)
+        check_fits(str(chat_store), model, Limits(context=4096), 4096)
 
 
 class Process:
@@ -310,16 +313,16 @@ class Process:
         return self.process.wait(BOUND), rest
 
 
-def test_sigterm_ends_a_server_whose_texts_would_go_on(store: Path) -> None:
+def test_sigterm_ends_a_server_whose_texts_would_go_on(chat_store: Path) -> None:
     """Within five seconds, by the clock that the process keeps itself to; the client is told."""
-    served = Process(store, "--threads", "1", "--context", "2048")
+    served = Process(chat_store, "--threads", "1", "--context", "2048")
     with socket.create_connection(("127.0.0.1", served.port), BOUND) as client:
         # Many long texts, which take longer than the server waits for.
         body = {**ENDLESS, "stream": True, "n": 16, "max_tokens": 2000, "logprobs": 20}
         client.sendall(posted("/v1/completions", body))
         assert client.recv(12) == b"HTTP/1.1 200"
         begin = time.monotonic()
-        reading = threading.Thread(target=lambda: [None for _ in iter(lambda: connection_reads(client), False)])
+        reading = threading.Thread(target=lambda: everything_sent(client))
         reading.start()
         code, rest = served.end(signal.SIGTERM)
         seconds = time.monotonic() - begin
@@ -329,8 +332,8 @@ def test_sigterm_ends_a_server_whose_texts_would_go_on(store: Path) -> None:
     assert "In Python" not in "".join(served.lines) + rest  # prompts are not logged
 
 
-def test_prompts_are_logged_where_asked_and_ctrl_c_ends_it(store: Path) -> None:
-    served = Process(store, "--threads", "1", "--log-prompts")
+def test_prompts_are_logged_where_asked_and_ctrl_c_ends_it(chat_store: Path) -> None:
+    served = Process(chat_store, "--threads", "1", "--log-prompts")
     with socket.create_connection(("127.0.0.1", served.port), BOUND) as client:
         client.sendall(posted("/v1/completions", {"prompt": "In Python,", "max_tokens": 2}))
         assert client.recv(12) == b"HTTP/1.1 200"
@@ -339,10 +342,10 @@ def test_prompts_are_logged_where_asked_and_ctrl_c_ends_it(store: Path) -> None:
     assert (code, "interrupted" in rest) == (130, True)
 
 
-def test_a_model_that_cannot_be_loaded_and_a_port_that_is_taken(tmp_path: Path, store: Path, run: Run) -> None:
+def test_a_model_that_cannot_be_loaded_and_a_port_that_is_taken(tmp_path: Path, chat_store: Path, run: Run) -> None:
     code, _, errors = run("serve", tmp_path / "nowhere", "--port", 0)
     assert (code, errors.count("\n")) == (2, 2), errors
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        code, _, errors = run("serve", store, "--port", taken.getsockname()[1])
+        code, _, errors = run("serve", chat_store, "--port", taken.getsockname()[1])
     assert code == 2
     assert "cannot listen on 127.0.0.1 port" in errors

@@ -12,7 +12,7 @@ import pytest
 
 import bincompress
 from bincompress.inference.load import load
-from tests.serving import make_store, running
+from tests.serving import running
 
 pytestmark = pytest.mark.slow
 PAGE = Path(bincompress.__file__).parent / "serving" / "page.html"
@@ -36,9 +36,8 @@ def elements() -> list[tuple[str, dict[str, str | None]]]:
     return parser.found
 
 
-def test_the_page_is_served_under_a_strict_policy(tmp_path: Path) -> None:
-    store = make_store(tmp_path)
-    with running(store, load(str(store), threads=1)) as server:
+def test_the_page_is_served_under_a_strict_policy(chat_store: Path) -> None:
+    with running(chat_store, load(str(chat_store), threads=1)) as server:
         status, headers, content = server.raw("/")
         facts = server.ask("/facts")[1]
     assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")

@@ -56,16 +56,15 @@ def check(decoder: Decoder, kind: Any = "float16") -> None:
 
 
 @pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def stores(demo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("stores")
     made: dict[str, dict[str, Any]] = {
-        "packed": {},
         "kept": {"keep": ["*.1.mlp.down_proj*"]},
         "4bit": {"embeddings": "4bit"},
     }
     for name, settings in made.items():
         compress(str(DEMO_MODEL), str(folder / name), groups=4, block=64, **settings)
-    return {name: str(folder / name) for name in made}
+    return {"packed": str(demo_store), **{name: str(folder / name) for name in made}}
 
 
 @pytest.mark.parametrize("threads", [1, 2])

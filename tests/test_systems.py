@@ -11,68 +11,35 @@ from typing import Any
 
 import pytest
 
+from bincompress.inference import constraint, grammar_trial
+from bincompress.inference.json_schema import SchemaError
 from bincompress.process import systems
-from tests import other_systems
+from tests import other_systems, system_commands
+from tests.conftest import DEMO_MODEL
 
 ROOT = Path(__file__).parents[1]
 SYSTEMS = ("macos", "windows")
 
-# Every command in one process, as each would import Numba again. What they print is compared line by line.
-_COMMANDS = """
-import contextlib, io, json, sys
-from pathlib import Path
-from bincompress import cli
-model, folder = Path(sys.argv[1]), Path(sys.argv[2])
-text, prompts = folder / "text.txt", folder / "prompts.jsonl"
-text.write_text("the kernel writes a page to the disk\\n" * 9, "utf-8")
-prompts.write_text('{"prompt": "ab"}\\n{"prompt": "cd"}\\n', "utf-8")
-store = folder / "store"
-commands = [
-    ["compress", model, store, "--workers", "2"],
-    ["compress", model, store, "--overwrite"],
-    ["verify", store],
-    ["evaluate", store, "--text", text, "--context", "32", "--json"],
-    ["generate", store, "ab", "--max-tokens", "5", "--temperature", "0"],
-    ["run", store, prompts, "--out", folder / "answers.jsonl", "--max-tokens", "4"],
-    ["pack", store, folder / "packed.zip"],
-    ["pack", store, folder / "packed.zip", "--overwrite"],
-    ["verify", folder / "packed.zip"],
-    ["unpack", folder / "packed.zip", folder / "back"],
-    ["export", store, folder / "exported"],
-]
-found = []
-for command in commands:
-    sys.argv = ["bincompress", "--debug", *map(str, command)]
-    printed, code = io.StringIO(), 0
-    with contextlib.redirect_stdout(printed):
-        try:
-            cli.main()
-        except SystemExit as error:
-            code = error.code
-    found.append([command[0], code or 0, printed.getvalue()])
-print(json.dumps(found))
-"""
+# What has no times in it.
+_TOLD = ("evaluate", "generate", "serve")
 
 
-def _run(system: str | None, model: Path, folder: Path) -> tuple[list[Any], str]:
-    folder.mkdir()
-    (folder / "start").mkdir()
+def _start(system: str, model: Path, folder: Path) -> subprocess.Popen[str]:
+    """Start the commands in a process that has what a system has."""
+    (folder / "start").mkdir(parents=True)
     paths = [str(folder / "start"), str(ROOT / "tests"), str(ROOT)]
-    if system:
-        start = f"import other_systems\nother_systems.become({system!r})\n"
-        (folder / "start" / "sitecustomize.py").write_text(start)
+    start = f"import other_systems\nother_systems.become({system!r})\n"
+    (folder / "start" / "sitecustomize.py").write_text(start)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
-    code = [sys.executable, "-c", _COMMANDS, str(model), str(folder)]
-    done = subprocess.run(code, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+    code = [sys.executable, str(ROOT / "tests" / "system_commands.py"), str(model), str(folder)]
+    return subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
-def here(letters_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
-    folder = tmp_path_factory.mktemp("system") / "here"
-    found, errors = _run(None, letters_model, folder)
-    assert [code for _, code, _ in found] == [0] * len(found), errors
+def here(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    folder = tmp_path_factory.mktemp("here")
+    found = system_commands.run_all(DEMO_MODEL, folder)
+    assert [(name, code) for name, code, _ in found if code] == []
     return folder, found
 
 
@@ -80,33 +47,33 @@ def here(letters_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_commands_give_the_same_bytes_and_answers(
     system: str,
-    letters_model: Path,
     here: tuple[Path, list[Any]],
     tree: Callable[[Path], dict[str, bytes]],
     tmp_path: Path,
 ) -> None:
     folder, expected = here
-    found, errors = _run(system, letters_model, tmp_path / system)
+    with _start(system, DEMO_MODEL, tmp_path / system) as process:
+        output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    found = json.loads(output.splitlines()[-1])
     assert [(name, code) for name, code, _ in found] == [(name, 0) for name, _, _ in expected], errors
-
-    def lines(commands: list[Any], place: Path) -> list[tuple[str, str]]:
-        told = ("evaluate", "generate")  # others print times
-        return [(name, text.replace(str(place), "")) for name, _, text in commands if name in told]
-
-    same = [(name, _untimed(text)) for name, text in lines(found, tmp_path / system)]
-    assert same == [(name, _untimed(text)) for name, text in lines(expected, folder)]
+    there = tmp_path / system
+    told = [_told(commands, place) for commands, place in ((found, there), (expected, folder))]
+    assert told[0] == told[1]
     for part in ("store", "back", "exported"):
         kept = tree(folder / part)
-        assert tree(tmp_path / system / part) == kept
+        assert tree(there / part) == kept
         forbidden = set('<>:"|?*\\')
         assert not [name for name in kept if forbidden & set(name) or name.endswith((" ", "."))]
-    assert (tmp_path / system / "answers.jsonl").read_bytes() == (folder / "answers.jsonl").read_bytes()
+    for file in ("answers.jsonl", "model.gguf"):
+        assert (there / file).read_bytes() == (folder / file).read_bytes()
+    left = [name for name in tree(there) if "partial" in name or name.endswith(".tmp")]
+    assert not left
 
 
-def _untimed(text: str) -> Any:
-    if not text.startswith("{"):
-        return text
-    return {name: value for name, value in json.loads(text).items() if "second" not in name and name != "store"}
+def _told(commands: list[Any], place: Path) -> list[tuple[str, str]]:
+    lines = [(name, text.replace(str(place), "").splitlines()) for name, _, text in commands if name in _TOLD]
+    return [(name, "\n".join(line for line in text if "seconds" not in line)) for name, text in lines]
 
 
 def test_names_that_a_system_lacks_are_used_where_they_are_looked_for() -> None:
@@ -133,9 +100,10 @@ def test_names_that_a_system_lacks_are_used_where_they_are_looked_for() -> None:
 
 
 # Which ask whether the name is there before they use it, and say beside it where it is not.
-_LOOKED_FOR = [ROOT / "bincompress" / "process" / name for name in ("machine.py", "interrupts.py", "blas.py")] + [
-    ROOT / "cpu_kernels" / name for name in ("jit/kernel_cache.py", "matmul/aligned_memory.py", "parallel/workers.py")
-]
+_LOOKED_FOR = [
+    ROOT / "bincompress" / name
+    for name in ("process/machine.py", "process/interrupts.py", "process/blas.py", "inference/grammar_trial.py")
+] + [ROOT / "cpu_kernels" / name for name in ("jit/kernel_cache.py", "matmul/aligned_memory.py", "parallel/workers.py")]
 
 
 @pytest.mark.parametrize("missing", [None, "pread"])
@@ -153,3 +121,10 @@ def test_parts_of_a_file_are_read_with_and_without_pread(
         assert systems.read_at(descriptor, 4, 0) == bytes(range(4))
     finally:
         os.close(descriptor)
+
+
+def test_a_grammar_that_takes_memory_is_stopped_where_the_system_bounds_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_trial, "MEMORY_BYTES", 1)
+    monkeypatch.setattr(constraint, "_LOOK_SECONDS", 0.01)
+    with pytest.raises(SchemaError, match="too much time, memory or depth"):
+        constraint._try_out("start: /a/")

@@ -28,7 +28,7 @@ from cpu_kernels.quantize.latents import latent_gradients, levels_of_latents
 from cpu_kernels.quantize.packing import words_for
 from cpu_kernels.reference import latents as reference
 
-pytestmark = pytest.mark.slow  # PyTorch
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_torch_thread")]  # PyTorch
 
 CPU = torch.device("cpu")
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -43,11 +43,6 @@ TRAINABLE = [
     make_settings("wgm", groups=1, block=64),
     make_settings("wgm", groups=3, block=64),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([2, 4, 8, 16]), st.integers(1, 40), st.sampled_from([1, 7, 64, 128]))
@@ -233,7 +228,7 @@ def test_planes_go_where_the_loss_pulls_them() -> None:
             None,
             "method m gives some columns planes of their own",
         ),
-        ({"terms": [1, 3, 16], "hashes": {}}, None, "w: has 5 planes, expected 1 to 4: begin with a store of fewer"),
+        ({"terms": [1, 3, 16], "hashes": {}}, None, "w: has 5 planes, expected 1 to 4: begin with fewer"),
         ({"terms": [0, 1, 2], "hashes": {}, "mix": [[1, 0]]}, 8, "8-bit scales have no sign, and coefficients of m"),
     ],
 )

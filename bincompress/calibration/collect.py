@@ -90,12 +90,13 @@ def begin_calibration(checkpoint: Checkpoint, samples: NDArray[np.int64]) -> Cal
 LayerRunner = Callable[[Calibration, int, Floats], Iterator[tuple[Floats, dict[str, Sum]]]]
 
 
-def choose_samples(checkpoint: Checkpoint, text: str, samples: int, context: int) -> NDArray[np.int64]:
+def choose_samples(checkpoint: Checkpoint, text: str, samples: int, context: int | None = None) -> NDArray[np.int64]:
     """Return windows of tokens (samples, context) spread evenly over a text; raises BincompressError where it is short.
 
-    The text is tokenized at once by the model's own tokenizer.
+    context: None is 512, or the model's limit. The text is tokenized at once by the model's own tokenizer.
     """
     limit = parse(checkpoint.config).context
+    context = min(CONTEXT, limit) if context is None else context
     if samples < 1 or not 2 <= context <= limit:
         raise BincompressError(
             f"{samples} samples of {context} tokens: expected at least 1 sample of 2 to {limit} tokens"

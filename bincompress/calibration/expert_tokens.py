@@ -13,9 +13,9 @@ Counts = Mapping[int, Sequence[int]]  # by layer: the tokens of each of its expe
 def expert_tokens(config: ModelConfig, statistics: Statistics) -> dict[int, list[int]]:
     """Return the tokens of every expert, by layer; empty where the model has no mixture of experts."""
     return {
-        layer: [statistics.tokens(key) for key in config.stages_of_layer(layer)[2]]
+        layer: [statistics.tokens(key) for key in [*config.stages_of_layer(layer)[2]][: experts.count]]
         for layer in range(config.layers)
-        if config.experts_of(layer) is not None
+        if (experts := config.experts_of(layer)) is not None
     }
 
 

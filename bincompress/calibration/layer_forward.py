@@ -34,12 +34,17 @@ class Walk:
         self._routed: _Routed | None = None
 
     def inputs(self) -> Iterator[Floats]:
-        """Yield x in the order of the inputs that a step has: whole, or the rows of each expert, which may be none."""
+        """Yield x in the order of the inputs that a step has: whole, or the rows of each expert, which may be none.
+
+        Those of an expert that is each token's come last.
+        """
         if self._routed is None:
             yield self.x
             return
         for rows in self._routed.rows:
             yield self.x[rows]
+        if self._routed.shared is not None:
+            yield self._routed.shared_x
 
     def go_on(self, number: int, weights: Layer) -> None:
         """Go from one input to the next; number: of the one to arrive at, or INPUTS for the end of the layer."""
@@ -92,19 +97,23 @@ class Walk:
             for start in range(0, context, PREFILL_BLOCK):
                 block = slice(sample * context + start, sample * context + min(context, start + PREFILL_BLOCK))
                 part = Part(cache, 0, block.stop - block.start)
-                self._steps.attend(_work(normed=x[block], mixed=mixed[block]), weights, 0, [part])
-                cache.length += block.stop - block.start
+                own = self._steps.mix(_work(normed=x[block], mixed=mixed[block]), weights, 0, [part])
+                if weights.recurrent is not None:
+                    mixed[block] = own
+                cache.advance(block.stop - block.start)
         return mixed
 
 
 class _Routed:
     """The tokens of a layer's experts, those of the first expert first.
 
-    rows: of each expert, which may be none; tokens: which token each row belongs to.
+    rows: of each expert, which may be none; tokens: which token each row belongs to. shared_x: what the next matrices
+    of an expert that is each token's read.
     """
 
     def __init__(self, experts: ExpertLayer, x: Floats) -> None:
-        self._experts = experts
+        self._experts, self._x = experts, x
+        self.shared, self.shared_x = experts.shared, x
         chosen, weights = experts.choose(x)
         groups = by_expert(chosen)
         counts = np.bincount(chosen.reshape(-1), minlength=experts.count)
@@ -119,6 +128,8 @@ class _Routed:
         inner = np.empty((len(x), self._experts.inner), np.float32)
         for expert, rows in self._used():
             inner[rows] = self._experts.gated(expert, x[rows])
+        if self.shared is not None:
+            self.shared_x = self.shared.gated(self._x)
         return inner
 
     def down(self, inner: Floats, tokens: int) -> Floats:
@@ -126,6 +137,8 @@ class _Routed:
         result = np.zeros((tokens, self._experts.hidden), np.float32)
         for expert, rows in self._used():
             result[self.tokens[rows]] += self._experts.down(expert, inner[rows]) * self._weights[rows, None]
+        if self.shared is not None:
+            result += self.shared.down(self.shared_x, self._x)
         return result
 
     def _used(self) -> Iterator[tuple[int, slice]]:

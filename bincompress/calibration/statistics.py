@@ -10,25 +10,27 @@
 `inputs` in the root says for every tensor which input it reads.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec
-from zarr.core.sync import sync
 
 from bincompress.errors import DamagedError, StoreError
 from bincompress.methods import Inputs
 from bincompress.store.arrays import read_array
-from bincompress.store.files import files_at, is_local
+from bincompress.store.files import is_local
 from bincompress.store.layout import BEGINNING, STATISTICS, array_hash, group_node, parse_array, parse_node
+from bincompress.store.location import files_at
 from bincompress.store.replace import check_place, clear, look, remove
 from bincompress.store.store import difference_of
-from bincompress.store.zarr_access import zarr_store
+
+if TYPE_CHECKING:  # zarr takes longer to import than most that a run without statistics needs
+    import zarr
 
 FORMAT = STATISTICS.name
 VERSION = 1
@@ -107,9 +109,7 @@ class Statistics:
             raise StoreError(f"{self.url}: has no statistics of {tensor}'s inputs; calibrate with this model")
         if not self.has(names[tensor]):
             raise StoreError(f"{self.url}: the statistics of {tensor}'s inputs are not complete; calibrate again")
-        group = self.root[f"inputs/{names[tensor]}"]
-        assert isinstance(group, zarr.Group)
-        return group
+        return cast("zarr.Group", self.root[f"inputs/{names[tensor]}"])
 
     def write(self, key: str, tensors: list[str], tokens: int, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Write one input's statistics and mark them complete."""
@@ -146,6 +146,8 @@ class Statistics:
 
     def remove_work(self, name: str = "") -> None:
         """Remove such an array, or all of them."""
+        from zarr.core.sync import sync
+
         sync(self.root.store.delete_dir(f"{self.root.path}/work/{name}".strip("/")))
 
     def remove(self) -> None:
@@ -160,6 +162,8 @@ class Statistics:
 
 def write_array(group: zarr.Group, name: str, values: NDArray[Any]) -> None:
     """Write an array in chunks of rows, uncompressed, with checksums."""
+    from zarr.codecs import Crc32cCodec
+
     step = max(1, min(len(values), _CHUNK_LIMIT // max(1, values[:1].nbytes)))
     array = group.create_array(
         name, shape=values.shape, dtype=values.dtype, chunks=(step, *values.shape[1:]), filters=None,
@@ -216,6 +220,10 @@ def statistics_at(url: str) -> Statistics | None:
     """Open what lies there, None where nothing does; raises StoreError where it is no statistics."""
     if is_local(url) and not Path(url).exists():
         return None  # zarr would make the folder
+    import zarr
+
+    from bincompress.store.zarr_access import zarr_store
+
     try:
         root = zarr.open_group(zarr_store(url), mode="r+", zarr_format=3)
     except FileNotFoundError:

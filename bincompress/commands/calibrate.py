@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from bincompress.commands.shared import kernels_announced, print_json
+from bincompress.commands.shared import address_option, kernels_announced, print_json
 
 
 @click.command()
@@ -20,7 +20,7 @@ from bincompress.commands.shared import kernels_announced, print_json
     help="Text like that which the model will see; not the text you will evaluate on.",
 )
 @click.option("--samples", type=int, default=64, show_default=True, help="Windows, spread evenly over the text.")
-@click.option("--context", type=int, default=512, show_default=True, help="Tokens per window.")
+@click.option("--context", type=int, help="Tokens per window.  [default: 512, or the model's limit]")
 @click.option("--threads", type=click.IntRange(min=1), help="local: threads.  [default: all usable CPUs]")
 @click.option(
     "--runner",
@@ -29,11 +29,11 @@ from bincompress.commands.shared import kernels_announced, print_json
     show_default=True,
     help="Where the samples run: on this machine or on a Ray cluster.",
 )
-@click.option("--address", help="ray: auto, HOST:PORT or ray://HOST:10001.  [default: RAY_ADDRESS, or this machine]")
+@address_option
 @click.option("--overwrite", is_flag=True, help="Replace statistics made with other settings: they are removed first.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
-    source: str, stats: str, text: Path, samples: int, context: int, threads: int | None,
+    source: str, stats: str, text: Path, samples: int, context: int | None, threads: int | None,
     runner: Literal["local", "ray"], address: str | None, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Run SOURCE over a text and collect the statistics of its linear layers' inputs into STATS.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bincompress.commands.options import engine_options, load_with, sampling_options, settings_from
+from bincompress.commands.options import engine_options, load_with, lookup_option, sampling_options, settings_from
+from bincompress.commands.prompt_cache import PromptCacheFile, prompt_cache_option
 from bincompress.commands.shared import decoding_announced
 from bincompress.errors import BincompressError
 from bincompress.process.interrupts import Terminated
@@ -22,9 +24,11 @@ _TERMINAL_LINE = 4095  # bytes, after which a terminal drops what is typed or pa
 @click.command()
 @click.argument("store")
 @click.option("--system", help="System message at the start of the conversation.")
+@prompt_cache_option
 @sampling_options
+@lookup_option
 @engine_options
-def command(store: str, system: str | None, **options: Any) -> None:
+def command(store: str, system: str | None, prompt_cache: Path | None, **options: Any) -> None:
     """Chat with the model in STORE, using its own chat template. An empty line or Ctrl-D ends it, Ctrl-C an answer.
 
     When the conversation outgrows the model's context, its oldest turns are left out.
@@ -44,6 +48,7 @@ def command(store: str, system: str | None, **options: Any) -> None:
                 f"{store}: the model has no chat template; `bincompress generate` continues a text instead"
             )
         talk = Conversation(model, settings_from(model, options), system)
+        kept = PromptCacheFile(prompt_cache, store, model, talk.prefixes, options)
         while True:
             try:
                 asked = _ask()
@@ -53,8 +58,9 @@ def command(store: str, system: str | None, **options: Any) -> None:
                 _note(str(error))
                 continue
             if not asked:
-                return
+                break
             _answer(talk, asked)
+        kept.save()
 
 
 def _ask() -> str:

@@ -14,6 +14,7 @@ from bincompress.commands.running import finish, run_bar, run_options, say_notes
 from bincompress.commands.shared import kernels_announced, print_json
 
 if TYPE_CHECKING:
+    from bincompress.api import CompressionResult
     from bincompress.compression.placement import Placement
     from bincompress.compression.planning import Planned
 
@@ -25,7 +26,11 @@ _SAMPLES, _CONTEXT = 64, 512  # of --sequential; calibration.collect has the sam
 @click.argument("store")
 @method_options
 @click.option(
-    "--recipe", type=click.Path(dir_okay=False, path_type=Path), help="TOML file: defaults and overrides per tensor."
+    "--recipe",
+    type=click.Path(dir_okay=False, path_type=Path),
+    multiple=True,
+    help="TOML file: defaults and overrides per tensor. Given several times, each makes a store: {recipe} in STORE is "
+    "its name.",
 )
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Leave matching tensors as they are (repeatable).")
 @click.option(
@@ -45,19 +50,27 @@ _SAMPLES, _CONTEXT = 64, 512  # of --sequential; calibration.collect has the sam
     type=click.IntRange(min=1),
     help=f"sequential: windows, spread evenly over the text.  [default: {_SAMPLES}]",
 )
-@click.option("--context", type=click.IntRange(min=2), help=f"sequential: tokens of a window.  [default: {_CONTEXT}]")
+@click.option(
+    "--context",
+    type=click.IntRange(min=2),
+    help=f"sequential: tokens of a window.  [default: {_CONTEXT}, or the model's limit]",
+)
 @click.option(
     "--target-bits",
     type=float,
     help="Average stored bits per weight: choose planes and blocks per matrix where errors cost most.",
 )
 @click.option(
+    "--train", type=click.Path(dir_okay=False, path_type=Path), metavar="TEXT",
+    help="Then train the planes and scales on this text, layer after layer. Needs PyTorch.",
+)  # fmt: skip
+@click.option(
     "--pack", is_flag=True, help="Also write the finished store as one file beside it: STORE.bincompress.zip."
 )
 @run_options
 def command(
-    source: str, store: str, placement: Placement, dry_run: bool, rate: int | None, overwrite: bool, verbose: bool,
-    as_json: bool, pack: bool, **options: Any,
+    source: str, store: str, recipe: tuple[Path, ...], placement: Placement, dry_run: bool, rate: int | None,
+    overwrite: bool, verbose: bool, as_json: bool, train: Path | None, pack: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Pack the weight matrices of SOURCE into STORE.
 
@@ -74,35 +87,72 @@ def command(
       bincompress compress ./Llama-3.2-1B ./store --stats ./stats --compensate --refine 4 --target-bits 2.25
       bincompress compress ./Llama-3.2-1B ./store --sequential wiki.txt --method xnor --compensate --refine 4
       bincompress compress ./model-Q8_0.gguf ./store --embeddings 4bit
+      bincompress compress ./Llama-3.2-1B ./store --train wiki.txt
       bincompress compress ./Llama-3.2-1B ./store --pack
+      bincompress compress ./Llama-3.2-1B ./stores/{recipe} --recipe one.toml --recipe two.toml
       bincompress compress meta-llama/Llama-3.2-1B ./store --embeddings 8bit --dry-run
       bincompress compress /shared/Llama-3.1-405B s3://bucket/store --runner ray --address auto
     """
     from bincompress import api
+    from bincompress.compression.manifest import stores_of
+    from bincompress.errors import BincompressError
 
     chosen = {**method_settings(options), **options}
+    stores: dict[str, Any] = dict(stores_of(store, recipe)) if recipe else {store: None}
+    several = len(stores) > 1
+    if train is not None and several:
+        raise BincompressError("--train is for one store: give one --recipe, and `bincompress train` for the others")
     with run_bar(verbose, as_json) as progress:
-        planned = api.plan(source, headers_only=dry_run, placement=placement, progress=progress, **chosen)
-        say_notes(planned)
+        planned = api.plan_several(
+            source, stores, headers_only=dry_run, placement=placement, progress=progress, **chosen
+        )
+        for place, each in planned.items():
+            say_notes(each, place if several else "")
         if not dry_run:
-            done = api.carry_out(planned, store, pack=pack, overwrite=overwrite, placement=placement, progress=progress)
+            done = api.carry_out_several(
+                planned, train=train, pack=pack, overwrite=overwrite, placement=placement, progress=progress
+            )
     if dry_run:
-        _show_plan(planned, rate, verbose, as_json)
+        _show_plans(planned, rate, verbose, as_json)
+        if train is not None and not as_json:
+            _say_training(next(iter(planned.values())))
         return
+    _show_results(done, pack, as_json)
+
+
+def _show_results(done: dict[str, CompressionResult], pack: bool, as_json: bool) -> None:
+    """Show what was made, and exit with 1 where tensors failed."""
     if as_json:
-        print_json(asdict(done))
-    if pack:
+        records = {place: asdict(result) for place, result in done.items()}
+        print_json(records if len(done) > 1 else records[next(iter(records))])
+    for result in done.values() if pack else ():
         click.echo(
-            f"{done.packed}: the same store as one file, read back"
-            if done.packed
+            f"{result.packed}: the same store as one file, read back"
+            if result.packed
             else "not packed, as the store is not complete",
             err=as_json,
         )
-    finish([done], quiet=as_json)
+    for result in done.values():
+        if result.trained is not None and not as_json:
+            from bincompress.commands.train import say_trained
+
+            say_trained(result.trained)
+    finish(done.values(), quiet=as_json)
 
 
-def _show_plan(planned: Planned, rate: int | None, verbose: bool, as_json: bool) -> None:
-    """Show what would be done."""
+def _show_plans(planned: dict[str, Planned], rate: int | None, verbose: bool, as_json: bool) -> None:
+    """Show what would be done, for each of the stores."""
+    records = {}
+    for store, each in planned.items():
+        if len(planned) > 1 and not as_json:
+            click.echo(f"{store}:")
+        records[store] = _show_plan(each, rate, verbose, as_json)
+    if as_json:
+        print_json(records if len(records) > 1 else records[next(iter(records))])
+
+
+def _show_plan(planned: Planned, rate: int | None, verbose: bool, as_json: bool) -> dict[str, Any]:
+    """Show what would be done, and return it as JSON, which is not shown here."""
     from bincompress.compression.estimate import estimate
     from bincompress.compression.sequential import memory
     from bincompress.model.checkpoint_source import checkpoint_config
@@ -111,9 +161,9 @@ def _show_plan(planned: Planned, rate: int | None, verbose: bool, as_json: bool)
     with kernels_announced():
         cost = estimate(plan.tensors, rate)
     collecting = None if plan.sequence is None else memory(checkpoint_config(plan.checkpoint), tokens)
+    record = _plan_record(planned, cost.record(), collecting)
     if as_json:
-        print_json(_plan_record(planned, cost.record(), collecting))
-        return
+        return record
     weights = {t.source.name: max(1, math.prod(t.source.shape)) for t in plan.tensors}
     if verbose:
         for t in plan.tensors:
@@ -144,6 +194,21 @@ def _show_plan(planned: Planned, rate: int | None, verbose: bool, as_json: bool)
             f"not included: --sequential also runs {tokens:,} tokens through the unquantized model and the compressed "
             f"one, in about {collecting / 1e6:,.0f} MB on top of the workers"
         )
+    return record
+
+
+def _say_training(planned: Planned) -> None:
+    """Show what --train adds to a plan."""
+    from bincompress.distillation import memory
+    from bincompress.distillation.settings import LayerSettings
+    from bincompress.model.checkpoint_source import checkpoint_config
+
+    settings = LayerSettings()
+    needed = memory.of_layers(checkpoint_config(planned.plan.checkpoint), settings)
+    click.echo(
+        f"not included: --train then runs {settings.windows * settings.context:,} tokens {settings.passes} times "
+        f"through each layer, in about {needed / 1e9:.1f} GB"
+    )
 
 
 def _plan_record(planned: Planned, estimate: dict[str, Any], collecting: int | None) -> dict[str, Any]:

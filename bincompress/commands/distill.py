@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from bincompress.commands.options import rounded_inputs_option
 from bincompress.commands.shared import print_json
 
 _WRITTEN_TOKENS = 1 << 18
@@ -60,6 +61,7 @@ _PLACES = ("device", "threads", "checkpoint_every")
     show_default=True,
     help="Type of the matrix products.",
 )
+@rounded_inputs_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: PyTorch's]")
 @click.option(
     "--cache-logits", type=click.Path(file_okay=False, path_type=Path), help="Folder to cache the teacher's logits in."
@@ -85,7 +87,7 @@ _PLACES = ("device", "threads", "checkpoint_every")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     store: str, teacher: str, text: Path | None, out: str, work: Path | None, cache_logits: Path | None,
-    data_free: bool, written_tokens: int | None, overwrite: bool, as_json: bool, **options: Any,
+    data_free: bool, written_tokens: int | None, activation_bits: str, overwrite: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train the coefficients of STORE against the model that it was made from, and write them to a new store.
 
@@ -111,7 +113,8 @@ def command(
         )
     written = (_WRITTEN_TOKENS if data_free else 0) if written_tokens is None else written_tokens
     places = {key: options.pop(key) for key in _PLACES} | {"work": work, "cached_logits": cache_logits}
-    settings = DistillSettings(**options, written_tokens=written)
+    bits: Any = int(activation_bits)
+    settings = DistillSettings(**options, written_tokens=written, activation_bits=bits)
     with tqdm(total=settings.steps, desc="distill", unit="step", disable=True if as_json else None) as bar:
 
         def on_step(progress: Any) -> None:

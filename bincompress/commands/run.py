@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from bincompress.commands.options import engine_options, load_with, sampling_options, settings_from
+from bincompress.commands.options import engine_options, load_with, lookup_option, sampling_options, settings_from
 from bincompress.commands.shared import decoding_announced
 
 
@@ -22,6 +22,7 @@ from bincompress.commands.shared import decoding_announced
 )
 @click.option("--context", type=click.IntRange(min=2), default=8192, show_default=True, help="Most tokens of a text.")
 @sampling_options
+@lookup_option
 @engine_options
 def command(store: str, prompts: Path, out: Path, parallel: int, context: int, **options: Any) -> None:
     """Answer every line of PROMPTS with the model in STORE, several at once.

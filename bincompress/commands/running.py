@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bincompress.commands.shared import byte_bar, kernels_announced
+from bincompress.commands.shared import address_option, byte_bar, kernels_announced
 
 if TYPE_CHECKING:
     from bincompress.api import CompressionResult
@@ -53,9 +53,7 @@ _OPTIONS = [
         show_default=True,
         help="Where jobs run: on this machine or on a Ray cluster.",
     ),
-    click.option(
-        "--address", help="ray: auto, HOST:PORT or ray://HOST:10001.  [default: RAY_ADDRESS, or this machine]"
-    ),
+    address_option,
     click.option(
         "--max-in-flight",
         type=click.IntRange(min=1),

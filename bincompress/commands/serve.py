@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bincompress.commands.options import engine_options, load_with
+from bincompress.commands.options import engine_options, load_with, lookup_option
 from bincompress.commands.running import Size
 from bincompress.commands.shared import decoding_announced
 from bincompress.errors import BincompressError
@@ -47,6 +47,7 @@ _PREFIX_BYTES = 10**9
     "--timeout", type=click.FloatRange(min=1), default=600, show_default=True, help="Most seconds of a request."
 )
 @click.option("--log-prompts", is_flag=True, help="Write prompts and answers to the log.")
+@lookup_option
 @engine_options
 def command(store: str, **options: Any) -> None:
     """Serve the model in STORE over HTTP, in the forms of OpenAI and Ollama, with a page to chat on.

@@ -8,6 +8,10 @@ from typing import Any
 
 import click
 
+address_option = click.option(
+    "--address", help="ray: auto, HOST:PORT or ray://HOST:10001.  [default: RAY_ADDRESS, or this machine]"
+)
+
 
 def print_json(found: Any) -> None:
     """Print an object as JSON."""

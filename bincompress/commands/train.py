@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from bincompress.commands.shared import kernels_announced, print_json
+from bincompress.commands.options import rounded_inputs_option
+from bincompress.commands.shared import address_option, kernels_announced, print_json
 
 _BLOCKS = ["64", "128", "256", "row"]
 _LAYERS = {"windows": "windows", "layer_context": "context", "passes": "passes", "layer_batch": "batch",
@@ -68,6 +69,7 @@ _PLACES = ("device", "threads", "checkpoint_every", "work", "runner", "address")
 )  # fmt: skip
 @click.option("--evaluate-every", type=int, default=100, show_default=True, help="model: steps between validations.")
 @click.option("--patience", type=int, default=5, show_default=True, help="model: validations without improvement.")
+@rounded_inputs_option
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bf16"]), default="auto", show_default=True,
     help="Type of the matrix products; auto: bf16 where the processor multiplies it.",
@@ -80,7 +82,7 @@ _PLACES = ("device", "threads", "checkpoint_every", "work", "runner", "address")
     "--runner", type=click.Choice(["local", "ray"]), default="local", show_default=True,
     help="Who trains independent layers: this process or a Ray cluster.",
 )  # fmt: skip
-@click.option("--address", help="ray: auto, HOST:PORT or ray://HOST:10001.  [default: RAY_ADDRESS, or this machine]")
+@address_option
 @click.option(
     "--checkpoint-every", type=click.IntRange(min=0),
     help="model: steps between checkpoints. 0: none.  [default: by time, at most 1/20 of the run's]",
@@ -95,7 +97,8 @@ _PLACES = ("device", "threads", "checkpoint_every", "work", "runner", "address")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     source: str, store: str, text: Path, start: str | None, planes: int, block: str, embeddings: str,
-    scale_bits: str | None, by: str, dtype: str, dry_run: bool, overwrite: bool, as_json: bool, **options: Any,
+    scale_bits: str | None, by: str, dtype: str, activation_bits: str, dry_run: bool, overwrite: bool, as_json: bool,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Train the planes and scales of SOURCE's layers, and write them to STORE.
 
@@ -120,9 +123,9 @@ def command(
     if start is not None and (planes, block, embeddings) != (2, "128", "keep"):
         raise BincompressError("--planes, --block and --embeddings are those of the store given with --start")
     places = {key: options.pop(key) for key in _PLACES}
-    products = _products(dtype, places["device"])
-    layers = LayerSettings(dtype=products, **{own: options[name] for name, own in _LAYERS.items()})
-    model = DistillSettings(dtype=products, planes=True, **{name: options[name] for name in _MODEL})
+    shared: dict[str, Any] = {"dtype": _products(dtype, places["device"]), "activation_bits": int(activation_bits)}
+    layers = LayerSettings(**shared, **{own: options[name] for name, own in _LAYERS.items()})
+    model = DistillSettings(planes=True, **shared, **{name: options[name] for name in _MODEL})
     if dry_run:
         _say_memory(source, layers if "layer" in by else None, model if "model" in by else None, as_json)
         return
@@ -150,7 +153,7 @@ def command(
                 overwrite=overwrite, on_layers=lambda done, total, line: say(line, done, total), on_step=on_step,
                 on_written=lambda done, total: say(f"the teacher writes {total:,} tokens", done, total), **places,
             )  # fmt: skip
-    print_json(found.record()) if as_json else _say(found)
+    print_json(found.record()) if as_json else say_trained(found)
 
 
 def _say_memory(source: str, layers: Any, model: Any, as_json: bool) -> None:
@@ -160,25 +163,31 @@ def _say_memory(source: str, layers: Any, model: Any, as_json: bool) -> None:
     from bincompress.sources.hub import open_source
 
     config = checkpoint_config(open_source(source, headers_only=True))
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     if layers is not None:
-        found["layers"] = {"tokens": layers.windows * layers.context, "bytes": memory.of_layers(config, layers)}
+        streams = memory.of_streams(config, layers)
+        found["layers"] = {
+            "tokens": layers.windows * layers.context, "bytes": memory.of_layers(config, layers),
+            "streams_bytes": streams, "streams_in_files": memory.on_disk(streams),
+        }  # fmt: skip
     if model is not None:
         found["model"] = {"steps": model.steps, "bytes": memory.of_model(config, model)}
     if as_json:
         print_json(found)
         return
     if layers is not None:
+        own = found["layers"]
+        where = " (on a CPU, in files beside STORE)" if own["streams_in_files"] else ""
         click.echo(
-            f"layer after layer: {config.layers} layers on {found['layers']['tokens']:,} tokens, each {layers.passes} "
-            f"times, about {found['layers']['bytes'] / 1e9:.1f} GB"
+            f"layer after layer: {config.layers} layers on {own['tokens']:,} tokens, each {layers.passes} times, about "
+            f"{own['bytes'] / 1e9:.1f} GB, of which the layers' inputs take {own['streams_bytes'] / 1e9:.1f} GB{where}"
         )
     if model is not None:
         size = f"{model.steps} steps of {model.batch} x {model.context} tokens"
         click.echo(f"whole model: {size}, about {found['model']['bytes'] / 1e9:.1f} GB")
 
 
-def _say(found: Any) -> None:
+def say_trained(found: Any) -> None:
     """Show what came of a training."""
     same = 0
     for report in found.independent:
@@ -205,13 +214,13 @@ def _say(found: Any) -> None:
 
 
 def _products(dtype: str, device: str) -> Any:
-    """Return the type of matrix products: bf16 by itself only where the hardware multiplies it."""
+    """Return the type of matrix products; auto: the fastest that the hardware multiplies."""
     if dtype != "auto":
         return dtype
     try:
-        import torch
-    except ModuleNotFoundError:
+        from bincompress.distillation.places import fastest_products
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
         return "float32"  # the API says what is missing
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    fast = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if fast else "float32"
+    return fastest_products(device)

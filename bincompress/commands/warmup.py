@@ -27,7 +27,8 @@ def command(store: str | None, as_json: bool, **options: Any) -> None:
 
     compiled: list[str] = []
     with decoding_announced(), announce(compiled.append):
-        from bincompress.inference.warmup import compile_for, first_token_kernels
+        from bincompress.inference.precompile import compile_for
+        from bincompress.inference.warmup import first_token_kernels
         from bincompress.model.packed_linear import ActivationSettings
 
         if store is None:

@@ -3,7 +3,7 @@
 import functools
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,12 +12,12 @@ from bincompress.compression.prepare import prepare
 from bincompress.compression.records import Job, JobReport, failed_report
 from bincompress.compression.tensor_report import tensor_report
 from bincompress.errors import BincompressError, LossError
-from bincompress.methods import KEEP, Binarized
+from bincompress.methods import KEEP, Made
 from bincompress.process.faults import explain, stops_everything
 from bincompress.sources.checkpoint import read_weight
 from bincompress.store.report import report_problem
-from bincompress.store.store import Store, open_store
-from bincompress.tensors.weight import Weight
+from bincompress.store.store import Store, open_to_write
+from bincompress.tensors.weight import TensorSource, Weight
 
 
 def largest_first(jobs: Iterable[Job]) -> list[Job]:
@@ -25,11 +25,28 @@ def largest_first(jobs: Iterable[Job]) -> list[Job]:
     return sorted(jobs, key=lambda job: (-job.source.nbytes, job.name, job.store))
 
 
+def of_one_tensor(jobs: Iterable[Job]) -> list[Job]:
+    """Return jobs in their order, those of one tensor for several stores as one, which reads it once."""
+    found: dict[TensorSource, list[Job]] = {}
+    for job in jobs:
+        found.setdefault(job.source, []).append(job)
+    return [
+        replace(first, others=tuple(others), peak_memory=max(job.peak_memory for job in (first, *others)))
+        for first, *others in found.values()
+    ]
+
+
 def run_job(job: Job) -> JobReport:
-    """Do a job; whatever goes wrong with its tensor comes back in the report."""
+    """Do a job and its others; whatever goes wrong with a tensor comes back in the report."""
+    read = functools.lru_cache(maxsize=1)(lambda: read_weight(job.source))
+    report = _run(job, read)
+    return replace(report, others=tuple(_run(other, read) for other in job.others))
+
+
+def _run(job: Job, read: Callable[[], Weight]) -> JobReport:
     begin = time.perf_counter()
     try:
-        status, report = _done(job)
+        status, report = _done(job, read)
     except BincompressError as error:
         return failed_report(job, str(error), time.perf_counter() - begin)
     except MemoryError:
@@ -43,11 +60,11 @@ def run_job(job: Job) -> JobReport:
     return JobReport(job.name, status, seconds, job.source.nbytes, report, store=job.store)
 
 
-def _done(job: Job) -> tuple[Literal["done", "unchanged"], dict[str, Any]]:
-    """Do a job that is not done already; returns whether it was, and the tensor's report."""
+def _done(job: Job, read: Callable[[], Weight]) -> tuple[Literal["done", "unchanged"], dict[str, Any]]:
+    """Do a job that is not done already; returns whether this run did it, and the tensor's report."""
     begin = time.perf_counter()
     store = _opened(job.store, job.run_id)
-    weight = read_weight(job.source)
+    weight = read()
     mark = fingerprint(job, weight)
     before = store.look_at(job.name)
     if (
@@ -55,8 +72,9 @@ def _done(job: Job) -> tuple[Literal["done", "unchanged"], dict[str, Any]]:
         and before.get("fingerprint") == mark
         and not report_problem(before.get("report"))
     ):
-        return "unchanged", before["report"]
-    written: Weight | Binarized
+        told_by_log = job.again and store.read_log(job.name).get("run_id") == job.run_id
+        return "done" if told_by_log else "unchanged", before["report"]
+    written: Weight | Made
     if job.settings == KEEP:
         written = plain = prepare(job, weight, mark).as_it_is()
         bad = store.check_plain(job.name, plain, job.source.shape, refuse=job.required)
@@ -67,14 +85,15 @@ def _done(job: Job) -> tuple[Literal["done", "unchanged"], dict[str, Any]]:
         written, bad = found, ""
         hashes, nbytes = store.write_packed(job.name, found.tensor, job.archive)
         record = {"shape": list(job.source.shape), "method": job.settings.method, "settings": job.settings.record()}
-        attributes = {**record, "block": found.tensor.block, **found.tensor.attributes()}
+        attributes = {**record, **found.tensor.attributes()}
     report = tensor_report(job, weight, written, nbytes, bad)
+    # Before it is complete: whoever does a complete one again after a lost report finds out by whom it was done.
+    store.write_log(job.name, {"seconds": time.perf_counter() - begin, "run_id": job.run_id})
     store.commit(job.name, {**attributes, "hashes": hashes, "fingerprint": mark, "report": report})
-    store.write_log(job.name, {"seconds": time.perf_counter() - begin})
     return "done", report
 
 
-def binarized_or_fallback(job: Job, weight: Weight, mark: dict[str, Any]) -> tuple[Job, Binarized]:
+def binarized_or_fallback(job: Job, weight: Weight, mark: dict[str, Any]) -> tuple[Job, Made]:
     """Return what the method makes of the tensor, and the job with the settings that were used in the end.
 
     mark: the job's fingerprint. Where a method that gives every weight exactly cannot, the job's fallback is used, and
@@ -93,4 +112,4 @@ def binarized_or_fallback(job: Job, weight: Weight, mark: dict[str, Any]) -> tup
 @functools.lru_cache(maxsize=4)
 def _opened(url: str, run_id: str) -> Store:
     """Open a store once per run and process: its list of tensors does not change within a run."""
-    return open_store(url, run_id)
+    return open_to_write(url, run_id)

@@ -20,6 +20,7 @@ from bincompress.model.roles import Kept, Kind, Role, kept_lines
 from bincompress.model.runnable import Verdict, roles_of, verdict
 from bincompress.sources.checkpoint import ITEM_BYTES, OTHER_DTYPES, Checkpoint
 from bincompress.sources.hub import source_record
+from bincompress.store.layout import LOW_RANK_VERSION
 from bincompress.tensors.weight import TensorSource
 
 if TYPE_CHECKING:
@@ -114,6 +115,12 @@ class Plan:
         ]
 
     @property
+    def low_rank(self) -> bool:
+        """Whether a tensor will have, or may have, the low-rank form, which other versions of the store do not."""
+        settings = [one for t in self.tensors for one in (t.settings, t.fallback) if one not in (None, KEEP)]
+        return any(method_named(one.method).low_rank for one in settings if one is not None)
+
+    @property
     def expected_bytes(self) -> int:
         """Bytes of all arrays to be written, before an archive's coding."""
         return sum(tensor.expected_bytes for tensor in self.tensors)
@@ -131,6 +138,8 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """Return what has to be equal for a run to go on with a store that another run began."""
         return {
+            # Named only where it is not the usual one.
+            **({"version": LOW_RANK_VERSION} if self.low_rank else {}),
             "source": source_record(self.checkpoint),
             "config": self.checkpoint.config,
             "recipe": self.recipe.record(),
@@ -260,10 +269,10 @@ def _norms_with_readers(
     return [
         (planned[names.of_layer(layer, norm)], [planned[names.of_layer(layer, f"{part}.weight")] for part in parts])
         for layer in range(config.layers)
-        for norm, parts in ((names.input_norm, names.qkv), (names.post_norm, names.gate_up))
+        for norm, parts in ((names.input_norm, config.mixing_of(layer)[0]), (names.post_norm, names.gate_up))
         if norm  # else they read the residual stream itself, into which nothing can be folded
-        # A router reads what the experts read, and stays as it is.
-        if parts == names.qkv or config.experts_of(layer) is None
+        # A router reads what the experts read, and the gates of a state what its matrices read; they stay as they are.
+        if (config.experts_of(layer) is None if norm == names.post_norm else not config.has_gates(layer))
     ]
 
 
@@ -330,7 +339,10 @@ def peak_memory(source: TensorSource, settings: Settings, expected: int) -> int:
 
 def packed_bytes(settings: Settings, rows: int, cols: int) -> int:
     """Return the bytes of planes and coefficients of a matrix, without listed weights."""
-    size = method_named(settings.method).size(settings)
+    method = method_named(settings.method)
+    if method.nbytes is not None:
+        return method.nbytes(settings, rows, cols)
+    size = method.size(settings)
     plane_bytes = 8 * size.planes * rows * math.ceil(cols / 64)
     blocks = 1 if settings.block == "matrix" else rows * math.ceil(cols / settings.block_columns(cols))
     return plane_bytes + settings.coefficient_bytes * size.coefficients * blocks

@@ -96,18 +96,27 @@ def plan(
         found = _planned(with_fallbacks(made, asked, few, exact), export_only, headers_only)
         few_tokens = _few_experts(found.plan, statistics)
         return replace(found, kept_weights=remarks, few_levels=few_remarks(made, few), few_tokens=few_tokens)
-    number, length = samples or SAMPLES, context or CONTEXT
     text = read_text(Path(sequential))
     tokens = None
     if not headers_only or "tokenizer.json" in checkpoint.assets():
-        tokens = choose_samples(checkpoint, text, number, length)
+        tokens = choose_samples(checkpoint, text, samples or SAMPLES, context)
     made = make_plan(checkpoint, chosen, kept, archive, sequence={} if tokens is None else text_record(tokens))
     refuse_lossy(made, few)
     found = replace(_planned(made, export_only, headers_only), few_levels=few_remarks(made, few))
     if tokens is None:
-        return replace(found, sequential_tokens=number * length, kept_weights=remarks)
+        return replace(found, sequential_tokens=(samples or SAMPLES) * (context or CONTEXT), kept_weights=remarks)
     notes = (*found.notes, *_few_tokens(checkpoint, tokens))
     return replace(found, samples=tokens, sequential_tokens=tokens.size, notes=notes, kept_weights=remarks)
+
+
+def plan_several(source: str | Path, recipes: Mapping[str, Recipe | str | Path], **options: Any) -> dict[str, Planned]:
+    """Return what `compress_several` would do, by store; the options are those of `plan`, for all recipes."""
+    if options.get("sequential") is not None and len(recipes) > 1:
+        raise BincompressError(
+            "--sequential calibrates on what one store's own layers give: run it once for each recipe, or give all of "
+            "them --stats STATS, as `bincompress calibrate` writes them"
+        )
+    return {store: plan(source, recipe=recipe, **options) for store, recipe in recipes.items()}
 
 
 def plan_batch(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bincompress.compression.records import Job, Shared
 from bincompress.errors import TensorError
-from bincompress.methods import KEEP, Binarized, Inputs, Method, Settings, method_named
+from bincompress.methods import KEEP, Inputs, Made, Method, Settings, method_named
 from bincompress.sources.checkpoint import read_weight
 from bincompress.tensors.dequantize import dequantize_at
 from bincompress.tensors.weight import FINITE, Weight
@@ -44,7 +44,7 @@ class Prepared:
             folded = values / scale
         return Weight(folded.view(np.uint32), "F32")
 
-    def binarized(self) -> Binarized:
+    def binarized(self) -> Made:
         """Run the method; raises TensorError naming the first weight that is not finite."""
         method = self.method
         assert method is not None  # of a tensor that is packed
@@ -123,7 +123,7 @@ def _with_stand_ins(weight: Weight, kept: tuple[tuple[int, int], ...]) -> Weight
     return Weight(bits, weight.dtype)
 
 
-def _with_kept(found: Binarized, weight: Weight, kept: tuple[tuple[int, int], ...]) -> Binarized:
+def _with_kept(found: Made, weight: Weight, kept: tuple[tuple[int, int], ...]) -> Made:
     """Return a result that lists single weights with their exact values, its errors told anew."""
     rows, cols = (np.array(part) for part in zip(*kept, strict=True))
     stood = _with_stand_ins(weight, kept).at(rows, cols).astype(np.float64)

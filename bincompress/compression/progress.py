@@ -58,7 +58,7 @@ class Tracker:
         """Take note of a finished job."""
         if self._log is not None:
             self._log.write(event_of(report))
-        if self._running is not None:
+        if self._running is not None and not report.follows:
             self._running = max(0, self._running - 1)
         self._done += report.status != "failed"
         self._failed += report.status == "failed"

@@ -24,12 +24,14 @@ from typing import Any
 from bincompress.errors import RecipeError
 from bincompress.methods import KEEP, METHODS, Settings, checked, embeddings, method_named, options
 from bincompress.methods.declaration import CompensatedSettings
+from bincompress.sources.text import UTF_8
 
 # How version 1 of the store lists the settings of a recipe; those that came later follow.
 _ORDER = (
     "groups", "solver", "window", "lam", "lam_normalized", "block", "bits", "planes", "scale_bits", "compensate",
     "refine", "epsilon",
 )  # fmt: skip
+_LATER = frozenset({"rank"})  # listed only where a method has them, so that other stores are as they were
 _NOT_GIVEN = {"planes": 0}  # what version 1 writes in place of a method's own default
 
 
@@ -56,7 +58,8 @@ class Recipe:
 
     def record(self) -> dict[str, Any]:
         """Return the recipe as JSON, for the store."""
-        known = options()
+        used = {name for method in self.methods() if method != KEEP.method for name in method_named(method).options()}
+        known = {name: owners for name, owners in options().items() if name in used or name not in _LATER}
         given, own = dict(self.values), {} if self.method == KEEP.method else method_named(self.method).options()
         ordered = [name for name in _ORDER if name in known] + [name for name in known if name not in _ORDER]
         usual = {name: own.get(name, known[name][0][1]).default for name in ordered}
@@ -108,7 +111,7 @@ def load_recipe(path: Path | None, given: Mapping[str, Any], keep: Iterable[str]
     found: dict[str, Any] = {}
     if path is not None:
         try:
-            found = tomllib.loads(path.read_text("utf-8"))
+            found = tomllib.loads(path.read_text(UTF_8))
         except (OSError, ValueError) as error:
             raise RecipeError(f"{path}: not readable as TOML: {error}") from None
     _known(found, {"defaults", "tensor"}, f"{path}")
@@ -150,9 +153,10 @@ def _level(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     if method not in (None, KEEP.method):
         changes |= {key: value for key, value in _own_defaults(str(method), where).items() if key not in changes}
     for key, value in changes.items():
-        problems = [(option.flag[2:], option.problem(value)) for _, option in known.get(key, ())]
-        if problems and all(problem for _, problem in problems):
-            raise RecipeError(f"{where}: {problems[0][0]}: {problems[0][1]}")
+        problems = {owner.name: (option.flag[2:], option.problem(value)) for owner, option in known.get(key, ())}
+        if problems and all(problem for _, problem in problems.values()):
+            flag, problem = problems.get(str(method)) or next(iter(problems.values()))
+            raise RecipeError(f"{where}: {flag}: {problem}")
     return changes
 
 
@@ -186,7 +190,7 @@ def load_kept_weights(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:
     """Read the single weights to keep exactly, one a line: tensor name, row, column ('#' begins a comment)."""
     kept: dict[str, set[tuple[int, int]]] = {}
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text(UTF_8).splitlines()
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: not readable: {error}") from None
     for number, line in enumerate(lines, 1):

@@ -190,7 +190,7 @@ def _difference(store: Store, job: Job) -> str:
         own: dict[str, Any] = {"dtype": plain.dtype_name}
     else:
         tensor = binarized_or_fallback(job, weight, mark)[1].tensor
-        arrays, own = tensor.arrays(), {"block": tensor.block, **tensor.attributes()}
+        arrays, own = tensor.arrays(), tensor.attributes()
     for key, value in own.items():
         if json.loads(json.dumps(value)) != stored.get(key):
             return f"{key} differs"

@@ -6,8 +6,9 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from bincompress.compression.job import largest_first
+from bincompress.compression.job import largest_first, of_one_tensor
 from bincompress.compression.plan import Plan
 from bincompress.compression.records import Job, JobReport
 from bincompress.compression.runner import run_local
@@ -52,7 +53,10 @@ def compress_all(
     overwrite: bool = False,
     on_report: Callable[[JobReport], None] = lambda report: None,
 ) -> dict[str, Outcome]:
-    """Do several plans, each into its store, as `compress` does one: a single queue, the largest matrices first."""
+    """Do several plans, each into its store, as `compress` does one: a single queue, the largest matrices first.
+
+    A tensor that several of them read is read once.
+    """
     run_id = uuid.uuid4().hex
     with contextlib.ExitStack() as held:
         for store in plans:
@@ -60,16 +64,17 @@ def compress_all(
         for store, plan in plans.items():  # before any is changed
             _refused(store, plan, overwrite)
         opened = {store: _begin(plan, store, run_id, overwrite) for store, plan in plans.items()}
-        jobs = largest_first(job for store, plan in plans.items() for job in make_jobs(plan, store, run_id))
+        every = largest_first(job for store, plan in plans.items() for job in make_jobs(plan, store, run_id))
+        jobs = of_one_tensor(every)
         counts: dict[str, Counter[str]] = {store: Counter() for store in plans}
         failures: dict[str, dict[str, str]] = {store: {} for store in plans}
         # Closed at the end, whatever happens: a runner stops its workers then.
         with contextlib.closing(runner(jobs)) as reports:
-            for report in reports:
+            for report in chain.from_iterable(found.each() for found in reports):
                 if report.fatal:
                     complete = sum(count["done"] + count["unchanged"] for count in counts.values())
                     raise StoreError(
-                        f"{report.error}; {complete} of {len(jobs)} tensors are complete: "
+                        f"{report.error}; {complete} of {len(every)} tensors are complete: "
                         "fix the cause and run the same command again to resume"
                     )
                 counts[report.store][report.status] += 1

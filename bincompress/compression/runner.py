@@ -158,7 +158,7 @@ def run_local(
             for job in suspects:
                 died: list[Job] = []
                 with Processes(1) as alone:
-                    yield from _run_pool([job], alone, work, died, [])
+                    yield from _run_pool([job.handed_out_again()], alone, work, died, [])
                 if died:
                     error = f"{job.name}: its worker process died twice (out of memory?); try fewer --workers"
                     yield failed_report(job, error)

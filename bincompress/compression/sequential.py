@@ -23,11 +23,13 @@ from bincompress.model.checkpoint_source import CheckpointSource
 from bincompress.model.config import ModelConfig
 from bincompress.model.decoder import embedded, read_layer
 from bincompress.model.linear import DenseLinear, Embedding, Floats
+from bincompress.model.low_rank_linear import LowRankEmbedding
 from bincompress.model.packed_linear import PackedEmbedding
 from bincompress.model.steps import Layer
 from bincompress.sources.checkpoint import Checkpoint
 from bincompress.store.store import Store, open_store
 from bincompress.tensors.dequantize import dequantize
+from bincompress.tensors.low_rank import LowRankTensor
 
 Tell = Callable[[str], None]
 # Residual streams (samples, context, hidden): of the unquantized model, and of what the store has so far.
@@ -294,12 +296,13 @@ class _SoFar:
         kinds = self._store.tensors()
         for name in names:
             if kinds[name] == "packed":
-                yield dequantize(self._store.read_packed(name, check_hashes=True))
+                yield dequantize(self._store.read_stored(name, check_hashes=True))
             else:
                 yield self._store.read_plain(name)[0].float32()
 
     def embedding(self, name: str) -> Embedding:
         """Return the table of token vectors."""
         if self._has(name) and self._store.tensors()[name] == "packed":
-            return PackedEmbedding(self._store.read_packed(name, check_hashes=True))
+            packed = self._store.read_stored(name, check_hashes=True)
+            return LowRankEmbedding(packed) if isinstance(packed, LowRankTensor) else PackedEmbedding(packed)
         return self._exact.embedding(name)

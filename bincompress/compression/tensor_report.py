@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from bincompress.compression.records import Job, Shared
-from bincompress.methods import KEEP, Binarized
+from bincompress.methods import KEEP, Made
+from bincompress.tensors.forms import Stored
 from bincompress.tensors.packed import PackedTensor
 from bincompress.tensors.weight import Weight
 
@@ -15,9 +16,7 @@ _BINS = 100
 _FEW_TERMS = 256  # a kilobyte of attributes, beside planes and coefficients that are counted
 
 
-def tensor_report(
-    job: Job, weight: Weight, written: Weight | Binarized, nbytes: int, not_finite: str
-) -> dict[str, Any]:
+def tensor_report(job: Job, weight: Weight, written: Weight | Made, nbytes: int, not_finite: str) -> dict[str, Any]:
     """Return a tensor's report, as JSON: bits and errors, and of a packed one a histogram of the weight as it was.
 
     nbytes: of its arrays in the store. not_finite: what of a kept tensor is not; empty where all of it is.
@@ -44,9 +43,11 @@ def tensor_report(
     }
 
 
-def _terms_bytes(tensor: PackedTensor) -> int:
+def _terms_bytes(tensor: Stored) -> int:
     """Return the bytes of the list of terms, which is in the attributes, where it is long enough to matter."""
-    return len(json.dumps(tensor.terms)) if len(tensor.terms) > _FEW_TERMS else 0
+    if not isinstance(tensor, PackedTensor) or len(tensor.terms) <= _FEW_TERMS:
+        return 0
+    return len(json.dumps(tensor.terms))
 
 
 def _kept_report(weight: Weight, nbytes: int, not_finite: str, shared: Shared | None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The decoder in PyTorch, with gradients: the same arithmetic as `bincompress.model.decoder`, over named weights."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bincompress.model.config import ModelConfig
+from bincompress.distillation.rounded_inputs import RoundedInputs
+from bincompress.model.config import Experts, ModelConfig
 from bincompress.model.errors import UnsupportedModelError
 from bincompress.model.rope import table
 
@@ -31,10 +33,24 @@ class Cache:
 
 def refuse_unknown(config: ModelConfig) -> None:
     """Raise UnsupportedModelError where a model has parts that this decoder does not have yet."""
-    parts = {"a mixture of experts": config.experts is not None, "inputs rounded to 8 bits": config.rounds_inputs}
+    parts = {
+        "inputs rounded to 8 bits": config.rounds_inputs,
+        "attention sinks": config.sinks,
+        "experts that are chosen otherwise, have biases, a clamped gate or a shared one beside them": _is_other(config),
+        "layers without attention": config.recurrent is not None,
+        "gated attention": config.gated,
+        "queries that grow with their position": any(rope.query_growth for rope in config.ropes),
+    }
     lacks = [part for part, has in parts.items() if has]
     if lacks:
         raise UnsupportedModelError(f"training does not know {config.architecture} yet: {', '.join(lacks)}")
+
+
+def _is_other(config: ModelConfig) -> bool:
+    experts = config.experts
+    return experts is not None and (
+        experts.choice != "softmax" or experts.biased or experts.clamp is not None or experts.shared > 0
+    )
 
 
 class TorchDecoder:
@@ -53,6 +69,13 @@ class TorchDecoder:
         tables = {rope: table(rope, config.head_dim, positions) for rope in set(config.ropes)}
         on_device = {rope: tuple(torch.from_numpy(part).to(device) for part in parts) for rope, parts in tables.items()}
         self._tables = [on_device[rope] for rope in config.ropes]  # cosines and sines of each layer
+        self._inputs: RoundedInputs | None = None
+
+    def rounding(self, inputs: RoundedInputs | None) -> "TorchDecoder":
+        """Return the same decoder with packed matrices whose inputs are rounded; None leaves them as they are."""
+        found = copy.copy(self)
+        found._inputs = inputs
+        return found
 
     def states(self, weights: Weights, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Run tokens (batch, n) and return what the output head reads, (batch, n, hidden).
@@ -73,15 +96,17 @@ class TorchDecoder:
     def layer(self, weights: Weights, stream: Tensor, layer: int, cache: Cache | None = None) -> Tensor:
         """Return the residual stream after a layer, float32 (batch, n, hidden)."""
         names, config = self.config.declaration.names, self.config
-        own = _Layer(weights, names.layer.format(layer=layer), self.dtype)
+        own = _Layer(weights, names.layer.format(layer=layer), self.dtype, self._inputs)
         read = self._norm(own, names.input_norm, stream).to(self.dtype)
         mixed = self._norm(own, names.out_norm, self._attend(own, read, layer, cache))
         stream = stream + config.residual_multiplier * mixed
         read = self._norm(own, names.post_norm, stream).to(self.dtype)
-        gate, up = (own.linear(part, read) for part in names.gate_up)
-        inner = self._norm(own, names.inner_norm, _GATES[config.activation](gate) * up).to(self.dtype)
-        made = self._norm(own, names.down_norm, own.linear(names.down, inner))
-        return stream + config.residual_multiplier * made
+        experts = config.experts_of(layer)
+        if experts is None:
+            made = self._mlp(own, read, names.gate_up, names.down)
+        else:
+            made = self._mixture(own, read.flatten(0, 1), experts).view_as(stream)
+        return stream + config.residual_multiplier * self._norm(own, names.down_norm, made)
 
     def normed(self, weights: Weights, stream: Tensor) -> Tensor:
         """Return what the output head reads of the stream after the last layer."""
@@ -90,10 +115,33 @@ class TorchDecoder:
     def head(self, weights: Weights, states: Tensor) -> Tensor:
         """Return the logits (..., vocab) of states (..., hidden), float32."""
         names = self.config.declaration.names
-        matrix = weights[names.embedding if self.config.tied else names.head]
-        logits = functional.linear(states.to(self.dtype), matrix.to(self.dtype)).float() / self.config.logit_divisor
+        name, states = names.embedding if self.config.tied else names.head, states.to(self.dtype)
+        if self._inputs is not None:
+            states = self._inputs(name, states)
+        logits = functional.linear(states, weights[name].to(self.dtype)).float() / self.config.logit_divisor
         cap = self.config.logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _mlp(self, own: "_Layer", read: Tensor, gate_up: tuple[str, str], down: str) -> Tensor:
+        gate, up = (own.linear(part, read) for part in gate_up)
+        inner = self._norm(own, self.config.declaration.names.inner_norm, _GATES[self.config.activation](gate) * up)
+        return own.linear(down, inner.to(self.dtype))
+
+    def _mixture(self, own: "_Layer", read: Tensor, experts: Experts) -> Tensor:
+        """Return what the experts that each token of read (tokens, hidden) chooses make of it, float32."""
+        names = self.config.declaration.names
+        shares = own.linear(names.router, read).float().softmax(-1)
+        weights, chosen = shares.topk(experts.chosen, -1)
+        if experts.normalized:
+            weights = weights / weights.sum(-1, keepdim=True)
+        result = torch.zeros(read.shape, device=read.device)
+        for expert in range(experts.count):
+            tokens, places = (chosen == expert).nonzero(as_tuple=True)
+            if len(tokens):
+                gate, up = (part.format(expert=expert) for part in names.expert_gate_up)
+                made = self._mlp(own, read[tokens], (gate, up), names.expert_down.format(expert=expert))
+                result = result.index_add(0, tokens, made.float() * weights[tokens, places, None])
+        return result
 
     def _attend(self, own: "_Layer", normed: Tensor, layer: int, cache: Cache | None) -> Tensor:
         config, names = self.config, self.config.declaration.names
@@ -148,17 +196,29 @@ class TorchDecoder:
 class _Layer:
     """The weights of one layer by their names in it."""
 
-    def __init__(self, weights: Weights, prefix: str, dtype: torch.dtype) -> None:
+    def __init__(self, weights: Weights, prefix: str, dtype: torch.dtype, inputs: RoundedInputs | None) -> None:
         self._weights = weights
         self._prefix = prefix
         self._dtype = dtype
+        self._inputs = inputs
+        self._read: tuple[Tensor, Tensor] | None = None  # the last input, and how it was rounded
 
     def get(self, name: str) -> Tensor:
         return self._weights[self._prefix + name]
 
     def linear(self, part: str, x: Tensor) -> Tensor:
         weight, bias = self.get(part + ".weight"), self._weights.get(f"{self._prefix}{part}.bias")
+        x = self._rounded(part, x)
         return functional.linear(x, weight.to(self._dtype), None if bias is None else bias.to(self._dtype))
+
+    def _rounded(self, part: str, x: Tensor) -> Tensor:
+        """Return an input as the matrix reads it; matrices that read the same input share its rounding."""
+        name = f"{self._prefix}{part}.weight"
+        if self._inputs is None or not self._inputs.plain(name):
+            return x if self._inputs is None else self._inputs(name, x)
+        if self._read is None or self._read[0] is not x:
+            self._read = x, self._inputs(name, x)
+        return self._read[1]
 
 
 def _visible(first: int, count: int, window: int, device: torch.device) -> Tensor:

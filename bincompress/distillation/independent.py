@@ -19,6 +19,7 @@ from bincompress.distillation.layer_run import OnLayers, complete_layer
 from bincompress.distillation.layers import LayerReport, forward, steps_of
 from bincompress.distillation.model import teacher_weights
 from bincompress.distillation.places import Places
+from bincompress.distillation.rounded_inputs import rounded_inputs
 from bincompress.distillation.settings import HELD_OUT, DistillError, LayerSettings
 from bincompress.distillation.tensors import Tensors
 from bincompress.distillation.train import writable
@@ -103,7 +104,8 @@ def train_job(job: LayerJob, tell: Callable[[int, float], None] = lambda step, l
     before, after = _WALKS[key].around(job.layer)
     decoder = _WALKS[key].decoder
     tensors = Tensors(open_store(job.start), decoder.config, job.checkpoint, job.scale_bits)
-    path = _file(job.work, job.layer)
+    path, names = _file(job.work, job.layer), tensors.names_of(job.layer)
+    decoder = decoder.rounding(rounded_inputs(tensors.store, names, job.settings.activation_bits, before.device))
     complete_layer(tensors, decoder, job.layer, (before, before, after), job.settings, path, job.record, tell)
 
 

@@ -11,10 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from bincompress.distillation.layers import LayerReport
+from bincompress.distillation.low_rank import flat
 from bincompress.distillation.model import Student, trained_vectors
 from bincompress.distillation.settings import DistillError
 from bincompress.distillation.tensors import Tensors
 from bincompress.distillation.train import writable
+from bincompress.tensors.low_rank import LowRankTensor
 
 _STORED = ("planes ", "numbers ", "vector ")
 _KINDS = (*_STORED, "latents ")
@@ -25,7 +27,8 @@ def write_layer(path: Path, record: dict[str, Any], student: Student, report: La
     arrays: dict[str, Any] = {f"vector {name}": values for name, values in trained_vectors(student).items()}
     exponents = {}
     for name, packed in student.packed().items():
-        arrays |= {f"planes {name}": packed.planes, f"numbers {name}": packed.numbers}
+        own = flat(packed) if isinstance(packed, LowRankTensor) else (packed.planes, packed.numbers)
+        arrays |= {f"planes {name}": own[0], f"numbers {name}": own[1]}
         exponents[name] = packed.exponent
     for group in student.planes:
         arrays |= {f"latents {name}": latents for name, latents in group.latents().items()}

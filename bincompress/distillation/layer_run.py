@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from bincompress.distillation.decoder import TorchDecoder
 from bincompress.distillation.layer_files import read_layer, write_layer
-from bincompress.distillation.layers import LayerReport, Objective, forward, steps_of, train_layer
+from bincompress.distillation.layers import LayerReport, Objective, embed, forward, steps_of, train_layer
 from bincompress.distillation.model import Student, teacher_weights
+from bincompress.distillation.rounded_inputs import rounded_inputs
 from bincompress.distillation.settings import HELD_OUT, DistillError, LayerSettings
+from bincompress.distillation.streams import Streams
 from bincompress.distillation.tensors import Tensors
 from bincompress.sources.checkpoint import Checkpoint
 
@@ -41,29 +43,43 @@ def train_layers(
     steps = steps_of(settings, len(windows) - HELD_OUT)
     ids = torch.from_numpy(windows).to(device)
     embedding = decoder.config.declaration.names.embedding
-    exact = decoder.embed(teacher_weights(teacher, decoder.config, device, dtype, [embedding]), ids)
-    stream = decoder.embed({embedding: tensors.fixed(embedding, device, dtype)}, ids)
     reports = []
-    for layer in range(layers):
-        names = tensors.names_of(layer)
-        after = forward(decoder, teacher_weights(teacher, decoder.config, device, dtype, names), exact, layer)
-        path = work / f"layer-{layer:04d}.safetensors"
-        report = read_layer(path, record, tensors)
-        if report is None:
+    with Streams((*windows.shape, decoder.config.hidden), device, work) as streams:
+        stream, exact, after = (streams.room() for _ in range(3))
+        embed(decoder, teacher_weights(teacher, decoder.config, device, dtype, [embedding]), ids, exact)
+        embed(decoder, {embedding: tensors.fixed(embedding, device, dtype)}, ids, stream)
+        for layer in range(layers):
+            names = tensors.names_of(layer)
+            unquantized = teacher_weights(teacher, decoder.config, device, dtype, names)
+            forward(decoder, unquantized, exact, layer, into=after)
+            del unquantized
+            reading = decoder.rounding(rounded_inputs(tensors.store, names, settings.activation_bits, device))
 
             def tell(step: int, loss: float, layer: int = layer) -> None:
                 on_step(layer * steps + step, layers * steps, f"layer {layer + 1} of {layers}, loss {loss:.3f}")
 
-            report = complete_layer(tensors, decoder, layer, (stream, exact, after), settings, path, record, tell)
-            if read_layer(path, record, tensors) is None:
-                raise DistillError(f"{path}: cannot be read back; is another program changing it?")
-        # What the next layer reads comes from the tensors as they are stored, also in a run without interruption.
-        now = {name: tensors.fixed(name, device, dtype) for name in names}
-        stream = forward(decoder, now, stream, layer, into=stream)
-        exact = after
-        reports.append(report)
-        on_step((layer + 1) * steps, layers * steps, f"layer {layer + 1} of {layers}, held out {report.held_out:.3f}")
+            report = _kept_or_complete(tensors, reading, layer, (stream, exact, after), settings, work, record, tell)
+            # What the next layer reads comes from the tensors as they are stored, also in a run without interruption.
+            forward(reading, {name: tensors.fixed(name, device, dtype) for name in names}, stream, layer, into=stream)
+            exact, after = after, exact
+            reports.append(report)
+            line = f"layer {layer + 1} of {layers}, held out {report.held_out:.3f}"
+            on_step((layer + 1) * steps, layers * steps, line)
     return reports
+
+
+def _kept_or_complete(
+    tensors: Tensors, decoder: TorchDecoder, layer: int, streams: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    settings: LayerSettings, work: Path, record: dict[str, Any], tell: Callable[[int, float], None],
+) -> LayerReport:  # fmt: skip
+    """Return the report of a layer that an interrupted run completed, or complete it; `tensors` then has it."""
+    path = work / f"layer-{layer:04d}.safetensors"
+    report = read_layer(path, record, tensors)
+    if report is None:
+        report = complete_layer(tensors, decoder, layer, streams, settings, path, record, tell)
+        if read_layer(path, record, tensors) is None:
+            raise DistillError(f"{path}: cannot be read back; is another program changing it?")
+    return report
 
 
 def complete_layer(

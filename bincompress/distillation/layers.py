@@ -56,6 +56,12 @@ def forward(
     return found
 
 
+def embed(decoder: TorchDecoder, weights: Mapping[str, Tensor], ids: Tensor, into: Tensor) -> None:
+    """Write the stream (windows, n, hidden) before the first layer of windows of tokens (windows, n)."""
+    for part, place in zip(ids.split(_AT_ONCE), into.split(_AT_ONCE), strict=True):
+        place.copy_(decoder.embed(weights, part))
+
+
 class Objective:
     """The squared distance of a layer's output from what it should be, each token against its own size.
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from bincompress.distillation.decoder import TorchDecoder
 from bincompress.distillation.fused import fused
 from bincompress.distillation.loss import deviation_aware
+from bincompress.distillation.low_rank import TrainedFactors
 from bincompress.distillation.planes import TrainedPlanes
 from bincompress.distillation.settings import DistillSettings
 from bincompress.distillation.student import StoredMatrix, TrainedMatrix
 from bincompress.model.config import ModelConfig
 from bincompress.sources.checkpoint import Checkpoint, read_weight
 from bincompress.store.store import Store
-from bincompress.tensors.packed import PackedTensor
+from bincompress.tensors.forms import Stored
 from bincompress.tensors.weight import Weight
 
 Rows = Callable[[slice], Tensor]  # logits (n, vocab) of some tokens
@@ -30,7 +31,7 @@ class Student:
     def __init__(
         self,
         matrices: Mapping[str, TrainedMatrix],
-        planes: Sequence[TrainedPlanes],
+        planes: Sequence[TrainedPlanes | TrainedFactors],
         vectors: Mapping[str, Tensor],
         kept: Mapping[str, Tensor],
         dtype: torch.dtype,
@@ -105,9 +106,9 @@ class Student:
         if self._vectors is not None:
             self._vectors.backward(weights)
 
-    def packed(self) -> dict[str, PackedTensor]:
+    def packed(self) -> dict[str, Stored]:
         """Return the trained matrices as they are now, in the form that is stored."""
-        found = {name: matrix.packed() for name, matrix in self.matrices.items()}
+        found: dict[str, Stored] = {name: matrix.packed() for name, matrix in self.matrices.items()}
         for group in self.planes:
             found |= group.packed()
         return found

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import xxhash
@@ -51,8 +52,8 @@ DEFAULT_PLACES = Places()
 TRAINING = "bincompress-training"  # the folder that a training of planes makes in its work folder
 START = "start"  # the store in it that the training begins with, where it makes one
 _KEPT = re.compile(
-    r"(checkpoint|windows|(layer|independent)-\d{4}|written-\d+-\d+-\d+(-[0-9a-f]{16})?)"
-    r"\.(pt|npy|safetensors|partial)"
+    r"(checkpoint|windows|stream-\d|(layer|independent)-\d{4}|written-\d+-\d+-\d+(-[0-9a-f]{16})?)"
+    r"\.(pt|npy|safetensors|bin|partial)"
 )
 
 
@@ -116,6 +117,13 @@ def chosen_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise DistillError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def fastest_products(device: str) -> Literal["float32", "bf16"]:
+    """Return the type of matrix products to train with: bf16 only where the hardware multiplies it."""
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    fast = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if fast else "float32"
 
 
 def content_of(store: Store) -> str:

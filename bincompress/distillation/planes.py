@@ -19,7 +19,9 @@ from torch import Tensor
 from bincompress.distillation.fused import fused
 from bincompress.distillation.settings import DistillError
 from bincompress.distillation.student import StoredMatrix, nearest_float8, typical_of_rows
+from bincompress.methods import Settings, method_named
 from bincompress.methods.rounding.codebook import Codebook
+from bincompress.tensors.forms import is_low_rank
 from bincompress.tensors.packed import PackedTensor
 from cpu_kernels.quantize.latents import latent_gradients, levels_of_latents
 from cpu_kernels.quantize.packing import pack_codes, words_for
@@ -238,20 +240,33 @@ class _Part:
 def refuse_untrainable(name: str, attributes: Mapping[str, Any], scale_bits: int | None) -> None:
     """Raise DistillError for a matrix of a store, by its attributes, whose planes cannot be trained as asked."""
     planes, method = 0, attributes["method"]
+    if is_low_rank(attributes):
+        if scale_bits == 8:
+            raise DistillError(f"{name}: scales of the low-rank form have 16 bits; leave --scale-bits 8 out")
+        return
     for term in attributes["terms"]:
         planes |= term
-    if "column_planes" in attributes["hashes"]:
-        raise DistillError(
-            f"{name}: method {method} gives some columns planes of their own, which are not trained; begin with a "
-            "store of another method, or leave --start out"
-        )
-    if not 1 <= planes.bit_length() <= _MOST_PLANES:
-        raise DistillError(
-            f"{name}: has {planes.bit_length()} planes, expected 1 to {_MOST_PLANES}: begin with a store of fewer "
-            "groups or planes"
-        )
+    _refuse_planes(name, method, "column_planes" in attributes["hashes"], planes.bit_length())
     if scale_bits == 8 and (attributes["mix"] is not None or 0 in attributes["terms"]):
         raise DistillError(f"{name}: 8-bit scales have no sign, and coefficients of method {method} do; use 16 bits")
+
+
+def refuse_untrainable_settings(name: str, settings: Settings) -> None:
+    """Raise DistillError for a matrix that is to be packed in a way in which its planes cannot be trained."""
+    method = method_named(settings.method)
+    _refuse_planes(name, method.name, method.column_planes, method.size(settings).planes)
+
+
+def _refuse_planes(name: str, method: str, of_columns: bool, count: int) -> None:
+    if of_columns:
+        raise DistillError(
+            f"{name}: method {method} gives some columns planes of their own, which are not trained; begin with "
+            "another method"
+        )
+    if not 1 <= count <= _MOST_PLANES:
+        raise DistillError(
+            f"{name}: has {count} planes, expected 1 to {_MOST_PLANES}: begin with fewer groups or planes"
+        )
 
 
 def _codes_of(planes: NDArray[np.uint64], cols: int) -> NDArray[np.uint8]:

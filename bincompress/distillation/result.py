@@ -21,17 +21,18 @@ from bincompress.store.layout import MODEL, NEW, SEAL, VERSION
 from bincompress.store.replace import check_place, put_in_place, remove
 from bincompress.store.store import Store, begin_store, is_local
 from bincompress.tensors.dequantize import dequantize
-from bincompress.tensors.packed import PackedTensor
+from bincompress.tensors.forms import Stored
+from bincompress.tensors.low_rank import LowRankTensor
 from bincompress.tensors.weight import Weight
 
-_OWN = ("format", "version", "status", "failures", SEAL)  # attributes of a root that are of that store alone
+_OWN = ("format", "status", "failures", SEAL)  # attributes of a root that are of that store alone
 _ERROR_ROWS = 512  # whose weights are float64 at once
 
 
 def write_store(
     source: Store,
     url: str,
-    packed: Mapping[str, PackedTensor],
+    packed: Mapping[str, Stored],
     vectors: Mapping[str, NDArray[np.float32]],
     teacher: Checkpoint,
     records: Mapping[str, Any],
@@ -66,14 +67,14 @@ def write_store(
 
 
 def _write_tensor(
-    source: Store, store: Store, name: str, packed: PackedTensor | None, vector: NDArray[np.float32] | None,
+    source: Store, store: Store, name: str, packed: Stored | None, vector: NDArray[np.float32] | None,
     teacher: Checkpoint, archive: bool,
 ) -> None:  # fmt: skip
     attributes = source.complete_attributes(name)
     del attributes["status"]
     seconds = source.read_log(name)
     if packed is None and source.tensors()[name] == "packed":
-        store.write_packed(name, source.read_packed(name, check_hashes=True), archive)
+        store.write_packed(name, source.read_stored(name, check_hashes=True), archive)
     elif packed is not None:
         attributes = _write_packed(store, name, attributes, packed, teacher, source, archive)
     else:
@@ -94,7 +95,7 @@ def _write_tensor(
 
 
 def _write_packed(
-    store: Store, name: str, attributes: dict[str, Any], packed: PackedTensor, teacher: Checkpoint, source: Store,
+    store: Store, name: str, attributes: dict[str, Any], packed: Stored, teacher: Checkpoint, source: Store,
     archive: bool,
 ) -> dict[str, Any]:  # fmt: skip
     hashes, nbytes = store.write_packed(name, packed, archive)
@@ -103,10 +104,12 @@ def _write_packed(
     store.commit(name, {**attributes, "report": {}})
     error, norm = _squared_error(store, name, teacher, _folded_scale(source, name, teacher))
     before, weights = attributes["report"], packed.shape[0] * packed.shape[1]
-    bits, before_bits = 8 * packed.numbers.itemsize, attributes["settings"].get("scale_bits", 16)
     report = {**before, "stored_bytes": nbytes, "squared_error": six_digits(error)}
     report |= {"squared_norm": six_digits(norm), "relative_error": six_digits(error / norm if norm else 0.0)}
     report |= {"stored_bits": six_digits(8.0 * nbytes / weights)}
+    if isinstance(packed, LowRankTensor):
+        return {**attributes, "report": report}
+    bits, before_bits = 8 * packed.numbers.itemsize, attributes["settings"].get("scale_bits", 16)
     if bits != before_bits and packed.numbers.dtype != np.float32:
         report["nominal_bits"] = six_digits(nominal_bits(packed.numbers.size, packed.numbers.itemsize, weights))
         attributes["settings"] = {**attributes["settings"], "scale_bits": bits}
@@ -129,7 +132,7 @@ def _squared_error(store: Store, name: str, teacher: Checkpoint, scale: NDArray[
 
     scale: what the stored columns are larger by, (cols,) or (1,).
     """
-    packed, weight = store.read_packed(name), read_weight(teacher.tensors[name])
+    packed, weight = store.read_stored(name), read_weight(teacher.tensors[name])
     error = norm = 0.0
     for row in range(0, packed.shape[0], _ERROR_ROWS):
         part = slice(row, row + _ERROR_ROWS)

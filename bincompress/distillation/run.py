@@ -86,7 +86,7 @@ def distill(
         begun_with = {"store": content_of(opened)}
         tokens = tokens_of(teacher, text) if text is not None else None
         found = train_whole(
-            student, teacher, tokens, settings, places, work, begun_with, on_step=on_step, on_written=on_written
+            student, teacher, tokens, settings, places, work, begun_with, opened, on_step=on_step, on_written=on_written
         )
         seconds = time.perf_counter() - begin
         log = {"seconds": seconds, "device": device_name(places.chosen()), "torch": torch.__version__}

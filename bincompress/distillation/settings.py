@@ -11,6 +11,10 @@ class DistillError(BincompressError):
     """A distillation cannot begin or go on."""
 
 
+_ACTIVATION_BITS = (6, 8, 16)
+_BITS_EXPECTED = "6, 8 or 16"
+
+
 class Checked:
     """Settings that refuse values by the names of their options, and can be compared with another run's."""
 
@@ -58,6 +62,7 @@ class DistillSettings(Checked):
     norms: bool = False
     planes: bool = False  # train planes too, and every vector of the layers
     lr_planes: float = 0.003  # share of a matrix's standard deviation that a step may move a latent
+    activation_bits: Literal[6, 8, 16] = 16  # of what packed matrices read while they are trained; 16: not rounded
     rechoose_planes: bool = False
     dtype: Literal["float32", "bf16"] = "float32"
     validation_share: float = 0.02
@@ -80,6 +85,7 @@ class DistillSettings(Checked):
             self._check(name, "at least 0", getattr(self, name) >= 0)
         for name in ("gamma", "warmup"):
             self._check(name, "0 to 1", 0 <= getattr(self, name) <= 1)
+        self._check("activation_bits", _BITS_EXPECTED, self.activation_bits in _ACTIVATION_BITS)
         self._check("validation_share", "above 0 and at most 0.5", 0 < self.validation_share <= 0.5)
 
     @property
@@ -105,6 +111,7 @@ class LayerSettings(Checked):
     lr: float = 0.01  # share of a row's typical coefficient that a step may change
     lr_planes: float = 0.01  # share of a matrix's standard deviation that a step may move a latent
     dtype: Literal["float32", "bf16"] = "float32"
+    activation_bits: Literal[6, 8, 16] = 16  # of what packed matrices read while they are trained; 16: not rounded
     seed: int = 0
     inputs: Literal["trained", "unquantized"] = "trained"  # of which model's layers a layer reads the output
     finish_passes: int = 1  # with unquantized inputs: over the windows, layer after layer, to end with
@@ -117,6 +124,7 @@ class LayerSettings(Checked):
         for name in ("windows", "passes", "batch"):
             self._check(name, "at least 1", getattr(self, name) >= 1)
         self._check("finish_passes", "at least 0", self.finish_passes >= 0)
+        self._check("activation_bits", _BITS_EXPECTED, self.activation_bits in _ACTIVATION_BITS)
         self._check("inputs", "trained or unquantized", self.inputs in ("trained", "unquantized"))
         self._check("context", "at least 2", self.context >= 2)
         self._check("seed", "at least 0", self.seed >= 0)

@@ -20,6 +20,7 @@ from bincompress.methods.rounding.codebook import Rounding
 from bincompress.methods.rounding.coefficients import to_float16
 from bincompress.store.store import Store
 from bincompress.tensors.float8 import from_float8, to_float8
+from bincompress.tensors.forms import is_low_rank
 from bincompress.tensors.packed import PackedTensor
 
 _MOST_TERMS = 256  # each takes a pass over the weights
@@ -37,6 +38,11 @@ class StoredMatrix:
     def read(cls, store: Store, name: str) -> "StoredMatrix":
         """Read a packed tensor; raises DamagedError, StoreError or DistillError."""
         attributes = store.complete_attributes(name)
+        if is_low_rank(attributes):
+            raise DistillError(
+                f"{name}: is stored in low-rank form, whose scales are trained with its factors: "
+                "`bincompress train --start STORE` trains both"
+            )
         method, terms = str(attributes["method"]), len(attributes["terms"])
         if terms > _MOST_TERMS:
             raise DistillError(

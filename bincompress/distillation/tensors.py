@@ -1,6 +1,6 @@
 """A model's tensors as training has them so far: those of the store that it began with, under what has been trained."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bincompress.distillation.low_rank import FactorsBeginning, TrainedFactors, from_flat
 from bincompress.distillation.model import Student, values_of
 from bincompress.distillation.planes import Beginning, TrainedPlanes, form_of, refuse_untrainable
 from bincompress.distillation.settings import DistillError
@@ -16,6 +17,8 @@ from bincompress.model.config import ModelConfig
 from bincompress.sources.checkpoint import Checkpoint, read_weight
 from bincompress.store.store import Store
 from bincompress.tensors.dequantize import dequantize
+from bincompress.tensors.forms import Stored, is_low_rank
+from bincompress.tensors.low_rank import LowRankTensor
 from bincompress.tensors.packed import PackedTensor
 
 
@@ -36,7 +39,7 @@ class Tensors:
         self._teacher = teacher
         self._scale_bits = scale_bits
         self.keeps_latents = keep_latents
-        self.packed: dict[str, PackedTensor] = {}
+        self.packed: dict[str, Stored] = {}
         self.vectors: dict[str, NDArray[np.float32]] = {}
         self._latents: dict[str, NDArray[np.float16]] = {}
         kinds = store.tensors()
@@ -53,7 +56,7 @@ class Tensors:
         return [name for name in self._config.tensors() if name.startswith(prefix)]
 
     def put(
-        self, packed: dict[str, PackedTensor], vectors: dict[str, NDArray[np.float32]],
+        self, packed: Mapping[str, Stored], vectors: dict[str, NDArray[np.float32]],
         latents: dict[str, NDArray[np.float16]],
     ) -> None:  # fmt: skip
         """Take what training has made of some tensors."""
@@ -62,8 +65,11 @@ class Tensors:
         if self.keeps_latents:
             self._latents |= latents
 
-    def with_trained(self, name: str, planes: NDArray[np.uint64], numbers: NDArray[Any], exponent: int) -> PackedTensor:
+    def with_trained(self, name: str, planes: NDArray[np.uint64], numbers: NDArray[Any], exponent: int) -> Stored:
         """Return a matrix with other planes and coefficients; raises ValueError where these do not fit it."""
+        factors = self._low_rank(name)
+        if factors is not None:
+            return from_flat(factors, planes, numbers, exponent)
         before = self._stored(name).tensor
         if planes.shape != before.planes.shape or numbers.shape != before.numbers.shape:
             raise ValueError(f"{name}: planes {planes.shape} and numbers {numbers.shape} do not fit the store's")
@@ -82,10 +88,16 @@ class Tensors:
         Embeddings, the head and matrices that the store keeps are not trained.
         """
         forms: dict[Any, list[Beginning]] = {}
+        low_rank: list[TrainedFactors] = []
         vectors, kept = {}, {}
         for name in names:
             shape = self._config.tensors()[name]
-            if name in self._planes:
+            factors = self._low_rank(name) if name in self._planes else None
+            if factors is not None:
+                source = read_weight(self._teacher.tensors[name]).float32().reshape(shape)
+                begin = FactorsBeginning(name, factors, source, self._latents.get(name))
+                low_rank.append(TrainedFactors(begin, device))
+            elif name in self._planes:
                 stored = self._stored(name)
                 source = read_weight(self._teacher.tensors[name]).float32().reshape(shape)
                 forms.setdefault(form_of(stored), []).append(Beginning(stored, source, self._latents.get(name)))
@@ -93,12 +105,13 @@ class Tensors:
                 vectors[name] = self._plain(name, device)
             else:
                 kept[name] = self.fixed(name, device, dtype)
-        return Student({}, [TrainedPlanes(form, device) for form in forms.values()], vectors, kept, dtype)
+        return Student({}, [*(TrainedPlanes(form, device) for form in forms.values()), *low_rank], vectors, kept, dtype)
 
     def fixed(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """Return a tensor's values as they are now: vectors in float32, matrices in dtype."""
         if name in self.packed or self.store.tensors()[name] == "packed":
-            return torch.from_numpy(dequantize(self._stored(name).tensor)).to(device).to(dtype)
+            stored = self._low_rank(name) or self._stored(name).tensor
+            return torch.from_numpy(dequantize(stored)).to(device).to(dtype)
         values = self._plain(name, device)
         return values if values.ndim == 1 else values.to(dtype)
 
@@ -107,10 +120,18 @@ class Tensors:
             return torch.from_numpy(self.vectors[name].copy()).to(device)
         return values_of(self.store.read_plain(name)[0], self._config.tensors()[name], device)
 
+    def _low_rank(self, name: str) -> LowRankTensor | None:
+        """Return a matrix in low-rank form as it is now; None for one in another."""
+        trained = self.packed.get(name)
+        if trained is None and is_low_rank(self.store.complete_attributes(name)):
+            trained = self.store.read_stored(name, check_hashes=True)
+        return trained if isinstance(trained, LowRankTensor) else None
+
     def _stored(self, name: str) -> StoredMatrix:
-        if name in self.packed:
+        trained = self.packed.get(name)
+        if isinstance(trained, PackedTensor):
             method: Any = self.store.complete_attributes(name)["method"]
-            return StoredMatrix(name, str(method), self.packed[name])
+            return StoredMatrix(name, str(method), trained)
         found = StoredMatrix.read(self.store, name)
         return (
             found if self._scale_bits is None or name not in self._planes else found.with_scale_bits(self._scale_bits)

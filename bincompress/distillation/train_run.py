@@ -199,7 +199,7 @@ def _whole(
     names = list(checkpoint_config(teacher).tensors())
     found = train_whole(
         lambda device, dtype: tensors.student(names, device, dtype), teacher, tokens, settings, places, work, record,
-        keep_start, on_step=on_step, on_written=on_written,
+        tensors.store, keep_start, on_step=on_step, on_written=on_written,
     )  # fmt: skip
     tensors.put(found.student.packed(), trained_vectors(found.student), {})
     return found

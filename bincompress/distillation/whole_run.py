@@ -16,6 +16,7 @@ from bincompress.distillation.decoder import TorchDecoder
 from bincompress.distillation.model import Predictions, Student, teacher_weights
 from bincompress.distillation.places import Places
 from bincompress.distillation.result import choose_planes
+from bincompress.distillation.rounded_inputs import rounded_inputs
 from bincompress.distillation.settings import DistillError, DistillSettings
 from bincompress.distillation.teacher import Teacher, write_text
 from bincompress.distillation.train import Checkpoints, OnStep, Progress, Training, perplexity, writable
@@ -23,6 +24,7 @@ from bincompress.distillation.windows import Windows
 from bincompress.model.checkpoint_source import checkpoint_config
 from bincompress.sources.checkpoint import Checkpoint
 from bincompress.sources.hub import source_record
+from bincompress.store.store import Store
 
 _CURVE_POINTS = 200  # of the losses that a store keeps
 _LEAD = 16  # tokens of the text that the teacher goes on from
@@ -57,6 +59,7 @@ def train_whole(
     places: Places,
     work: Path,
     begun_with: dict[str, Any],
+    store: Store,
     keep_start: bool = False,
     *,
     on_step: OnStep = lambda progress: None,
@@ -64,9 +67,9 @@ def train_whole(
 ) -> Whole:
     """Train all layers of a student at once toward the unquantized model's predictions.
 
-    tokens: the text to train on (n,), None where the teacher writes all of it. begun_with: what a checkpoint is of,
-    beside the settings and the text. keep_start: whether a start that nothing betters is a result. An interrupted run
-    resumes from its last checkpoint in `work`. Raises DistillError.
+    store: the one that the student begins with. tokens: the text to train on (n,), None where the teacher writes all of
+    it. begun_with: what a checkpoint is of, beside the settings and the text. keep_start: whether a start that nothing
+    betters is a result. An interrupted run resumes from its last checkpoint in `work`. Raises DistillError.
     """
     config, device = checkpoint_config(teacher), places.chosen()
     dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
@@ -79,7 +82,9 @@ def train_whole(
     taught = Teacher(predictions, weights, windows, places.cached_logits, key)
     student = make_student(device, dtype)
     rechoose = (lambda s: choose_planes(s, teacher, device)) if settings.rechoose_planes else None
-    training = Training(student, taught, predictions, windows, settings, rechoose, keep_start)
+    inputs = rounded_inputs(store, list(config.tensors()), settings.activation_bits, device)
+    of_student = Predictions(decoder.rounding(inputs), settings, device)
+    training = Training(student, taught, of_student, windows, settings, rechoose, keep_start)
     record = {"settings": settings.record(), "text": windows.fingerprint, **begun_with}
     checkpoints = Checkpoints(work / "checkpoint.pt", places.checkpoint_every, record)
     state = checkpoints.read(device)

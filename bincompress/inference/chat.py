@@ -1,16 +1,19 @@
 """A conversation as the text that the model was trained on: its own template, rendered in a sandbox."""
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bincompress.model.added_tokens import special_tokens
 from bincompress.model.errors import PromptError, TemplateError
 from bincompress.model.files import json_object, pointer
 
+if TYPE_CHECKING:
+    from bincompress.inference.sandbox import TemplateNames
+
 Message = Mapping[str, Any]
 
 _OTHERS = "additional_chat_templates/"  # a file each, named as the template
+_TOOL_VARIABLES = ("tools", "xml_tools")  # the latter is SmolLM3's
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -21,9 +24,40 @@ class ChatTemplate:
         self._templates = dict(templates)
         self._variables = dict(variables or {})
 
-    def takes(self, variable: str) -> bool:
-        """Return whether a template names this variable."""
-        return any(re.search(rf"\b{re.escape(variable)}\b", each) for each in self._templates.values())
+    @property
+    def templates(self) -> dict[str, str]:
+        """The templates by name."""
+        return dict(self._templates)
+
+    @property
+    def source(self) -> str | None:
+        """The template of conversations without tools, as its authors wrote it."""
+        return self._templates.get("default")
+
+    def takes(self, variable: str, tools: bool = False) -> bool:
+        """Return whether the template reads this variable; tools: the one that conversations with tools use."""
+        return variable in self._names(tools).variables
+
+    def tools_variable(self) -> str | None:
+        """Return the variable that takes tools, or None where the template does not use them."""
+        return next((name for name in _TOOL_VARIABLES if self.takes(name, tools=True)), None)
+
+    def knows(self, word: str) -> bool:
+        """Return whether the template for conversations with tools names this role or key of a message."""
+        return word in self._names(True).words
+
+    def text(self, tools: bool = False) -> str:
+        """Return the template; tools: the one that conversations with tools use. Raises TemplateError."""
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            known = ", ".join(sorted(self._templates))
+            raise TemplateError(f"chat template: expected one that is named 'default', found {known}")
+        return self._templates[name]
+
+    def _names(self, tools: bool) -> "TemplateNames":
+        from bincompress.inference.sandbox import names_in
+
+        return names_in(self.text(tools))
 
     def render(
         self,
@@ -33,16 +67,15 @@ class ChatTemplate:
         **variables: Any,
     ) -> str:
         """Return the prompt for these messages; raise PromptError where the template refuses them."""
-        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
-        if name not in self._templates:
-            known = ", ".join(sorted(self._templates))
-            raise TemplateError(f"chat template: expected one that is named 'default', found {known}")
+        template = self.text(tools is not None)
         values = _plain({**self._variables, **variables, "tools": tools, "documents": variables.get("documents")})
+        if tools is not None and (name := self.tools_variable()) is not None:
+            values[name] = values["tools"]
         values["messages"] = [_with_reasoning(message) for message in _plain(list(messages))]
         # Here, because generating from a prompt needs no template, and importing jinja2 takes as long as a small model.
         from bincompress.inference.sandbox import render
 
-        return render(self._templates[name], {**values, "add_generation_prompt": add_generation_prompt})
+        return render(template, {**values, "add_generation_prompt": add_generation_prompt})
 
 
 def load_template(files: Mapping[str, bytes]) -> ChatTemplate | None:

@@ -22,7 +22,7 @@ class Conversation:
         self._room = min(settings.max_tokens or room, room)
         # One cache, which every turn goes on with: only what is new of a conversation is computed.
         most = cache_bytes(model.decoder.config, self.context, settings.cache)
-        self._prefixes = PrefixCache(model.decoder, self.context, settings.cache, most)
+        self.prefixes = PrefixCache(model.decoder, self.context, settings.cache, most)
 
     def ask(self, question: str) -> Generation:
         """Return the generation of an answer; raises PromptError where the question cannot be asked, even alone."""
@@ -30,7 +30,7 @@ class Conversation:
         turns = self._turns
         while True:
             try:
-                answer = self._model.chat([*self._system, *turns, asked], self._settings, prefixes=self._prefixes)
+                answer = self._model.chat([*self._system, *turns, asked], self._settings, prefixes=self.prefixes)
                 if answer.limit >= self._room or not turns:
                     break
             except TooLongError:

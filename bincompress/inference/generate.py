@@ -2,15 +2,19 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bincompress.inference.chat import ChatTemplate, Message
+from bincompress.inference.lookup import Following
 from bincompress.inference.prefixes import PrefixCache
-from bincompress.inference.sampling import Sampler, Sampling
+from bincompress.inference.sampling import Floats, Sampler, Sampling
 from bincompress.model.cache import CacheType, KvCache
 from bincompress.model.decoder import Decoder
 from bincompress.model.errors import PromptError, TemplateError
 from bincompress.model.tokenizer import TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    from bincompress.inference.constraint import Grammar
 
 FinishReason = Literal["stop", "length"]
 
@@ -47,13 +51,35 @@ class Model:
     tokenizer: Tokenizer
     template: ChatTemplate | None = None
     defaults: GenerationSettings = field(default_factory=GenerationSettings)  # as the model's authors set them
+    notes: tuple[str, ...] = ()  # what a user should know of how the model is run
+    prompt_lookup: bool = False  # draft tokens from the text so far; changes no text
 
-    def stream(self, prompt: str | Sequence[int], settings: GenerationSettings | None = None) -> "Generation":
-        """Return an iterator over the pieces of text that continue the prompt; raise PromptError at once."""
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        settings: GenerationSettings | None = None,
+        grammar: "Grammar | None" = None,
+        prefixes: PrefixCache | None = None,
+    ) -> "Generation":
+        """Return an iterator over the pieces of text that continue the prompt; raise PromptError at once.
+
+        grammar: what the text is held to (`json_grammar`). prefixes: where caches of earlier texts are taken from and
+        left.
+        """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids and self.tokenizer.bos_id is not None:
             ids = [self.tokenizer.bos_id]
-        return Generation(self, ids, settings or self.defaults)
+        return Generation(self, ids, settings or self.defaults, prefixes, grammar)
+
+    def json_grammar(self, schema: Any) -> "Grammar":
+        """Return the grammar of the JSON values that a JSON schema (parsed JSON) allows, for `stream`.
+
+        Raises SchemaError where the schema is faulty, too complex, or asks for what is not enforced.
+        """
+        from bincompress.inference.constraint import Grammars
+        from bincompress.inference.json_schema import json_grammar
+
+        return Grammars(self.tokenizer, self.decoder.config.vocab).compiled(json_grammar(schema))
 
     def chat(
         self,
@@ -91,13 +117,19 @@ class Generation:
     """One generation: iterate once for its text; `finish_reason` and the counts of tokens are final afterwards."""
 
     def __init__(
-        self, model: Model, prompt: Sequence[int], settings: GenerationSettings, prefixes: PrefixCache | None = None
+        self,
+        model: Model,
+        prompt: Sequence[int],
+        settings: GenerationSettings,
+        prefixes: PrefixCache | None = None,
+        grammar: "Grammar | None" = None,
     ) -> None:
         self.limit = room_after(prompt, settings, model.decoder)  # most tokens that can come
         self._model = model
         self._prompt = list(prompt)
         self._settings = settings
         self._prefixes = prefixes
+        self._grammar = grammar
         self.prompt_tokens = len(prompt)
         self.tokens: list[int] = []  # sampled so far, an end token included
         self.finish_reason: FinishReason | None = None
@@ -138,20 +170,31 @@ class Generation:
     def _sample_with(self, cache: KvCache) -> Iterator[int]:
         decoder, settings = self._model.decoder, self._settings
         ends = frozenset() if settings.ignore_eos else self._model.tokenizer.eos_ids
-        sampler = Sampler(settings.sampling, decoder.config.vocab, self._prompt)
+        constraint = None if self._grammar is None else self._grammar.begin()
+        breakers = settings.sampling.breakers(self._model.tokenizer, decoder.config.vocab)
+        sampler = Sampler(settings.sampling, decoder.config.vocab, self._prompt, constraint, breakers)
         logits = decoder.next_logits(self._prompt[cache.length :], cache)
+        following = Following(decoder, cache, self._prompt, self._model.prompt_lookup)
+        try:
+            yield from self._sampled(sampler, ends, logits, following)
+        finally:
+            following.finish()
+
+    def _sampled(self, sampler: Sampler, ends: frozenset[int], logits: Floats, following: Following) -> Iterator[int]:
         while True:
             token = sampler.choose(logits)
             self.tokens.append(token)
             if token in ends:
                 self.finish_reason = "stop"
                 return
-            if len(self.tokens) == self.limit:
+            if sampler.is_complete:
+                self.finish_reason = "stop"
+            elif len(self.tokens) == self.limit:
                 self.finish_reason = "length"
             yield token
             if self.finish_reason is not None:
                 return
-            logits = decoder.next_logits([token], cache)
+            logits = following.after(token)
 
     @property
     def usage(self) -> dict[str, int]:

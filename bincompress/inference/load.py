@@ -1,6 +1,7 @@
 """From a finished store to a model that writes text, in one call."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,13 +9,16 @@ from typing import Any
 from bincompress.errors import BincompressError, DamagedError, StoreError
 from bincompress.inference.chat import load_template
 from bincompress.inference.generate import GenerationSettings, Model
+from bincompress.inference.model_kernels import kernels_beside_llamas
 from bincompress.inference.sampling import Sampling
+from bincompress.inference.warmup import expect
 from bincompress.model.cache import cache_bytes
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.config import ModelConfig
 from bincompress.model.decoder import Decoder
 from bincompress.model.errors import ConfigError, SamplingError
 from bincompress.model.files import json_object
+from bincompress.model.generation_fields import not_obeyed
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.model.residents import Residents
 from bincompress.model.store_source import StoreSource, store_config
@@ -50,6 +54,16 @@ class Loaded:
     assets: dict[str, bytes]
 
 
+def checked_threads(threads: int | None) -> int:
+    """Return how many threads to use; raises BincompressError for so many that starting them would take minutes."""
+    most = max(64, 4 * (os.cpu_count() or 1))
+    if threads is not None and threads > most:
+        raise BincompressError(
+            f"threads: expected 1 to {most}, found {threads}; this machine has {os.cpu_count()} CPUs"
+        )
+    return threads or usable_threads()
+
+
 def usable_threads() -> int:
     """Return the number of threads to use if none is given: `usable_cpus`."""
     return usable_cpus()
@@ -64,6 +78,7 @@ def load(
     kernel: str | None = None,
     memory: int | None = None,
     sampling: Mapping[str, Any] | None = None,
+    prompt_lookup: bool = False,
 ) -> Model:
     """Load a finished store as a model.
 
@@ -78,7 +93,8 @@ def load(
 
     memory: bytes that the process may take: of a mixture of experts those used last are in memory, as many as fit, and
     the others are read from the store when a token chooses them. sampling: values by name ("temperature", "top_k", ...)
-    that come before those of generation_config.json.
+    that come before those of generation_config.json. prompt_lookup: what followed the last tokens when they came before
+    is drafted, and checked in one pass; the text is the same, sooner where it repeats what it has read or written.
     Raises StoreError, DamagedError, UnsupportedModelError, TokenizerError or TooLittleMemoryError.
 
     >>> model = load("store")  # doctest: +SKIP
@@ -89,12 +105,19 @@ def load(
     loaded = load_decoder(store, threads, settings, kernel, memory)
     if "tokenizer.json" not in loaded.assets:
         raise StoreError(f"{store}: has no tokenizer.json, so it cannot read or write text; add it to the checkpoint")
+    if prompt_lookup and loaded.decoder.config.recurrent is not None:
+        raise BincompressError(
+            f"{store}: --prompt-lookup takes back tokens that were drafted wrongly, which this model's layers without "
+            "attention cannot; leave it out"
+        )
     chosen = default_sampling(loaded.assets, sampling)
     return Model(
         loaded.decoder,
         load_tokenizer(loaded.assets),
         load_template(loaded.assets),
         GenerationSettings(sampling=chosen),
+        notes=not_obeyed(loaded.assets),
+        prompt_lookup=prompt_lookup,
     )
 
 
@@ -149,7 +172,8 @@ def load_decoder(
     store = open_store(url)
     assets = store.read_assets()
     config = store_config(store, assets)
-    workers = Workers(threads or usable_threads())
+    expect(kernels_beside_llamas(config))
+    workers = Workers(checked_threads(threads))
     experts = _expert_names(config)
     residents = None if memory is None else _residents(store, config, experts, memory, workers.threads)
     chosen = _sound_kernel(kernel, settings, trial=residents is not None)
@@ -180,7 +204,7 @@ def load_baseline(checkpoint: Checkpoint, threads: int | None) -> Decoder:
     """Load an unquantized checkpoint in float32, held to `threads` threads."""
     weights = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     check_memory(checkpoint.name, 4 * weights + _BASE_BYTES, free_memory())
-    return load_checkpoint(checkpoint, Workers(threads or usable_threads()))
+    return load_checkpoint(checkpoint, Workers(checked_threads(threads)))
 
 
 def _residents(

@@ -1,7 +1,9 @@
 """Which beginning of a text has been computed already? Caches of earlier texts, within a bound of memory.
 
 A conversation's next turn begins with the turns before it, so only what is new is computed. Numbers are those that the
-whole text gets alone: a key or value depends on nothing but the tokens before it.
+whole text gets alone: a key or value depends on nothing but the tokens before it. Layers without attention have a state
+in their place, which is of all positions at once: such a cache is of use for texts that begin with all of its tokens,
+or with those before its last pass.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,8 +31,8 @@ class PrefixCache:
 
     def __init__(self, decoder: Decoder, capacity: int, kind: CacheType, most_bytes: int) -> None:
         self._decoder = decoder
-        self._capacity = capacity
-        self._kind: CacheType = kind
+        self.capacity = capacity
+        self.kind: CacheType = kind
         self._most_bytes = most_bytes
         self._idle: list[Prefix] = []  # the least recently used first
 
@@ -38,6 +40,11 @@ class PrefixCache:
     def held_bytes(self) -> int:
         """Bytes of the caches that wait."""
         return sum(prefix.cache.held_bytes for prefix in self._idle)
+
+    @property
+    def last(self) -> Prefix | None:
+        """The cache that was used last, of those that wait."""
+        return self._idle[-1] if self._idle else None
 
     def take(self, prompt: Sequence[int], in_use: Iterable[Prefix] = ()) -> KvCache:
         """Return a cache that holds the longest known beginning of a prompt, never all of it: one token is to be run.
@@ -48,14 +55,14 @@ class PrefixCache:
         shared, best, idle = 0, None, False
         for prefixes, waits in ((self._idle, True), (in_use, False)):
             for prefix in prefixes:
-                length = _common(prefix.tokens[: prefix.cache.length], wanted)
+                length = prefix.cache.reusable(_common(prefix.tokens[: prefix.cache.length], wanted))
                 if length > shared:
                     shared, best, idle = length, prefix, waits
         if best is not None and idle and 2 * shared >= best.cache.length:
             self._idle = [prefix for prefix in self._idle if prefix is not best]
             best.cache.rewind(shared)
             return best.cache
-        made = self._decoder.new_cache(self._capacity, self._kind)
+        made = self._decoder.new_cache(self.capacity, self.kind)
         if best is not None and shared >= _SHORTEST_COPY:
             # The other text goes on differently, and more of it than this beginning may be wanted again.
             made.copy_from(best.cache, shared)
@@ -64,13 +71,15 @@ class PrefixCache:
     def put(self, tokens: Sequence[int], cache: KvCache) -> None:
         """Keep the cache of a text that is no longer written; tokens: at least those in the cache."""
         held = np.asarray(tokens[: cache.length], np.int64)
-        if not cache.length or cache.capacity != self._capacity:
+        if not cache.length or cache.capacity != self.capacity:
             return
         for prefix in self._idle:
-            if _common(prefix.tokens, held) == len(held):
+            if prefix.cache.reusable(_common(prefix.tokens, held)) == len(held):
                 return  # another one holds this and more
         # What this text begins with is held by it now.
-        self._idle = [prefix for prefix in self._idle if _common(prefix.tokens, held) < len(prefix.tokens)]
+        self._idle = [
+            prefix for prefix in self._idle if cache.reusable(_common(prefix.tokens, held)) < len(prefix.tokens)
+        ]
         self._idle.append(Prefix(held, cache))
         while self._idle and self.held_bytes > self._most_bytes:
             self._idle.pop(0)

@@ -11,15 +11,19 @@ from typing import Any, NoReturn
 
 from bincompress.errors import BincompressError
 from bincompress.inference.generate import GenerationSettings
+from bincompress.sources.text import UTF_8
 
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-_WHOLE = ("max_tokens", "top_k", "seed")
+_NUMBERS = (
+    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "typical_p",
+    "dry_multiplier", "dry_base", "xtc_probability", "xtc_threshold",
+)  # fmt: skip
+_WHOLE = ("max_tokens", "top_k", "seed", "dry_allowed_length", "dry_penalty_last_n")
 _LARGEST = (1 << 63) - 1  # of whole numbers, as in a request to the server
 _DEEPEST = 64  # levels of lists and objects
 
 
 class PromptFileError(BincompressError):
-    """A file of prompts or of answers is not what it should be; the message names the line."""
+    """A file of prompts, answers or questions is not what it should be; the message names the line."""
 
 
 @dataclass(frozen=True)
@@ -40,28 +44,38 @@ class Prompt:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Return a file's prompts, JSON objects one a line; raise PromptFileError naming the line and what is wrong."""
-    try:
-        lines = path.read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptFileError(f"{path}: cannot be read: {error}") from None
-    found = [_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    found = [_prompt(path, number, given) for number, given in read_values(path)]
     if not found:
         raise PromptFileError(f'{path}: holds no prompt; expected lines such as {{"prompt": "The scheduler"}}')
     return found
 
 
-def _prompt(path: Path, number: int, line: str) -> Prompt:
+def read_values(path: Path) -> list[tuple[int, Any]]:
+    """Return a file's JSON values, one a line, with the lines' numbers; raise PromptFileError for what is no JSON."""
+    try:
+        lines = path.read_text(UTF_8).split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptFileError(f"{path}: cannot be read: {error}") from None
+    return [(number, _value(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _value(path: Path, number: int, line: str) -> Any:
+    try:
+        given = json.loads(line, parse_constant=_no_number)
+        problem = _unwritable(given)
+    except RecursionError:
+        problem = "nested too deeply"
+    except ValueError as error:
+        problem = f"not JSON: {str(error)[:100]}"
+    if problem:
+        raise PromptFileError(f"{path}, line {number}: {problem}")
+    return given
+
+
+def _prompt(path: Path, number: int, given: Any) -> Prompt:
     def refuse(what: str) -> PromptFileError:
         return PromptFileError(f"{path}, line {number}: {what}")
 
-    try:
-        given = json.loads(line, parse_constant=_no_number)
-    except RecursionError:
-        raise refuse("nested too deeply") from None
-    except ValueError as error:
-        raise refuse(f"not JSON: {str(error)[:100]}") from None
-    if problem := _unwritable(given):
-        raise refuse(problem)
     if not isinstance(given, dict) or ("prompt" in given) == ("messages" in given):
         raise refuse("expected an object with prompt or messages, one of the two")
     text, messages, own = given.pop("prompt", None), given.pop("messages", None), given.pop("id", None)

@@ -7,11 +7,13 @@ The environment is set up as transformers does it: same options, same functions,
 import functools
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
@@ -36,6 +38,32 @@ def render(template: str, values: Mapping[str, Any]) -> str:
         raise TemplateError(f"chat template: {type(error).__name__}: {error}") from None
     except Exception as error:  # whatever a template manages to raise is the template's fault
         raise TemplateError(f"chat template: {type(error).__name__}: {str(error)[:200]}") from None
+
+
+@dataclass(frozen=True)
+class TemplateNames:
+    """What a template reads: variables that are given to it, and the texts and attributes that it names."""
+
+    variables: frozenset[str]
+    words: frozenset[str]
+
+
+@functools.lru_cache(maxsize=16)
+def names_in(template: str) -> TemplateNames:
+    """Return what a template reads; raise TemplateError where it cannot be parsed.
+
+    A name that it sets itself, a macro's argument and a loop's variable are no variables that are given to it.
+    """
+    try:
+        tree = _environment().parse(template)
+        variables = jinja2.meta.find_undeclared_variables(tree)
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(f"chat template: line {error.lineno}: {error}") from None
+    except Exception as error:
+        raise TemplateError(f"chat template: {type(error).__name__}: {str(error)[:200]}") from None
+    words = {str(found.value) for found in tree.find_all(nodes.Const) if isinstance(found.value, str)}
+    words |= {found.attr for found in tree.find_all(nodes.Getattr)}
+    return TemplateNames(frozenset(variables), frozenset(words))
 
 
 class _Refused(jinja2.TemplateError):

@@ -6,9 +6,10 @@ alone: the kernels give a token the same numbers whichever tokens share its pass
 """
 
 import collections
+import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -72,6 +73,7 @@ class Scheduler:
         self.limits = replace(limits, context=min(limits.context, model.decoder.config.context))
         self.counts = Counts()
         self._alike = model.decoder.tokens_alike
+        self._has_states = model.decoder.config.recurrent is not None
         self._prefixes = PrefixCache(model.decoder, self.limits.context, model.defaults.cache, self.limits.prefix_bytes)
         self._changed = threading.Condition()
         self._waiting: collections.deque[Writing] = collections.deque()
@@ -212,12 +214,32 @@ class Scheduler:
             room = min(room, self._alike)
         shares = [(text, 1) for text in writing[: room - 1 if reading else room]]
         room -= len(shares)
+        if not reading:
+            shares = self._with_drafts(shares)
         for number, text in enumerate(reading):
-            share = min(-(-room // (len(reading) - number)), text.left, _FULL_LOGITS if text.wants_all else room)
+            most = _FULL_LOGITS if text.wants_all else room
+            share = min(-(-room // (len(reading) - number)), text.left - self._runs_last_alone(text), most)
             if share:
                 shares.append((text, share))
                 room -= share
         return shares
+
+    def _runs_last_alone(self, text: Writing) -> bool:
+        """Return whether a prompt's last token is run by itself, so that texts of the same prompt begin before it.
+
+        A state without keys and values can be taken up only where a pass has ended.
+        """
+        return self._has_states and any(other.leader is text for other in self._waiting)
+
+    def _with_drafts(self, shares: list[tuple[Writing, int]]) -> list[tuple[Writing, int]]:
+        """Let each text that is written have a draft checked as well, as far as all fit into a pass."""
+        left = FEW_TOKENS - len(shares)
+        found = []
+        for text, _ in shares:
+            share = text.draft_within(1 + max(left, 0))
+            left -= share - 1
+            found.append((text, share))
+        return found
 
     def _run(self, shares: Sequence[tuple[Writing, int]]) -> None:
         """Run a pass. Where it fails each text is run by itself, so that one which cannot be run ends no other."""
@@ -229,39 +251,50 @@ class Scheduler:
             for (text, _), length in zip(shares, lengths, strict=True):
                 text.rewind(length)
             if len(shares) > 1:
-                for each in shares:
-                    self._run([each])
+                for text, share in shares:
+                    self._run([(text, min(share, text.left))])
             else:
                 shares[0][0].end(None, error)
                 self._retire()
             return
         for (text, share), first, own in zip(shares, lengths, rows, strict=True):
             # Before anyone is told, who may look at the counts then.
-            self.counts.read += share if share > 1 or not text.sampled else 0
+            before = text.sampled
+            self.counts.read += 0 if before else share
             self.counts.written += int(text.is_read and not text.request.only_prompt)
             try:
                 text.advance(own, first)
             except Exception as error:
                 text.end(None, error)
+            self.counts.written += max(text.sampled - before - 1, 0)  # those that were drafted
         self._retire()
         self._learn(sum(share for _, share in shares), time.perf_counter() - begin)
 
-    def _logits(self, shares: Sequence[tuple[Writing, int]]) -> list[Floats]:
-        """Run these tokens of each text and return the logits that it wants of them, (rows, vocab) each."""
+    def _logits(self, shares: Sequence[tuple[Writing, int]]) -> list[Iterable[Floats]]:
+        """Run these tokens of each text and return the logits that it wants of them, rows (vocab,).
+
+        Those behind drafted tokens are computed as they are asked for, as most texts do not ask for all.
+        """
         decoder = self.model.decoder
         states = decoder.states_of_all([text.following(share) for text, share in shares])
         ends = np.cumsum([share for _, share in shares])
         wanted = [
             np.arange(end - share, end) if text.wants_all and text.held <= len(text.request.prompt)
+            else np.array([end - share]) if text.draft
             else np.array([end - 1]) if text.is_read else np.empty(0, np.int64)
             for (text, share), end in zip(shares, ends, strict=True)
         ]  # fmt: skip
         chosen = states[np.concatenate(wanted)]
         if not len(chosen):
-            return [chosen] * len(shares)
+            return [()] * len(shares)
         # A head that is kept as it is gives a state the same numbers beside so many others, and not beside more.
         parts = [decoder.logits_of(chosen[at : at + FEW_TOKENS]) for at in range(0, len(chosen), FEW_TOKENS)]
-        return np.split(np.concatenate(parts), np.cumsum([len(rows) for rows in wanted])[:-1])
+        found = np.split(np.concatenate(parts), np.cumsum([len(rows) for rows in wanted])[:-1])
+        return [
+            itertools.chain(rows, (decoder.logits_of(states[row : row + 1])[0] for row in range(end - share + 1, end)))
+            if text.draft else rows
+            for (text, share), rows, end in zip(shares, found, ends, strict=True)
+        ]  # fmt: skip
 
     def _learn(self, tokens: int, seconds: float) -> None:
         """Note how long a pass took, and let the next pieces of prompts take about the time that they may."""

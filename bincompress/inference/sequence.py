@@ -3,14 +3,16 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from bincompress.errors import BincompressError
+from bincompress.inference.constraint import Grammar
 from bincompress.inference.generate import FinishReason, GenerationSettings, Held, Model, room_after
 from bincompress.inference.logprobs import TokenLogprob, token_logprob
+from bincompress.inference.lookup import Lookup
 from bincompress.inference.prefixes import Prefix
 from bincompress.inference.sampling import Floats, Sampler
 from bincompress.model.cache import KvCache
@@ -38,6 +40,8 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     only_prompt: bool = False
+    grammar: Grammar | None = None  # that the text is held to
+    shown: frozenset[int] = frozenset()  # special tokens that are text all the same
     deadline: float = math.inf
 
 
@@ -64,6 +68,7 @@ class Ended:
     reason: FinishReason | None
     sampled: int  # tokens, an end token included
     error: Exception | None = None
+    end_token: TokenLogprob | None = None  # that ended it, where log probabilities were asked for
 
 
 Listener = Callable[[PromptRead | Piece | Ended], None]
@@ -83,8 +88,13 @@ class Writing:
         self.submitted = time.monotonic()
         self._tell = listener
         self.reused = 0
-        self._sampler = Sampler(request.settings.sampling, model.decoder.config.vocab, request.prompt)
-        self._text = TextStream(model.tokenizer, request.prompt)
+        constraint = None if request.grammar is None else request.grammar.begin()
+        sampling, vocab = request.settings.sampling, model.decoder.config.vocab
+        breakers = sampling.breakers(model.tokenizer, vocab)
+        self._sampler = Sampler(sampling, vocab, request.prompt, constraint, breakers)
+        self._lookup = Lookup(request.prompt) if model.prompt_lookup else None
+        self.draft: list[int] = []  # what may follow, to be checked in the next pass
+        self._text = TextStream(model.tokenizer, request.prompt, shown=request.shown)
         self._held = Held(request.settings.stop)
         self._ends = frozenset() if request.settings.ignore_eos else model.tokenizer.eos_ids
         self._prompt_logprobs: list[TokenLogprob] = []
@@ -110,7 +120,7 @@ class Writing:
     @property
     def is_read(self) -> bool:
         """Whether the next token can be sampled."""
-        return not self.left
+        return self.left <= 0
 
     @property
     def prefix(self) -> Prefix:
@@ -144,19 +154,32 @@ class Writing:
         self.reused = cache.length
 
     def following(self, count: int) -> tuple[list[int], KvCache]:
-        """Return the next tokens to be run, and the cache that they go to."""
-        return self.tokens[self.held : self.held + count], self._cache
+        """Return the next tokens to be run, drafted ones included, and the cache that they go to."""
+        return [*self.tokens, *self.draft][self.held : self.held + count], self._cache
+
+    def draft_within(self, most: int) -> int:
+        """Draft what may follow the one token that is to be run; return how many tokens there are then to run."""
+        self.draft = []
+        if self._lookup is not None and self.sampled:
+            room = min(most - 1, self.limit - self.sampled - 1, self._cache.free - 1)
+            self.draft = self._lookup.draft(room)
+        return 1 + len(self.draft)
 
     def rewind(self, length: int) -> None:
-        """Forget what a pass that failed has put into the cache."""
+        """Forget the draft, and what a pass that failed has put into the cache."""
+        self.draft = []
         self._cache.rewind(min(length, self.held))
 
-    def advance(self, logits: Floats, first: int) -> None:
+    def advance(self, logits: Iterable[Floats], first: int) -> None:
         """Note what followed the tokens of a pass.
 
-        logits (rows, vocab): after each of its tokens while a prompt is read whose log probabilities are wanted, else
-        after the last, or none while more are to be run. first: the place of the first of the pass's tokens.
+        logits: rows (vocab,) after each of its tokens while a prompt is read whose log probabilities are wanted, and
+        where some were drafted, else after the last, or none while more are to be run. first: the place of the first of
+        the pass's tokens.
         """
+        if self.draft:
+            self._check(logits, first)
+            return
         if self.wants_all and first < len(self.request.prompt):
             for place, row in enumerate(logits, first + 1):
                 if place < len(self.request.prompt):
@@ -169,7 +192,19 @@ class Writing:
             if self.request.only_prompt:
                 self.end("length")
                 return
-        self._sample(logits[-1])
+        *_, last = logits
+        self._sample(last)
+
+    def _check(self, logits: Iterable[Floats], first: int) -> None:
+        """Sample as long as the draft says what comes, and forget the rest of it."""
+        draft, self.draft = self.draft, []
+        used = 0
+        for row, drafted in zip(logits, [*draft, None], strict=True):
+            used += 1
+            self._sample(row)
+            if self.ended or self.tokens[-1] != drafted:
+                break
+        self._cache.rewind(first + used)
 
     @property
     def wants_all(self) -> bool:
@@ -179,20 +214,26 @@ class Writing:
     def _sample(self, logits: Floats) -> None:
         token = self._sampler.choose(logits)
         self.tokens.append(token)
+        if self._lookup is not None:
+            self._lookup.push(token)
+        most = self.request.logprobs
+        logprob = None if most is None else token_logprob(logits, token, most)
         if token in self._ends:
-            self._finish("stop")
+            self._finish("stop", logprob)
             return
-        if self.request.logprobs is not None:
-            self._untold.append((self._length, token_logprob(logits, token, self.request.logprobs)))
+        if logprob is not None:
+            self._untold.append((self._length, logprob))
         text = self._text.push(token)
         self._length += len(text)
         self._give(self._held.push(text))
         if self._held.stopped:
             self.end("stop")
+        elif self._sampler.is_complete:
+            self._finish("stop")
         elif self.sampled == self.limit:
             self._finish("length")
 
-    def _finish(self, reason: FinishReason) -> None:
+    def _finish(self, reason: FinishReason, end_token: TokenLogprob | None = None) -> None:
         """Give what was held back, and end."""
         text = self._text.finish()
         self._length += len(text)
@@ -202,7 +243,7 @@ class Writing:
         else:
             rest += self._held.finish()
         self._give(rest, last=not self._held.stopped)
-        self.end(reason)
+        self.end(reason, end_token=end_token)
 
     def _give(self, text: str, last: bool = False) -> None:
         """Tell of text and of the tokens that began in it; last: of all that are left."""
@@ -212,9 +253,11 @@ class Writing:
             self._untold = self._untold[len(told) :]
             self._tell(Piece(text, tuple(told)))
 
-    def end(self, reason: FinishReason | None, error: Exception | None = None) -> None:
+    def end(
+        self, reason: FinishReason | None, error: Exception | None = None, end_token: TokenLogprob | None = None
+    ) -> None:
         """End it, once."""
         if not self.ended:
             self.ended = True
             with contextlib.suppress(Exception):  # a listener's fault must not end other texts
-                self._tell(Ended(reason, self.sampled, error))
+                self._tell(Ended(reason, self.sampled, error, end_token))

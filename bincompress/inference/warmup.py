@@ -1,23 +1,18 @@
-"""The kernels of a first token, compiled before they are needed.
-
-`compiling_ahead` has a second process compile them while the first one compiles those it needs before; `compile_for`
-compiles them for programs that begin later.
+"""The kernels of a first token, compiled in a second process while the first one compiles those it needs before.
 
 Numba compiles one kernel at a time in a process, whatever its threads; processes share what they compile.
 
-    python -m bincompress.inference.warmup       # what `compiling_ahead` starts
+    python -m bincompress.inference.warmup KERNEL ...      # what `compiling_ahead` starts
 """
 
 import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from bincompress.model.cache import CacheType
-from bincompress.model.packed_linear import ActivationSettings
 from bincompress.process.interrupts import end_with
 from bincompress.process.machine import usable_cpus
 from cpu_kernels.decoder.attention import ATTEND
@@ -27,8 +22,6 @@ from cpu_kernels.jit.kernel_cache import cache_is_kept
 from cpu_kernels.matmul.dense import bfloat16_rows
 from cpu_kernels.matmul.products import product_kernels
 from cpu_kernels.quantize.unpacking import expand
-
-_PROMPT = 9  # tokens: some are multiplied four at a time, one is left
 
 
 def first_token_kernels() -> list[Kernel]:
@@ -41,27 +34,28 @@ def first_token_kernels() -> list[Kernel]:
     return [multiply, quantize, ATTEND[cached], PLACE[cached], *sharing, gate, add_norm, bfloat16_rows, expand, pack]
 
 
-def compile_for(
-    store: str, threads: int | None, settings: ActivationSettings, kernel: str | None, memory: int | None
-) -> None:
-    """Compile (or load) what generating, serving and evaluating with a store use: the model reads and writes a little.
+_expected: list[Kernel] = []  # that the model which is being loaded takes beside those of every model
 
-    Raises as `load_decoder` does.
-    """
-    from bincompress.inference.load import load_decoder  # here: what `compiling_ahead` starts needs none of it
 
-    decoder = load_decoder(store, threads, settings, kernel, memory).decoder
-    count = min(_PROMPT, decoder.config.context - 1)
-    prompt = np.arange(count) % decoder.config.vocab
-    kinds: tuple[CacheType, ...] = ("float16", "float32")  # of generating and of evaluating
-    for kind in kinds:
-        first, second = (decoder.new_cache(count + 1, kind) for _ in range(2))
-        decoder.logits(prompt, first)
-        decoder.next_logits(prompt[:1], first)
-        decoder.logits_of(decoder.states_of_all([(prompt, second)]))
-        first.rewind()
-        second.rewind()
-        decoder.logits_of(decoder.states_of_all([(prompt[:1], first), (prompt[:1], second)]))
+def expect(kernels: Sequence[Kernel]) -> None:
+    """Note what a model takes before any kernel is compiled, for the second process to compile it too."""
+    _expected[:] = kernels
+
+
+def _all_kernels(named: Sequence[str]) -> list[Kernel]:
+    """Return the kernels of every model, and those of the decoder that have these names."""
+    from cpu_kernels.decoder import attention, gates, norms, recurrence, routing
+    from cpu_kernels.matmul import chosen
+
+    found: list[Kernel] = []
+    for module in (attention, routing, recurrence, gates, norms, chosen):
+        for value in vars(module).values():
+            found += [value] if isinstance(value, Kernel) else []
+            found += (
+                [kernel for kernel in value.values() if isinstance(kernel, Kernel)] if isinstance(value, dict) else []
+            )
+    by_name = {kernel.name(): kernel for kernel in found}
+    return [*first_token_kernels(), *(by_name[name] for name in named if name in by_name)]
 
 
 @contextlib.contextmanager
@@ -75,7 +69,13 @@ def compiling_ahead() -> Iterator[Callable[[], None]]:
             path = os.pathsep.join(entry for entry in sys.path if entry)
             started.append(
                 subprocess.Popen(
-                    [sys.executable, "-P", "-m", "bincompress.inference.warmup"],
+                    [
+                        sys.executable,
+                        "-P",
+                        "-m",
+                        "bincompress.inference.warmup",
+                        *(kernel.name() for kernel in _expected),
+                    ],
                     env={**os.environ, "PYTHONPATH": path},
                     stdin=subprocess.PIPE,  # which closes when this process ends, however it does, and it with it
                     stdout=subprocess.DEVNULL,
@@ -103,5 +103,5 @@ class _Parent:
 
 if __name__ == "__main__":
     end_with(_Parent())
-    for kernel in first_token_kernels():
+    for kernel in _all_kernels(sys.argv[1:]):
         kernel.compile()

@@ -7,18 +7,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from bincompress.errors import RecipeError
-from bincompress.methods import billm, dbellquant, dbllm, lossless, uniform, wgm, xnor
-from bincompress.methods.declaration import KEEP, Binarized, Keep, Method, Option, Recognized, Settings
+from bincompress.methods import billm, dbellquant, dbllm, lossless, lowrank, uniform, wgm, xnor
+from bincompress.methods.declaration import KEEP, Binarized, Keep, Made, Method, Option, Recognized, Settings
 from bincompress.methods.inputs import Inputs
 
 __all__ = [
-    "KEEP", "METHODS", "Binarized", "Inputs", "Keep", "Method", "Option", "Recognized", "Settings", "checked",
+    "KEEP", "METHODS", "Binarized", "Inputs", "Keep", "Made", "Method", "Option", "Recognized", "Settings", "checked",
     "embeddings", "make_settings", "method_named", "of_planes", "options",
 ]  # fmt: skip
 
 # The first is the default; settings that several methods have are described by the first of these.
 METHODS: list[Method] = [
     wgm.METHOD, uniform.METHOD, xnor.METHOD, dbellquant.METHOD, billm.METHOD, dbllm.METHOD, lossless.METHOD,
+    lowrank.METHOD,
 ]  # fmt: skip
 
 

@@ -144,4 +144,5 @@ METHOD = Method(
     settings=BillmSettings,
     binarize=binarize,
     size=lambda settings: Size(2, 7),
+    column_planes=True,
 )

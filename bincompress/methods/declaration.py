@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bincompress.methods.inputs import Inputs
+from bincompress.tensors.forms import Stored
+from bincompress.tensors.low_rank import LowRankTensor
 from bincompress.tensors.packed import PackedTensor
 from bincompress.tensors.weight import Weight
 
@@ -120,10 +122,10 @@ KEEP = Keep()
 
 
 @dataclass(frozen=True)
-class Binarized:
-    """What a method makes of a matrix."""
+class Made:
+    """What a method makes of a matrix, in whatever form."""
 
-    tensor: PackedTensor
+    tensor: Stored
     squared_error: float
     squared_norm: float
     scales: int  # of the whole matrix: a group's, a plane's or another that is stored
@@ -134,15 +136,29 @@ class Binarized:
     def nominal_bits(self) -> float:
         """Bits a weight as the grouping paper (arXiv 2509.03054) counts them: see `nominal_bits`."""
         rows, cols = self.tensor.shape
-        return nominal_bits(self.scales, self.tensor.numbers.dtype.itemsize, rows * cols)
+        return nominal_bits(self.scales, self.tensor.scale_bytes, rows * cols, nominal_signs(self.tensor))
 
 
-def nominal_bits(scales: int, scale_bytes: int, weights: int) -> float:
-    """Return the grouping paper's bits a weight, for every method: a sign, and the scales at their width.
+@dataclass(frozen=True)
+class Binarized(Made):
+    """What a method makes of a matrix that is stored as planes and coefficients."""
 
-    It leaves out which scales a weight has. A whole matrix's scales, stored in 4 bytes, count 16 bits as in the paper.
+    tensor: PackedTensor
+
+
+def nominal_signs(tensor: Stored) -> int:
+    """Return the signs that the nominal figure counts: one a weight, or those of both factors in the low-rank form."""
+    rows, cols = tensor.shape
+    return tensor.rank * (rows + cols) if isinstance(tensor, LowRankTensor) else rows * cols
+
+
+def nominal_bits(scales: int, scale_bytes: int, weights: int, signs: int | None = None) -> float:
+    """Return the grouping paper's bits a weight, for every method: its signs, and the scales at their width.
+
+    signs: how many there are; None: one a weight. It leaves out which scales a weight has. A whole matrix's scales,
+    stored in 4 bytes, count 16 bits as in the paper.
     """
-    return 1.0 + 8 * min(scale_bytes, 2) * scales / weights
+    return (1.0 if signs is None else signs / weights) + 8 * min(scale_bytes, 2) * scales / weights
 
 
 class Recognized(NamedTuple):
@@ -156,8 +172,8 @@ class Recognized(NamedTuple):
 class Binarize(Protocol):
     """How a matrix becomes planes, given the method's own settings; inputs: None without calibration."""
 
-    def __call__(self, weight: Weight, settings: Any, inputs: Inputs | None = None, /) -> Binarized:
-        """Return the planes; raises TensorError."""
+    def __call__(self, weight: Weight, settings: Any, inputs: Inputs | None = None, /) -> Any:
+        """Return what is `Made` of it, a `Binarized` by most methods; raises TensorError."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +188,10 @@ class Method:
     binarize: Binarize
     size: Callable[[Any], Size]
 
+    # Bytes of all arrays of a matrix of so many rows and columns, without checksums; None: `size` tells them.
+    nbytes: Callable[[Any, int, int], int] | None = None
+    # Whether its tensors have the low-rank form, which programs that read version 1 of the store do not know.
+    low_rank: bool = False
     # Whether binarize raises FloatingPointError by itself where a weight is not finite, at no cost.
     finds_nonfinite: Callable[[Any], bool] = lambda settings: False
     # Bytes a weight beside its own and its planes' bytes, at the height of a job, for a source's dtype.
@@ -185,6 +205,8 @@ class Method:
     # What it makes of a matrix of this shape without any loss, told from some of its rows; None: it is not for it. Such
     # a method is used where nothing else was asked for, and binarize raises LossError where a weight differs.
     recognize: Callable[[Weight, tuple[int, int]], Recognized | None] | None = None
+    # Whether planes that are one for all rows choose among its coefficients; such planes are not trained.
+    column_planes: bool = False
     # Whether its tensors count among the binary ones in totals (embeddings of evenly spaced levels do not).
     binary: bool = True
     # What a report says of planes (planes, rows, words) of so many columns.

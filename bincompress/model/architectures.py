@@ -1,105 +1,39 @@
 """Which architectures the decoder runs: one declaration each, of names, parts and the defaults of absent fields."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import replace
 
-# Which layers see a window of positions: where layer_types does not say, every layer (always, or if
-# use_sliding_window), those from max_window_layers on (if use_sliding_window), all but every sixth
-# (sliding_window_pattern), or those without rotary embedding (if use_sliding_window).
-Windows = Literal["never", "every layer", "every layer if used", "by layer_types", "by pattern", "without rope"]
-Biases = Literal["never", "always", "attention_bias"]
-QkNorm = Literal["", "head", "whole"]  # queries and keys are not normalized, or each head is, or all heads at once
-Activation = Literal["silu", "gelu_tanh", "relu2"]
-
-# What config.json calls the activations of the gate.
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "relu2": "relu2",
-}
-
-
-@dataclass(frozen=True)
-class Names:
-    """Tensor names; those of a layer are completed with its number. A norm that an architecture lacks is empty."""
-
-    embedding: str = "model.embed_tokens.weight"
-    norm: str = "model.norm.weight"
-    head: str = "lm_head.weight"
-    layer: str = "model.layers.{layer}."
-    input_norm: str = "input_layernorm.weight"  # before attention
-    post_norm: str = "post_attention_layernorm.weight"  # before the MLP
-    out_norm: str = ""  # of what attention gives, before it is added to the stream
-    down_norm: str = ""  # of what the MLP gives, before it is added to the stream
-    mixed_norm: str = ""  # of what attention mixes, before the matrix that reads it
-    inner_norm: str = ""  # of the gated values, before the matrix that reads them
-    qkv: tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    out: str = "self_attn.o_proj"
-    q_norm: str = "self_attn.q_norm.weight"
-    k_norm: str = "self_attn.k_norm.weight"
-    gate_up: tuple[str, str] = ("mlp.gate_proj", "mlp.up_proj")
-    down: str = "mlp.down_proj"
-    router: str = "mlp.gate"  # of a mixture of experts; an expert's matrices are completed with its number
-    expert_gate_up: tuple[str, str] = ("mlp.experts.{expert}.gate_proj", "mlp.experts.{expert}.up_proj")
-    expert_down: str = "mlp.experts.{expert}.down_proj"
-
-    def of_layer(self, layer: int, part: str) -> str:
-        """Return the full name of a layer's tensor."""
-        return self.layer.format(layer=layer) + part
-
-    def of_expert(self, layer: int, expert: int) -> tuple[tuple[str, str], str]:
-        """Return the full names of an expert's gate and up matrices, and of its down matrix."""
-        gate, up = (self.of_layer(layer, f"{part.format(expert=expert)}.weight") for part in self.expert_gate_up)
-        return (gate, up), self.of_layer(layer, f"{self.expert_down.format(expert=expert)}.weight")
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """How an architecture's layers choose among experts: the softmax over all of them, and the largest `chosen`."""
-
-    count: int  # num_experts or num_local_experts, where absent
-    chosen: int  # num_experts_per_tok where absent
-    inner_field: str  # which field has the rows of an expert's gate
-    inner: int  # that field where absent
-    normalized: bool | None = None  # whether the chosen weights sum to one; None: as norm_topk_prob says
-    dense_layers: bool = False  # whether mlp_only_layers and decoder_sparse_step give some layers a dense MLP
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What sets one architecture apart from the others."""
-
-    model_type: str
-    context: int  # max_position_embeddings where config.json does not say
-    kv_heads: int | None = None  # num_key_value_heads where absent; None: as many as heads
-    head_dim: int | None = None  # head_dim where absent; None: hidden_size / num_attention_heads
-    epsilon: float = 1e-6  # rms_norm_eps where absent
-    tied: bool = False  # tie_word_embeddings where absent
-    qkv_bias: Biases = "never"
-    out_bias: Biases = "never"
-    mlp_bias: bool = False  # whether the field mlp_bias is obeyed
-    norm_offset: float = 0.0  # what is added to every stored weight of a norm
-    qk_norm: QkNorm = ""
-    activation: str = "silu"  # of the gate, where absent
-    activation_field: str = "hidden_act"
-    embedding_scaled: bool = False  # by the square root of hidden_size
-    rope_theta: float = 10000.0  # where absent
-    original_context: int | None = None  # where absent, before what rope_scaling says; None: that, or the context
-    rope_names: Mapping[str, str] = field(default_factory=dict)  # kinds of rope by other names
-    local_rope_theta: float | None = None  # of layers with a window, where they have a rotary embedding of their own
-    windows: Windows = "never"
-    window: int | None = 4096  # sliding_window where absent
-    reads: tuple[str, ...] = ()  # fields of UNHANDLED that are obeyed
-    names: Names = Names()
-    other_names: tuple[Names, ...] = ()  # that checkpoints of another form have
-    mixture: Mixture | None = None
-
+from bincompress.model.declaration import Architecture, Mixture, Names, Recurrence, RecurrentNames
 
 # The fields of `UNHANDLED` that a mixture of experts obeys.
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "num_experts_per_tok")
+_GRANITE = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+_OLMO = Names(
+    input_norm="",
+    post_norm="",
+    out_norm="post_attention_layernorm.weight",
+    down_norm="post_feedforward_layernorm.weight",
+)
+_DELTA = RecurrentNames(
+    read=("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+    out="linear_attn.out_proj",
+    convolution="linear_attn.conv1d",
+    gates=("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+    norm="linear_attn.norm.weight",
+    rates="linear_attn.A_log",
+    offsets="linear_attn.dt_bias",
+)
+_DELTA_LAYERS = Recurrence("delta", "linear_attention", interval="full_attention_interval")
+_LFM2 = Names(
+    norm="model.embedding_norm.weight",
+    input_norm="operator_norm.weight",
+    post_norm="ffn_norm.weight",
+    out="self_attn.out_proj",
+    q_norm="self_attn.q_layernorm.weight",
+    k_norm="self_attn.k_layernorm.weight",
+    gate_up=("feed_forward.w1", "feed_forward.w3"),
+    down="feed_forward.w2",
+    recurrent=RecurrentNames(read=("conv.in_proj",), out="conv.out_proj", convolution="conv.conv"),
+)
 _MIXTRAL = ("experts.{expert}.w1", "experts.{expert}.w3", "experts.{expert}.w2")
 
 
@@ -109,11 +43,52 @@ def _mixtral_names(block: str) -> Names:
     return Names(router=f"{block}.gate", expert_gate_up=(gate, up), expert_down=down)
 
 
+def _qwen35(model_type: str, kv_heads: int) -> Architecture:
+    """Return the declaration of a dense model, most of whose layers have the gated delta rule in place of attention."""
+    return Architecture(
+        model_type,
+        context=32768,
+        kv_heads=kv_heads,
+        head_dim=256,
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        norm_offset=1.0,
+        qk_norm="head",
+        gated=True,
+        rope_share=0.25,
+        reads=("partial_rotary_factor",),
+        only={"attn_output_gate": (None, True), "hidden_act": (None, "silu")},
+        names=Names(recurrent=_DELTA),
+        recurrence=_DELTA_LAYERS,
+    )
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(
         "llama", context=2048, qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias=True
     ),
     "MistralForCausalLM": Architecture("mistral", context=131072, kv_heads=8, windows="every layer"),
+    "Ministral3ForCausalLM": Architecture(
+        "ministral3",
+        context=262144,
+        kv_heads=8,
+        head_dim=128,
+        epsilon=1e-5,
+        rope={
+            "rope_type": "yarn",
+            "rope_theta": 1000000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+        query_growth="llama_4_scaling_beta",
+        windows="every layer",
+        window=None,
+    ),
     "Qwen2ForCausalLM": Architecture("qwen2", context=32768, kv_heads=32, qkv_bias="always", windows="by layer_types"),
     "Qwen3ForCausalLM": Architecture(
         "qwen3",
@@ -140,7 +115,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         embedding_scaled=True,
         rope_theta=1000000.0,
         local_rope_theta=10000.0,
+        local_rope_field="rope_local_base_freq",
         windows="by pattern",
+        pattern=6,
+        pattern_field="sliding_window_pattern",
         reads=("query_pre_attn_scalar", "final_logit_softcapping"),
         names=Names(
             post_norm="pre_feedforward_layernorm.weight",
@@ -168,12 +146,20 @@ ARCHITECTURES: dict[str, Architecture] = {
         qkv_bias="attention_bias",
         out_bias="attention_bias",
         qk_norm="whole",
-        names=Names(
-            input_norm="",
-            post_norm="",
-            out_norm="post_attention_layernorm.weight",
-            down_norm="post_feedforward_layernorm.weight",
-        ),
+        names=_OLMO,
+    ),
+    "Olmo3ForCausalLM": Architecture(
+        "olmo3",
+        context=2048,
+        epsilon=1e-5,
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        qk_norm="whole",
+        rope_theta=500000.0,
+        local_rope_theta=500000.0,
+        windows="by pattern",
+        pattern=4,
+        names=_OLMO,
     ),
     "GraniteForCausalLM": Architecture(
         "granite",
@@ -181,7 +167,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         qkv_bias="attention_bias",
         out_bias="attention_bias",
         mlp_bias=True,
-        reads=("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
+        reads=_GRANITE,
+    ),
+    "GraniteMoeHybridForCausalLM": Architecture(
+        "granitemoehybrid",
+        context=2048,
+        inner_field="shared_intermediate_size",
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        rope_switch="position_embedding_type",
+        without_layer_types="every layer is a Mamba layer then",
+        only={"num_local_experts": (0,)},
+        reads=(*_GRANITE, "num_local_experts", "num_experts_per_tok"),
+        names=Names(gate_up=("shared_mlp.gate_proj", "shared_mlp.up_proj"), down="shared_mlp.output_linear"),
     ),
     "Phi3ForCausalLM": Architecture(
         "phi3",
@@ -215,6 +213,26 @@ ARCHITECTURES: dict[str, Architecture] = {
         reads=_EXPERT_FIELDS,
         mixture=Mixture(128, 8, "moe_intermediate_size", 768, dense_layers=True),
     ),
+    "Qwen2MoeForCausalLM": Architecture(
+        "qwen2_moe",
+        context=32768,
+        kv_heads=16,
+        qkv_bias="qkv_bias",
+        bias_default=True,
+        only={"use_sliding_window": (None, False)},
+        reads=(*_EXPERT_FIELDS, "shared_expert_intermediate_size"),
+        mixture=Mixture(60, 4, "moe_intermediate_size", 1408, shared=5632, dense_layers=True),
+    ),
+    "OlmoeForCausalLM": Architecture(
+        "olmoe",
+        context=4096,
+        epsilon=1e-5,
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        qk_norm="whole",
+        reads=_EXPERT_FIELDS,
+        mixture=Mixture(64, 8, "intermediate_size", 2048),
+    ),
     "MixtralForCausalLM": Architecture(
         "mixtral",
         context=131072,
@@ -228,43 +246,96 @@ ARCHITECTURES: dict[str, Architecture] = {
         other_names=(_mixtral_names("mlp"),),  # of transformers 5, where experts are stored as 3-D tensors
         mixture=Mixture(8, 2, "intermediate_size", 14336, normalized=True),
     ),
-}
-
-# How names of classes begin that are of other families: with a known model_type they contradict it, while a name that
-# nobody knows (LLaMAForCausalLM, MyModelForCausalLM) is a spelling, and model_type decides.
-OTHER_FAMILIES = (
-    "albert", "apertus", "arctic", "baichuan", "bamba", "bart", "bert", "bitnet", "bloom", "chatglm", "cohere", "dbrx",
-    "deepseek", "ernie4", "exaone", "falcon", "gemma", "glm", "gpt", "granite", "grok", "internlm", "jamba", "jetmoe",
-    "lfm", "llama4", "mamba", "minicpm", "minimax", "ministral", "mixtral", "mllama", "modernbert", "mpt", "nemotron",
-    "olmo", "optfor", "persimmon", "phi", "qwen2_", "qwen2audio", "qwen2moe", "qwen2vl", "qwen3_", "qwen3moe",
-    "qwen3next", "qwen3omni", "qwen3vl", "recurrentgemma", "roberta", "rwkv", "seedoss", "smollm3", "stablelm",
-    "starcoder", "t5", "xlnet", "zamba",
-)  # fmt: skip
-
-# Fields that change the arithmetic of some model, with the values that do not. An architecture that has one says so.
-UNHANDLED: dict[str, tuple[object, ...]] = {
-    "quantization_config": (None,),
-    "partial_rotary_factor": (None, 1, 1.0),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "logits_soft_cap": (None,),
-    "query_pre_attn_scalar": (None,),
-    "attention_multiplier": (None, 1, 1.0),
-    "embedding_multiplier": (None, 1, 1.0),
-    "residual_multiplier": (None, 1, 1.0),
-    "logits_scaling": (None, 1, 1.0),
-    "logit_scale": (None, 1, 1.0),
-    "clip_qkv": (None,),
-    "attention_chunk_size": (None,),
-    "no_rope_layers": (None,),
-    "use_mrope": (None, False),
-    "use_bidirectional_attention": (None, False),
-    "attn_temperature_tuning": (None, False),
-    "num_experts": (None, 0, 1),
-    "num_local_experts": (None, 0, 1),
-    "n_routed_experts": (None, 0, 1),
-    "n_shared_experts": (None, 0),
-    "shared_expert_intermediate_size": (None, 0),
-    "routed_scaling_factor": (None, 1, 1.0),
-    "num_experts_per_tok": (None, 0, 1),
+    "GptOssForCausalLM": Architecture(
+        "gpt_oss",
+        context=131072,
+        kv_heads=8,
+        head_dim=64,
+        epsilon=1e-5,
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        bias_default=True,
+        rope_theta=150000.0,
+        rope={
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        windows="by pattern",
+        window=128,
+        pattern=2,
+        reads=_EXPERT_FIELDS,
+        names=Names(
+            sinks="self_attn.sinks",
+            router="mlp.router",
+            expert_biases=("mlp.experts.gate_up_proj_bias", "mlp.experts.down_proj_bias"),
+        ),
+        mixture=Mixture(
+            128, 4, "intermediate_size", 2880, normalized=True, choice="logits", biased=True, clamp=(1.702, 7.0)
+        ),
+    ),
+    "Qwen3NextForCausalLM": replace(
+        _qwen35("qwen3_next", kv_heads=2),
+        reads=("partial_rotary_factor", *_EXPERT_FIELDS, "shared_expert_intermediate_size"),
+        names=Names(recurrent=replace(_DELTA, read=("linear_attn.in_proj_qkvz",), gates=("linear_attn.in_proj_ba",))),
+        recurrence=replace(_DELTA_LAYERS, in_turns=True),
+        mixture=Mixture(512, 10, "moe_intermediate_size", 512, sums_to_one=True, shared=512, dense_layers=True),
+    ),
+    "Qwen3_5ForCausalLM": _qwen35("qwen3_5_text", kv_heads=4),
+    "Qwen3_5MoeForCausalLM": replace(
+        _qwen35("qwen3_5_moe_text", kv_heads=2),
+        reads=("partial_rotary_factor", *_EXPERT_FIELDS, "shared_expert_intermediate_size"),
+        mixture=Mixture(256, 8, "moe_intermediate_size", 512, normalized=True, shared=512),
+    ),
+    "Lfm2ForCausalLM": Architecture(
+        "lfm2",
+        context=128000,
+        kv_heads=8,
+        epsilon=1e-5,
+        epsilon_field="norm_eps",
+        tied=True,
+        tied_field="tie_embedding",
+        adjusted_inner=True,
+        qk_norm="head",
+        rope_theta=1000000.0,
+        only={"hidden_act": (None, "silu")},
+        names=_LFM2,
+        recurrence=Recurrence("convolution", "conv", listed="full_attn_idxs"),
+    ),
+    "Lfm2MoeForCausalLM": Architecture(
+        "lfm2_moe",
+        context=128000,
+        kv_heads=8,
+        epsilon=1e-5,
+        epsilon_field="norm_eps",
+        tied=True,
+        tied_field="tie_embedding",
+        qk_norm="head",
+        rope_theta=1000000.0,
+        without_layer_types="nothing says which layers have attention",
+        only={"hidden_act": (None, "silu")},
+        reads=("num_experts", "num_experts_per_tok", "routed_scaling_factor"),
+        names=replace(
+            _LFM2,
+            router="feed_forward.gate",
+            router_offset="feed_forward.expert_bias",
+            expert_gate_up=("feed_forward.experts.{expert}.w1", "feed_forward.experts.{expert}.w3"),
+            expert_down="feed_forward.experts.{expert}.w2",
+        ),
+        recurrence=Recurrence("convolution", "conv"),
+        mixture=Mixture(
+            32,
+            4,
+            "moe_intermediate_size",
+            1792,
+            sums_to_one=True,
+            choice="sigmoid",
+            offset_field="use_expert_bias",
+            dense_field="num_dense_layers",
+            dense_default=2,
+        ),
+    ),
 }

@@ -1,5 +1,6 @@
 """The key-value cache: allocated once for a number of positions, filled by the decoder, rewound for the next text."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from bincompress.model import rope
 from bincompress.model.config import ModelConfig
 from bincompress.model.errors import PromptError
+from bincompress.model.recurrence_fields import Recurrent
 from cpu_kernels.decoder.attention import BLOCK, padded
 
 CacheType = Literal["float32", "float16"]
@@ -18,8 +20,32 @@ _FIRST_POSITIONS = 512  # of the rotation table when it is first needed; it doub
 _ITEMS: dict[CacheType, type[Any]] = {"float32": np.float32, "float16": np.uint16}
 
 
+class State:
+    """What the tokens of a layer without attention read: that after the positions so far, and room for the next."""
+
+    def __init__(self, sizes: Recurrent) -> None:
+        shapes: list[tuple[int, ...]] = [(sizes.width - 1, sizes.channels)]
+        if sizes.kind == "delta":
+            shapes.append((sizes.heads, sizes.key_dim, sizes.value_dim))
+        # The last inputs of the convolution, and what the heads have learnt.
+        self.now = [np.zeros(shape, np.float32) for shape in shapes]
+        self.following = [np.zeros(shape, np.float32) for shape in shapes]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return sum(array.nbytes for array in (*self.now, *self.following))
+
+    def turn(self) -> None:
+        """Let the two change places: to the state after a pass, or back to the one before it."""
+        self.now, self.following = self.following, self.now
+
+
 class KvCache:
     """Keys and values of the positions so far, and the rotation table for those that were reached.
+
+    Of a layer without attention there is a state in their place, for the last positions and for those before the last
+    pass. Such a cache can be rewound to these, or to nothing (`reusable`).
 
     float16 halves the memory and the reading: decoding one token at 512 and 4096 positions (32 heads of 64, 8 of keys,
     one core) took 0.086 and 0.83 ms a layer against 0.15 and 2.2 ms with float32; float32 is exact.
@@ -34,16 +60,19 @@ class KvCache:
         self.kind = kind
         self.length = 0
         self._touched = 0  # positions that were ever filled
+        self._before: int | None = None  # positions before the last pass, of whose states this is known
         blocks = -(-capacity // BLOCK)
         item = _ITEMS[kind]
         # Zeros are handed out by the system page by page, so what a short text does not reach costs no memory.
         try:
-            self.keys: list[NDArray[Any]] = [
-                np.zeros((config.kv_heads, blocks, config.head_dim, BLOCK), item) for _ in range(config.layers)
-            ]
+            heads = [0 if config.is_recurrent(layer) else config.kv_heads for layer in range(config.layers)]
+            self.keys: list[NDArray[Any]] = [np.zeros((own, blocks, config.head_dim, BLOCK), item) for own in heads]
             self.values: list[NDArray[Any]] = [
-                np.zeros((config.kv_heads, blocks * BLOCK, padded(config.head_dim)), item) for _ in range(config.layers)
+                np.zeros((own, blocks * BLOCK, padded(config.head_dim)), item) for own in heads
             ]
+            sizes = config.recurrent
+            which = [layer for layer in range(config.layers) if config.is_recurrent(layer)]
+            self._states = {layer: State(sizes) for layer in which} if sizes is not None else {}
         except MemoryError:
             raise PromptError(
                 f"context: {capacity:,} tokens need {cache_bytes(config, capacity, kind) / 1e9:,.1f} GB for their keys "
@@ -60,28 +89,59 @@ class KvCache:
         """Return a layer's cosines and sines of the positions that were reached, each (positions, rotated / 2)."""
         return self._tables[self._of_layer[layer]]
 
+    def state(self, layer: int) -> State:
+        """Return the state of a layer without attention."""
+        return self._states[layer]
+
+    @property
+    def _state_bytes(self) -> int:
+        return sum(state.nbytes for state in self._states.values())
+
     @property
     def nbytes(self) -> int:
         """Bytes of the whole cache once it is filled."""
         arrays = sum(array.nbytes for array in (*self.keys, *self.values))
-        return arrays + _table_bytes(self._ropes, self._head_dim, self.capacity)
+        return arrays + self._state_bytes + _table_bytes(self._ropes, self._head_dim, self.capacity)
 
     @property
     def held_bytes(self) -> int:
         """Bytes of the positions that were ever filled: the memory that the cache takes at present."""
         share = -(-self._touched // BLOCK) * BLOCK / self.values[0].shape[1]
         arrays = sum(array.nbytes for array in (*self.keys, *self.values))
-        return int(arrays * share) + _table_bytes(self._ropes, self._head_dim, self._reached)
+        tables = _table_bytes(self._ropes, self._head_dim, self._reached)
+        return int(arrays * share) + self._state_bytes + tables
+
+    def advance(self, count: int) -> None:
+        """Note that a pass over `count` tokens is done: what it wrote counts from now on."""
+        self._before, self.length = self.length, self.length + count
+        for state in self._states.values():
+            state.turn()
+
+    def reusable(self, length: int) -> int:
+        """Return how many of the first `length` positions `rewind` and `copy_from` can go back to."""
+        if not self._states:
+            return min(length, self.length)
+        return max((known for known in (self.length, self._before or 0) if known <= length), default=0)
 
     def copy_from(self, other: "KvCache", length: int) -> None:
         """Hold what the first `length` positions of another cache of this model and type hold, and nothing else."""
-        if length > min(other.length, self.capacity):
+        if length > min(other.length, self.capacity) or other.reusable(length) != length:
             raise ValueError(f"cannot copy {length} positions of {other.length} into a cache of {self.capacity}")
+        for layer, state in self._states.items():
+            theirs = other.state(layer)
+            of_length = theirs.now if length == other.length else theirs.following
+            for array, found in zip(state.now, of_length, strict=True):
+                array[:] = found if length else 0
+        self._before = None
         blocks = -(-length // BLOCK)
         for own, source in zip(self.keys, other.keys, strict=True):
             own[:, :blocks] = source[:, :blocks]
         for own, source in zip(self.values, other.values, strict=True):
             own[:, :length] = source[:, :length]
+        self.hold(length)
+
+    def hold(self, length: int) -> None:
+        """Count so many positions as filled, whose keys and values were put there."""
         self.reach(length)
         self.length = length
 
@@ -104,18 +164,34 @@ class KvCache:
 
     def rewind(self, length: int = 0) -> None:
         """Forget all positions from `length` on."""
-        if not 0 <= length <= self.length:
+        if not 0 <= length <= self.length or self.reusable(length) != length:
             raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} positions")
+        if length != self.length:
+            for state in self._states.values():
+                state.turn()
+                for array in state.now if not length else ():
+                    array.fill(0)
+            self._before = None
         self.length = length
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows start .. stop - 1 of a block: tokens of one sequence, after those in its cache."""
+
+    cache: KvCache
+    start: int
+    stop: int
 
 
 def cache_bytes(config: ModelConfig, capacity: int, kind: CacheType = "float32") -> int:
     """Return the bytes that a cache of this capacity takes, before one is made."""
     positions = -(-capacity // BLOCK) * BLOCK
-    per_position = config.layers * config.kv_heads * (config.head_dim + padded(config.head_dim))
-    return positions * per_position * np.dtype(_ITEMS[kind]).itemsize + _table_bytes(
-        _distinct(config), config.head_dim, capacity
-    )
+    with_attention = sum(not config.is_recurrent(layer) for layer in range(config.layers))
+    per_position = with_attention * config.kv_heads * (config.head_dim + padded(config.head_dim))
+    states = (config.layers - with_attention) * config.recurrent.state_bytes if config.recurrent is not None else 0
+    tables = _table_bytes(_distinct(config), config.head_dim, capacity)
+    return positions * per_position * np.dtype(_ITEMS[kind]).itemsize + states + tables
 
 
 def _distinct(config: ModelConfig) -> list[rope.Rope]:

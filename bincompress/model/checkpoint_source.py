@@ -32,8 +32,8 @@ class CheckpointSource:
         self._embedding: dict[str, DenseLinear] = {}
 
     def vector(self, names: Sequence[str]) -> Floats:
-        """Return one-dimensional tensors, one after the other."""
-        return np.concatenate([read_weight(self._tensors[name]).float32()[0] for name in names])
+        """Return tensors that are no matrices, such as norms, one after the other."""
+        return np.concatenate([read_weight(self._tensors[name]).float32().reshape(-1) for name in names])
 
     def linear(self, names: Sequence[str]) -> DenseLinear:
         """Return matrices with the same input as one, rows one below the other."""

@@ -11,6 +11,7 @@ from bincompress.model.config import ModelConfig
 from bincompress.model.errors import NotFiniteError, PromptError
 from bincompress.model.experts import read_experts
 from bincompress.model.linear import FEW_TOKENS, Embedding, Linear, WeightSource
+from bincompress.model.recurrent import read_recurrent_layer
 from bincompress.model.residents import Residents
 from bincompress.model.rounded_linear import rounding
 from bincompress.model.steps import NO_MATRIX, NO_NORM, Buffers, Layer, Part, Steps
@@ -166,9 +167,9 @@ class Decoder:
         steps.begin(work, vectors, self.layers[0].input_norm)
         for number, layer in enumerate(self.layers):
             following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
-            steps.attend(work, layer, number, parts)
-            steps.norm_in_place(work.mixed, layer.mixed_norm)
-            steps.add(work, layer.out(work.mixed), layer.out_bias, layer.out_norm, layer.post_norm)
+            mixed = steps.mix(work, layer, number, parts)
+            steps.norm_in_place(mixed, layer.mixed_norm)
+            steps.add(work, layer.out(mixed), layer.out_bias, layer.out_norm, layer.post_norm)
             if layer.experts is None:
                 steps.gate(work, layer.gate_up(work.normed), layer.gate_up_bias)
                 steps.norm_in_place(work.inner, layer.inner_norm)
@@ -177,7 +178,7 @@ class Decoder:
                 made = layer.experts(work.normed)
             steps.add(work, made, layer.down_bias, layer.down_norm, following)
         for part in parts:
-            part.cache.length += part.stop - part.start
+            part.cache.advance(part.stop - part.start)
         return work
 
 
@@ -236,8 +237,12 @@ def read_layer(
             return np.zeros(matrix.rows, np.float32)
         return source.vector([names.of_layer(number, part + ".bias") for part in parts])
 
-    qkv, out = linear(*names.qkv), linear(names.out)
-    experts = read_experts(config, source, number, workers or Workers(1), residents)
+    workers = workers or Workers(1)
+    recurrent = read_recurrent_layer(config, source, number, workers)
+    attends = recurrent is None
+    read, written = config.mixing_of(number)
+    qkv, out = linear(*read), linear(written)
+    experts = read_experts(config, source, number, workers, residents)
     gate_up = linear(*names.gate_up) if experts is None else NO_MATRIX
     down = linear(names.down) if experts is None else NO_MATRIX
     mlp_bias = config.mlp_bias and experts is None
@@ -247,16 +252,18 @@ def read_layer(
         out_norm=norm(names.out_norm),
         down_norm=norm(names.down_norm),
         qkv=qkv,
-        qkv_bias=bias(config.qkv_bias, qkv, *names.qkv),
-        q_norm=norm(names.q_norm, bool(config.qk_norm)),
-        k_norm=norm(names.k_norm, bool(config.qk_norm)),
+        qkv_bias=bias(config.qkv_bias and attends, qkv, *read),
+        q_norm=norm(names.q_norm, bool(config.qk_norm) and attends),
+        k_norm=norm(names.k_norm, bool(config.qk_norm) and attends),
         out=out,
-        out_bias=bias(config.out_bias, out, names.out),
+        out_bias=bias(config.out_bias if attends else config.has_recurrent_biases, out, written),
         gate_up=gate_up,
         gate_up_bias=bias(mlp_bias, gate_up, *names.gate_up),
         down=down,
         down_bias=bias(mlp_bias, down, names.down) if experts is None else np.zeros(config.hidden, np.float32),
         mixed_norm=norm(names.mixed_norm),
         inner_norm=norm(names.inner_norm),
+        recurrent=recurrent,
+        sinks=source.vector([names.of_layer(number, names.sinks)]) if config.sinks else NO_NORM,
         experts=experts,
     )

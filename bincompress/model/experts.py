@@ -6,12 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bincompress.model.config import Experts, ModelConfig
+from bincompress.model.expert_parts import Biases, Shared, read_biases, read_shared
 from bincompress.model.linear import DenseLinear, Floats, Linear, WeightSource
 from bincompress.model.packed_linear import PackedLinear
 from bincompress.model.residents import ColdPairs, Pair, Residents
 from bincompress.model.threads import in_turn, over_ranges
+from cpu_kernels.decoder.gates import clamped_gate
 from cpu_kernels.decoder.norms import GATES
-from cpu_kernels.decoder.routing import choose_experts, mix_experts
+from cpu_kernels.decoder.routing import choose_by_logits, choose_by_sigmoid, choose_experts, mix_experts
 from cpu_kernels.matmul.chosen import ChosenProducts
 from cpu_kernels.parallel.workers import Workers
 
@@ -27,13 +29,15 @@ class ExpertLayer:
     """
 
     def __init__(
-        self, config: ModelConfig, experts: Experts, router: Linear, pairs: Sequence[Pair], workers: Workers
-    ) -> None:
+        self, config: ModelConfig, experts: Experts, router: Linear, pairs: Sequence[Pair], workers: Workers,
+        biases: Biases | None = None, shared: Shared | None = None, offsets: Floats | None = None,
+    ) -> None:  # fmt: skip
         self.router, self.pairs = router, pairs
         self.hidden, self.inner, self.count = config.hidden, experts.inner, experts.count
-        self._chosen, self._normalized = experts.chosen, int(experts.normalized)
-        self._gate = GATES[config.activation]
+        self._experts, self._normalized, self._offsets = experts, int(experts.normalized), offsets
+        self._gate, self._clamp = GATES[config.activation], experts.clamp
         self._no_bias = np.zeros(2 * experts.inner, np.float32)
+        self._biases, self.shared = biases, shared
         self._workers = workers
         # Of one token: handing a router's few rows to other threads takes longer than multiplying them.
         self._router_alone = router.alone() if isinstance(router, DenseLinear) else router
@@ -58,34 +62,57 @@ class ExpertLayer:
             len(x),
             _TOKENS_PER_THREAD,
         )
+        if self.shared is not None:
+            result += self.shared.down(self.shared.gated(x), x)
         return result
 
     def choose(self, x: Floats) -> tuple[Numbers, Floats]:
         """Return each token's experts (n, chosen), by ascending number, and their weights."""
         logits = self.router(x) if len(x) > 1 else self._router_alone(x)
-        chosen = np.empty((len(x), self._chosen), np.int64)
-        weights = np.empty((len(x), self._chosen), np.float32)
-        over_ranges(
-            self._workers,
-            lambda start, stop, _: choose_experts(logits, self._normalized, start, stop, chosen, weights),
-            len(x),
-            _TOKENS_PER_THREAD,
-        )
+        if self._biases is not None:
+            logits += self._biases.router
+        experts, offsets = self._experts, self._offsets
+        chosen = np.empty((len(x), experts.chosen), np.int64)
+        weights = np.empty((len(x), experts.chosen), np.float32)
+
+        def choose(start: int, stop: int, _: int) -> None:
+            if experts.choice == "softmax":
+                choose_experts(logits, self._normalized, start, stop, chosen, weights)
+            elif experts.choice == "logits":
+                choose_by_logits(logits, start, stop, chosen, weights)
+            else:
+                choose_by_sigmoid(logits, offsets, self._normalized, experts.scale, start, stop, chosen, weights)
+
+        over_ranges(self._workers, choose, len(x), _TOKENS_PER_THREAD)
         return chosen, weights
 
     def gated(self, expert: int, x: Floats) -> Floats:
         """Return what an expert's down matrix reads where its gate and up matrices read x."""
-        return self.gate(self.pairs[expert][0](x))
+        return self._gated(expert, self.pairs[expert][0](x))
 
-    def gate(self, gate_up: Floats, out: Floats | None = None) -> Floats:
-        """Return the gated values (n, inner) of gate_up (n, 2 * inner); `out` may be given."""
+    def _gated(self, experts: int | Numbers, gate_up: Floats, out: Floats | None = None) -> Floats:
+        """Return the gated values (n, inner) of gate_up (n, 2 * inner); `out` may be given.
+
+        experts: the one that all rows are of, or that of each row, whose biases are added to gate_up.
+        """
         inner = np.empty((len(gate_up), self.inner), np.float32) if out is None else out
-        self._gate(gate_up, self._no_bias, 0, len(gate_up), inner)
+        if self._biases is not None:
+            gate_up += self._biases.gate_up[experts]
+        if self._clamp is None:
+            self._gate(gate_up, self._no_bias, 0, len(gate_up), inner)
+        else:
+            clamped_gate(gate_up, *self._clamp, 0, len(gate_up), inner)
         return inner
 
     def down(self, expert: int, inner: Floats) -> Floats:
-        """Return the products of an expert's down matrix."""
-        return self.pairs[expert][1](inner)
+        """Return what an expert's down matrix gives, with its bias."""
+        made = self.pairs[expert][1](inner)
+        self._add_bias(expert, made)
+        return made
+
+    def _add_bias(self, experts: int | Numbers, made: Floats) -> None:
+        if self._biases is not None:
+            made += self._biases.down[experts]
 
     def _of_token(self, numbers: Numbers, x: Floats) -> Floats:
         """Return what these experts make of one token, (experts, hidden)."""
@@ -98,9 +125,10 @@ class ExpertLayer:
             if self._put.get(number) is not pair:
                 self._put_in(number, pair)
         if self._gate_ups.has(numbers) and self._downs.has(numbers):
-            made = self._downs(numbers, self.gate(self._gate_ups(numbers, x)))
+            made = self._downs(numbers, self._gated(numbers, self._gate_ups(numbers, x)))
         else:
-            made = np.concatenate([down(self.gate(gate_up(x))) for gate_up, down in given.values()])
+            made = np.concatenate([down(self._gated(number, gate_up(x))) for number, (gate_up, down) in given.items()])
+        self._add_bias(numbers, made)
         if isinstance(self.pairs, ColdPairs):
             for number in self.pairs.absent(list(given)):  # dropped for another one of these
                 self._forget(number)
@@ -132,7 +160,8 @@ class ExpertLayer:
         free, rest = rooms[1:], list[int]()
 
         def alone(item: int) -> None:
-            group, (gate_up, down) = groups[item][1], self._pair(groups[item][0])
+            expert, group = groups[item]
+            gate_up, down = self._pair(expert)
             if not (isinstance(gate_up, PackedLinear) and isinstance(down, PackedLinear)):
                 rest.append(item)
                 return
@@ -145,7 +174,9 @@ class ExpertLayer:
             read = room.array("read", n, self.hidden)
             np.take(x, group // chosen.shape[1], axis=0, out=read)
             first = gate_up.alone(read, room.array("gate_up", n, 2 * self.inner))
-            down.alone(self.gate(first, room.array("inner", n, self.inner)), made[ends[item] - n : ends[item]])
+            own = made[ends[item] - n : ends[item]]
+            down.alone(self._gated(expert, first, room.array("inner", n, self.inner)), own)
+            self._add_bias(expert, own)
             free.append(room)
 
         if len(groups) >= _EXPERTS_PER_THREAD * self._workers.threads:
@@ -153,9 +184,11 @@ class ExpertLayer:
         else:
             rest += range(len(groups))
         for item in rest:
-            group, (gate_up, down) = groups[item][1], self._pair(groups[item][0])
-            inner = self.gate(gate_up(x[group // chosen.shape[1]]))
-            made[ends[item] - len(group) : ends[item]] = down(inner)
+            expert, group = groups[item]
+            gate_up, down = self._pair(expert)
+            own = made[ends[item] - len(group) : ends[item]]
+            own[:] = down(self._gated(expert, gate_up(x[group // chosen.shape[1]])))
+            self._add_bias(expert, own)
         return made, places.reshape(chosen.shape)
 
     def _pair(self, expert: int) -> Pair:
@@ -207,4 +240,8 @@ def read_experts(
         pairs = [read(expert) for expert in range(experts.count)]
     else:
         pairs = ColdPairs(read, experts.count, layer, residents)
-    return ExpertLayer(config, experts, router, pairs, workers)
+    biases, shared = read_biases(config, source, layer), read_shared(config, source, layer)
+    offsets = np.zeros(experts.count, np.float32)
+    if experts.has_offsets:
+        offsets = np.asarray(source.vector([config.names.of_layer(layer, config.names.router_offset)]))
+    return ExpertLayer(config, experts, router, pairs, workers, biases, shared, offsets)

@@ -17,7 +17,7 @@ def count(raw: Mapping[str, Any], field: str, default: int | None = None) -> int
     if value is None:
         value = default
     if type(value) is not int or value < 0:
-        raise ConfigError(f"config.json: {field}: expected a whole number, found {value!r:.80}")
+        raise ConfigError(f"config.json: {field}: expected a whole number, found {shown(value)}")
     return value
 
 
@@ -25,8 +25,14 @@ def size(raw: Mapping[str, Any], field: str, default: int | None = None, limit: 
     """Return a whole number of 1 to the limit; the default where the field is absent or null."""
     value = count(raw, field, default)
     if not 0 < value <= limit:
-        raise ConfigError(f"config.json: {field}: expected 1 to {limit}, found {value!r:.80}")
+        raise ConfigError(f"config.json: {field}: expected 1 to {limit}, found {shown(value)}")
     return value
+
+
+def shown(value: Any) -> str:
+    """Return a value as config.json has it, in at most 80 characters."""
+    not_finite = value.get("__float__") if isinstance(value, dict) and len(value) == 1 else None
+    return not_finite if isinstance(not_finite, str) else f"{value!r:.80}"  # see sources/json_files.py
 
 
 def number(raw: Mapping[str, Any], field: str, default: float | None = None) -> float:
@@ -35,7 +41,7 @@ def number(raw: Mapping[str, Any], field: str, default: float | None = None) -> 
     if value is None:
         value = default
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConfigError(f"config.json: {field}: expected a positive number, found {value!r:.80}")
+        raise ConfigError(f"config.json: {field}: expected a positive number, found {shown(value)}")
     if not 1 / _LARGEST_NUMBER <= value <= _LARGEST_NUMBER:
         raise ConfigError(
             f"config.json: {field}: expected a number from {1 / _LARGEST_NUMBER:g} to {_LARGEST_NUMBER:g}, found "
@@ -48,5 +54,5 @@ def flag(raw: Mapping[str, Any], field: str, default: bool = False) -> bool:
     """Return true or false; the default where the field is absent, false where it is null."""
     value = raw.get(field, default)
     if value not in (None, True, False) or type(value) is int:
-        raise ConfigError(f"config.json: {field}: expected true or false, found {value!r}")
+        raise ConfigError(f"config.json: {field}: expected true or false, found {shown(value)}")
     return bool(value)

@@ -133,15 +133,15 @@ def _is_count(key: str) -> bool:
 def declared_roles(config: Any) -> dict[str, Role]:
     """Return the roles of a registered architecture's tensors (of a `ModelConfig`), by name."""
     names = config.names
-    routers = {config.router_of(layer) for layer in range(config.layers) if config.experts_of(layer) is not None}
+    kept = config.kept_matrices()
     roles = {}
     for name, shape in config.tensors().items():
         if name == names.embedding:
             roles[name] = Role("embedding", "embedding, and output head" if config.tied else "embedding")
         elif name == names.head:
             roles[name] = Role("head", "output head or classifier")
-        elif name in routers:
-            roles[name] = Role("other", "router of experts, which decides what runs")
+        elif name in kept:
+            roles[name] = Role("other", kept[name])
         else:
             roles[name] = LINEAR if len(shape) == 2 else Role("other", _ranks(shape))
     return roles

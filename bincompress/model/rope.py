@@ -29,6 +29,7 @@ class Rope:
     beta_slow: float = 1.0  # yarn: and up to which its frequency is divided by the factor
     truncate: bool = True  # yarn: whether the limits between pairs are whole numbers
     divisors: tuple[float, ...] = ()  # longrope: of each pair's frequency
+    query_growth: float = 0.0  # queries times 1 + this * ln(1 + how many times the original context is behind them)
 
     @property
     def most_positions(self) -> int | None:
@@ -101,3 +102,12 @@ def table(rope: Rope, head_dim: int, positions: int, first: int = 0) -> tuple[Fl
     angles = np.arange(first, positions).astype(np.float32)[:, None] * frequencies(rope, head_dim)
     factor = np.float32(rope.attention_factor)
     return np.cos(angles) * factor, np.sin(angles) * factor
+
+
+def growth(rope: Rope, first: int, count: int) -> Floats:
+    """Return what the queries of the positions first .. first + count - 1 are multiplied by, (count,).
+
+    Source: `get_llama_4_attn_scale` of transformers' Ministral 3.
+    """
+    behind = np.arange(first, first + count) // rope.original_context
+    return np.float32(1.0) + np.float32(rope.query_growth) * np.log1p(behind.astype(np.float32))

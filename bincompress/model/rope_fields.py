@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
-from bincompress.model.architectures import Architecture
+from bincompress.model.declaration import Architecture
 from bincompress.model.errors import ConfigError, UnsupportedModelError
 from bincompress.model.fields import LARGEST_POSITION, flag, number, size
 from bincompress.model.rope import Kind, Rope, rotated
@@ -123,7 +123,7 @@ def _share(given: Mapping[str, Any], raw: Mapping[str, Any], declared: Architect
         if given.get(field, 1.0) not in (None, 1.0):
             raise UnsupportedModelError(f"config.json: {field} = {given[field]!r} is not supported; only 1.0 is")
         return 1.0
-    share = number(given if given.get(field) is not None else raw, field, 1.0)
+    share = number(given if given.get(field) is not None else raw, field, declared.rope_share)
     if share > 1:
         raise ConfigError(f"config.json: {field}: expected at most 1, found {share}")
     return share

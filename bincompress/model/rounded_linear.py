@@ -3,6 +3,7 @@
 import numpy as np
 
 from bincompress.model.linear import Floats, Linear
+from bincompress.model.low_rank_linear import LowRankLinear
 from bincompress.model.packed_linear import PackedLinear, StackedLinear
 
 _MOST = np.float32(127)
@@ -26,9 +27,11 @@ def rounding(linear: Linear) -> Linear:
 
     A product with quantized activations does the same in integers, if each token has one scale.
     """
-    if isinstance(linear, PackedLinear):
+    if isinstance(linear, PackedLinear | LowRankLinear):
         return linear.per_token()
-    if isinstance(linear, StackedLinear) and any(isinstance(part, PackedLinear) for part in linear.parts):
+    if isinstance(linear, StackedLinear) and any(
+        isinstance(part, PackedLinear | LowRankLinear) for part in linear.parts
+    ):
         return StackedLinear([rounding(part) for part in linear.parts])
     return RoundedLinear(linear)
 

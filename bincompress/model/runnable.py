@@ -7,6 +7,7 @@ from typing import Any
 from bincompress.errors import BincompressError, CheckpointError, RecipeError
 from bincompress.model.checkpoint_source import checkpoint_config
 from bincompress.model.config import ModelConfig
+from bincompress.model.generation_fields import not_obeyed
 from bincompress.model.roles import Roles, declared_roles
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.sources.checkpoint import ITEM_BYTES, Checkpoint
@@ -76,9 +77,11 @@ def verdict(checkpoint: Checkpoint) -> Verdict:
         _check_known_shapes(checkpoint)
     else:
         faults += _decoder_faults(checkpoint, config)
+    notes = [*checkpoint.notes, *(config.notes if config else ())]
     if Path(next(iter(checkpoint.tensors.values())).file).is_file():  # else a plan of headers alone
         faults += _text_faults(checkpoint)
-    return Verdict(tuple(faults), (*checkpoint.notes, *(config.notes if config else ())), config)
+        notes += () if faults else not_obeyed(checkpoint.assets())
+    return Verdict(tuple(faults), tuple(notes), config)
 
 
 def roles_of(checkpoint: Checkpoint) -> Roles:

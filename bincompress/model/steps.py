@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bincompress.model.cache import KvCache
+from bincompress.model.cache import Part as Part
 from bincompress.model.config import ModelConfig
 from bincompress.model.experts import ExpertLayer
 from bincompress.model.linear import Floats, Linear
+from bincompress.model.recurrent import RecurrentLayer
+from bincompress.model.rope import growth
 from bincompress.model.threads import over_ranges
-from cpu_kernels.decoder.attention import ATTEND, NO_WINDOW, scratch_size, work_items
+from cpu_kernels.decoder.attention import ATTEND, ATTEND_WITH_SINKS, NO_WINDOW, scratch_size, work_items
+from cpu_kernels.decoder.gates import gate_by_sigmoid
 from cpu_kernels.decoder.norms import GATES, PLACE, add_norm, add_normed, norm_queries_keys, norm_rows
 from cpu_kernels.parallel.workers import Workers
 
@@ -27,6 +30,7 @@ class _NoMatrix:
 
 
 NO_MATRIX: Linear = _NoMatrix()
+NO_MATRIX_VALUES = np.zeros((0, 0), np.float32)
 NO_NORM = np.zeros(0, np.float32)  # the weight of a norm that an architecture lacks
 
 # Handing work to another thread costs some 30 microseconds, so small work stays on the calling thread.
@@ -42,7 +46,7 @@ class Layer:
     post_norm: Floats  # (hidden,), before the MLP
     out_norm: Floats  # (hidden,), of what attention gives
     down_norm: Floats  # (hidden,), of what the MLP gives
-    qkv: Linear  # queries, keys, values: ((heads + 2 kv_heads) * head_dim, hidden)
+    qkv: Linear  # queries, keys, values: ((heads + 2 kv_heads) * head_dim, hidden); gated, head_dim rows more a head
     qkv_bias: Floats
     q_norm: Floats  # (head_dim,), or (heads * head_dim,) where all are normalized at once
     k_norm: Floats  # (head_dim,), or (kv_heads * head_dim,)
@@ -54,6 +58,8 @@ class Layer:
     down_bias: Floats
     mixed_norm: Floats = field(default_factory=lambda: NO_NORM)  # (heads * head_dim,), of what `out` reads
     inner_norm: Floats = field(default_factory=lambda: NO_NORM)  # (inner,), of what `down` reads
+    sinks: Floats = field(default_factory=lambda: NO_NORM)  # (heads,), of attention's softmax
+    recurrent: RecurrentLayer | None = None  # in place of attention; `qkv` are the matrices that read its input then
     experts: ExpertLayer | None = None  # in place of gate_up and down, which are NO_MATRIX then
 
 
@@ -77,22 +83,15 @@ class Buffers:
         return Buffers(self.stream[:n], self.normed[:n], self.mixed[:n], self.inner[:n])
 
 
-@dataclass(frozen=True)
-class Part:
-    """The rows start .. stop - 1 of a block: tokens of one sequence, after those in its cache."""
-
-    cache: KvCache
-    start: int
-    stop: int
-
-
 class Steps:
     """Runs them on an exact number of threads; one caller at a time."""
 
     def __init__(self, config: ModelConfig, workers: Workers) -> None:
         self.config = config
         self.workers = workers
-        self._scratch = [np.empty(scratch_size(config.head_dim), np.float32) for _ in range(workers.threads)]
+        self._scratch_size = scratch_size(config.head_dim)
+        behind = config.heads if config.sinks else 0
+        self._scratch = [np.empty(self._scratch_size + behind, np.float32) for _ in range(workers.threads)]
         names = config.names
         norms = (bool(names.input_norm), bool(names.post_norm), bool(names.out_norm), bool(names.down_norm))
         # Llama's norms are one before attention and one before the MLP; the kernel for those does nothing else.
@@ -148,6 +147,13 @@ class Steps:
                 _ROWS_PER_THREAD,
             )
 
+    def mix(self, work: Buffers, layer: Layer, number: int, parts: Sequence[Part]) -> Floats:
+        """Return what tokens make of those before them: by attention, or of the state that these have left."""
+        if layer.recurrent is not None:
+            return layer.recurrent.mix(layer.qkv(work.normed), work.normed, number, parts)
+        self.attend(work, layer, number, parts)
+        return work.mixed
+
     def attend(self, work: Buffers, layer: Layer, number: int, parts: Sequence[Part]) -> None:
         """Let the tokens of each part read those before them, and put their keys and values into its cache.
 
@@ -156,6 +162,11 @@ class Steps:
         config = self.config
         qkv = layer.qkv(work.normed)
         bias, q_norm, k_norm = layer.qkv_bias, layer.q_norm, layer.k_norm
+        gates = NO_MATRIX_VALUES
+        if config.gated:
+            qkv += bias
+            qkv, gates = self._apart(qkv)
+            bias = self._no_qkv_bias
         if config.qk_norm == "whole":
             self._norm_whole(qkv, layer)
             bias, q_norm, k_norm = self._no_qkv_bias, NO_NORM, NO_NORM
@@ -164,7 +175,10 @@ class Steps:
         window = config.windows[number] or NO_WINDOW
         items = [work_items(part.stop - part.start, config.heads, config.kv_heads) for part in parts]
         ends = list(itertools.accumulate(items))
-        attend = ATTEND[parts[0].cache.keys[number].dtype]
+        attend = (ATTEND_WITH_SINKS if config.sinks else ATTEND)[parts[0].cache.keys[number].dtype]
+        if config.sinks:
+            for scratch in self._scratch:
+                scratch[self._scratch_size :] = layer.sinks
 
         def run(start: int, stop: int, worker: int) -> None:
             for part, own, end in zip(parts, items, ends, strict=True):
@@ -179,6 +193,22 @@ class Steps:
         seen = sum((part.stop - part.start) * min(part.cache.length + part.stop - part.start, window) for part in parts)
         steps = seen * config.heads * config.head_dim
         over_ranges(self.workers, run, ends[-1], 1 if steps > _STEPS_PER_THREAD else ends[-1])
+        if config.gated:
+            over_ranges(
+                self.workers,
+                lambda start, stop, _: gate_by_sigmoid(work.mixed, gates, start, stop),
+                len(gates),
+                _ROWS_PER_THREAD,
+            )
+
+    def _apart(self, qkv: Floats) -> tuple[Floats, Floats]:
+        """Return queries, keys and values, and the gates, whose rows lie with those of the queries, head by head."""
+        config, n = self.config, len(qkv)
+        queries = config.heads * config.head_dim
+        pairs = qkv[:, : 2 * queries].reshape(n, config.heads, 2, config.head_dim)
+        first = pairs[:, :, 0].reshape(n, queries)
+        gates = np.ascontiguousarray(pairs[:, :, 1]).reshape(n, queries)
+        return np.concatenate([first, qkv[:, 2 * queries :]], axis=1), gates
 
     def _place(self, part: Part, qkv: Floats, number: int, bias: Floats, q_norm: Floats, k_norm: Floats) -> None:
         """Rotate a part's queries, and put its keys and values into its cache."""
@@ -196,6 +226,9 @@ class Steps:
             n,
             _ROWS_PER_THREAD,
         )  # fmt: skip
+        rope = config.ropes[number]
+        if rope.query_growth and cache.length + n > rope.original_context:
+            qkv[:, : config.heads * config.head_dim] *= growth(rope, cache.length, n)[:, None]
 
     def _norm_whole(self, qkv: Floats, layer: Layer) -> None:
         """Add the bias, and normalize all queries of a token as one vector and all keys as one."""

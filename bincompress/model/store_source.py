@@ -13,6 +13,7 @@ from bincompress.model.config import ModelConfig, parse
 from bincompress.model.errors import NotFiniteError
 from bincompress.model.layout import settle
 from bincompress.model.linear import DenseLinear, Embedding, Floats, Linear
+from bincompress.model.low_rank_linear import DecodedLowRank, LowRankEmbedding, LowRankLinear
 from bincompress.model.lowering import Lowered, lower
 from bincompress.model.packed_linear import (
     ActivationSettings,
@@ -25,11 +26,16 @@ from bincompress.model.packed_linear import (
 )
 from bincompress.store.store import Store, let_go
 from bincompress.tensors.dequantize import dequantize
+from bincompress.tensors.forms import Stored
+from bincompress.tensors.low_rank import LowRankTensor
 from bincompress.tensors.packed import PackedTensor
 from cpu_kernels.matmul.prepacking import prepack_rows
 from cpu_kernels.parallel.workers import Workers
 
-Entry = tuple[str, PackedTensor | None, Lowered | None]  # a tensor's name, how it is stored, and its planes
+Entry = tuple[str, Stored | None, Lowered | None]  # a tensor's name, how it is stored, and its planes
+
+_Matrix = PackedLinear | ScaledLinear | LowRankLinear | DecodedLinear | DecodedLowRank | DenseLinear
+_LOW_RANK = "low rank"  # what neighbours of that form share
 
 _ROWS_AT_ONCE = 256  # whose planes are decoded to find what listed weights differ by
 
@@ -95,9 +101,12 @@ class StoreSource:
         """Return the table of token vectors; a packed one stays mapped where the store is a local folder."""
         if name not in self._tables:
             if self._kinds[name] == "packed":
-                packed = self._store.read_packed(name, check_hashes=True)
-                let_go(packed.planes)
-                self._tables[name] = PackedEmbedding(packed)
+                packed = self._store.read_stored(name, check_hashes=True)
+                if isinstance(packed, LowRankTensor):
+                    self._tables[name] = LowRankEmbedding(packed)
+                else:
+                    let_go(packed.planes)
+                    self._tables[name] = PackedEmbedding(packed)
             else:
                 self._tables[name] = self._kept(name)
         return self._tables[name]
@@ -105,40 +114,53 @@ class StoreSource:
     def _forms(self, names: Sequence[str]) -> Iterator[Linear]:
         """Yield the matrices in order; neighbours of one layout become one."""
         found = [(name, *self._read(name)) for name in names]
-        for kind, group in groupby(found, key=_kind):
+        for kind, group in groupby(found, key=lambda entry: _kind(entry, self._settings.bits)):
             entries = list(group)
             if kind is None:
                 for name, packed, _ in entries:
-                    yield self._noted(
-                        [name], self._kept(name) if packed is None else DecodedLinear(packed, self._workers)
-                    )
+                    yield self._noted([name], self._decoded(name, packed))
+            elif kind == _LOW_RANK:
+                tensors = [packed for _, packed, _ in entries if isinstance(packed, LowRankTensor)]
+                own_pages = entries[0][0] in self._apart
+                linear = LowRankLinear(tensors, self._settings, self._workers, self._kernel, own_pages)
+                yield self._noted([name for name, _, _ in entries], linear)
             else:
                 yield self._noted([name for name, _, _ in entries], self._laid_out(entries))
 
-    def _read(self, name: str) -> tuple[PackedTensor | None, Lowered | None]:
+    def _read(self, name: str) -> tuple[Stored | None, Lowered | None]:
         if self._kinds[name] != "packed":
             return None, None
-        packed = self._store.read_packed(name, check_hashes=True)
-        return packed, None if self._settings.bits == 16 else lower(packed)
+        packed = self._store.read_stored(name, check_hashes=True)
+        if self._settings.bits == 16 or isinstance(packed, LowRankTensor):
+            return packed, None
+        return packed, lower(packed)
+
+    def _decoded(self, name: str, packed: Stored | None) -> DenseLinear | DecodedLinear | DecodedLowRank:
+        """Return a matrix that is multiplied in float32."""
+        if packed is None:
+            return self._kept(name)
+        if isinstance(packed, LowRankTensor):
+            return DecodedLowRank(packed, self._workers)
+        return DecodedLinear(packed, self._workers)
 
     def _laid_out(self, entries: Sequence[Entry]) -> PackedLinear | ScaledLinear:
         lowered = [entry for _, _, entry in entries if entry is not None]
+        tensors = [packed for _, packed, _ in entries if isinstance(packed, PackedTensor)]
         matrix = prepack_rows(
             [entry.part for entry in lowered],
             lowered[0].block,
-            entries[0][1].shape[1] if entries[0][1] is not None else 0,
+            tensors[0].shape[1],
             plane_weights=lowered[0].plane_weights,
             kernel=self._kernel,
             own_pages=entries[0][0] in self._apart,
         )
         listed, row = [], 0
-        for _, packed, _ in entries:
-            if packed is not None:
-                if packed.listed_index.size:
-                    listed.append((row, _differences(packed)))
-                row += packed.shape[0]
+        for packed in tensors:
+            if packed.listed_index.size:
+                listed.append((row, _differences(packed)))
+            row += packed.shape[0]
         linear = PackedLinear(matrix, listed, self._settings, self._workers)
-        in_scale = entries[0][1].in_scale if entries[0][1] is not None else None
+        in_scale = tensors[0].in_scale
         return linear if in_scale is None else ScaledLinear(linear, in_scale)
 
     def _kept(self, name: str) -> DenseLinear:
@@ -150,7 +172,7 @@ class StoreSource:
         let_go(weight.bits)
         return DenseLinear(weight.bits if weight.dtype == "BF16" else weight.float32(), self._workers)
 
-    def _noted(self, names: Sequence[str], linear: PackedLinear | ScaledLinear | DecodedLinear | DenseLinear) -> Linear:
+    def _noted(self, names: Sequence[str], linear: _Matrix) -> Linear:
         with self._lock:
             self.paths |= dict.fromkeys(names, linear.path)
             self.nbytes += 0 if names[0] in self._apart else linear.nbytes
@@ -203,9 +225,14 @@ def _check_complete(store: Store) -> None:
         raise StoreError(f"{store.url}: not complete; run the same `bincompress compress` again to finish it")
 
 
-def _kind(entry: Entry) -> object:
-    """Return what neighbours have to share to be laid out as one matrix; None where a tensor is no planes."""
+def _kind(entry: Entry, bits: int) -> object:
+    """Return what neighbours have to share to be laid out as one matrix; None where a tensor is multiplied in float32.
+
+    bits: of the activations.
+    """
     name, packed, lowered = entry
+    if isinstance(packed, LowRankTensor):
+        return None if bits == 16 else _LOW_RANK
     if lowered is None or packed is None:
         return None
     return lowered.kind if packed.in_scale is None else name

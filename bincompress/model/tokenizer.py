@@ -23,6 +23,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTES = _byte_alphabet()
+_TAIL = 64  # tokens of the prompt that are looked at
 _CONTEXT = 6  # tokens of the prompt that decide how the first new token is written (a leading space, say)
 
 
@@ -58,11 +59,41 @@ class Tokenizer:
         self.eos_ids = frozenset(token for config in given for token in self._ids(config, "eos"))
         bos = [token for config in given for token in self._ids(config, "bos")]
         self.bos_id: int | None = bos[0] if bos else None
+        self._with: dict[tuple[str, ...], frozenset[int]] = {}
 
     @property
     def size(self) -> int:
         """Number of tokens, added ones included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def as_json(self) -> str:
+        """Return tokenizer.json of all that is known here, added tokens too."""
+        return str(self._tokenizer.to_str())
+
+    def text_of(self, token: int) -> str | None:
+        """Return a token as the vocabulary writes it, None where no token has this number."""
+        found = self._tokenizer.id_to_token(token)
+        return None if found is None else str(found)
+
+    def number_of(self, text: str | None) -> int | None:
+        """Return the number of a token that is written so, None where there is none."""
+        return None if text is None else self._tokenizer.token_to_id(text)
+
+    def tokens_with(self, texts: tuple[str, ...]) -> frozenset[int]:
+        """Return the tokens that have one of these texts in what they write; those asked for last are kept."""
+        known = self._with.get(texts)
+        if known is None:
+            wanted = [text.encode("utf-8", "replace") for text in texts]
+            tokens = range(self.size)
+            known = frozenset(token for token in tokens if any(each in self.token_bytes(token) for each in wanted))
+            self._with = {texts: known}
+        return known
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are left out of texts."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(token for token, own in added.items() if own.special)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Return the tokens of a text, with those that the tokenizer's post-processor adds unless `special` is off."""
@@ -73,6 +104,11 @@ class Tokenizer:
             raise PromptError(f"text: not UTF-8: {found} at place {error.start}; convert it (iconv -t UTF-8)") from None
         with named("tokenizer.json: cannot make tokens of the text"):
             return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of many texts, as `encode` does of one."""
+        with named("tokenizer.json: cannot make tokens of the text"):
+            return [list(found.ids) for found in self._tokenizer.encode_batch(list(texts))]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of these tokens."""
@@ -87,6 +123,11 @@ class Tokenizer:
         if self._byte_level and all(character in _BYTES for character in text):
             return bytes(_BYTES[character] for character in text)
         return text.replace(_SPACE, " ").encode("utf-8", "replace")
+
+    def id_of(self, text: str) -> int | None:
+        """Return the number of the token that is written so, or None."""
+        found = self._tokenizer.token_to_id(text)
+        return None if found is None else int(found)
 
     def _ids(self, config: Mapping[str, Any], kind: str) -> list[int]:
         """Return the tokens that one file names as those that begin ("bos") or end ("eos") a text."""
@@ -111,12 +152,20 @@ class TextStream:
     token is decoded after those before it, and what these give alone is cut off.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), skip_special: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int] = (),
+        skip_special: bool = True,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
+        """shown: special tokens that are text all the same."""
         self._tokenizer = tokenizer
-        self._skip = skip_special
+        self._skip = skip_special and not shown
+        self._left_out = tokenizer.special_ids - shown if shown else frozenset()
         self._ids: list[int] = []
         self._written = ""  # text of the tokens in _ids that has already been given away
-        self._keep_last(prompt)
+        self._keep_last([token for token in prompt[-_TAIL:] if token not in self._left_out])
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._ids, self._skip)
@@ -135,6 +184,8 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Return the text that this token completes, perhaps none."""
+        if token in self._left_out:
+            return ""
         self._ids.append(token)
         text = self._decode()
         if text.endswith(_UNFINISHED) or len(text) <= len(self._written):

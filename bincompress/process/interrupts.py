@@ -20,12 +20,12 @@ class Terminated(KeyboardInterrupt):
         super().__init__(signal.Signals(number).name)
 
 
-_came = False
+_came: int | None = None  # the signal
 
 
 def termination_came() -> bool:
     """Return whether the process was told to end, so that nothing is to be waited for."""
-    return _came
+    return _came is not None
 
 
 @contextlib.contextmanager
@@ -40,15 +40,20 @@ def terminations_raised() -> Iterator[None]:
         signal.signal(number, _raise)
     try:
         yield
+    except KeyboardInterrupt as error:
+        # A library that waits in C, as Ray does, may raise a plain interrupt in place of ours.
+        if _came is not None and not isinstance(error, Terminated):
+            raise Terminated(_came) from None
+        raise
     finally:
         for number in mine:
             signal.signal(number, signal.SIG_DFL)
-        _came = False
+        _came = None
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
     global _came
-    _came = True
+    _came = number
     end_soon(128 + number)
     raise Terminated(number)
 
@@ -60,7 +65,7 @@ def end_soon(code: int) -> None:
     """
 
     def end() -> None:
-        if _came or getattr(threading, "_SHUTTING_DOWN", False):
+        if termination_came() or getattr(threading, "_SHUTTING_DOWN", False):
             with contextlib.suppress(Exception):
                 sys.stderr.flush()
             os._exit(code)

@@ -1,4 +1,5 @@
-"""What Linux, macOS and Windows do not have in common: locks on open files, reading at a place, replacing open files.
+"""What Linux, macOS and Windows do not have in common: locks on open files, reading at a place, replacing open
+files, addresses of one process alone.
 
 All of it is in this file, as far as psutil and filelock do not hide it (and cpu_kernels, which knows NumPy and Numba
 only, has what it needs in kernel_cache.py and aligned_memory.py).
@@ -6,6 +7,7 @@ only, has what it needs in kernel_cache.py and aligned_memory.py).
 
 import contextlib
 import os
+import socket
 import tempfile
 import threading
 from collections.abc import Callable
@@ -70,6 +72,17 @@ def read_at(descriptor: int, size: int, start: int) -> bytes:
     with _reading:
         os.lseek(descriptor, start, os.SEEK_SET)
         return os.read(descriptor, size)
+
+
+def bind_alone(made: socket.socket, address: Any) -> None:
+    """Bind a socket to an address that no other process has; raises OSError where one has it.
+
+    Windows lets two processes have one where SO_REUSEADDR is set, which elsewhere means an address whose connections
+    have just ended.
+    """
+    name = "SO_EXCLUSIVEADDRUSE" if hasattr(socket, "SO_EXCLUSIVEADDRUSE") else "SO_REUSEADDR"
+    made.setsockopt(socket.SOL_SOCKET, getattr(socket, name), 1)
+    made.bind(address)
 
 
 def own_temporary_folder() -> Path:

@@ -54,6 +54,7 @@ def _total(store: Store, reports: list[dict[str, Any]]) -> dict[str, Any]:
         "store_bytes": store.total_bytes(),
         "packed": _part(packed),
         "binary": _part(linear),
+        "ranks": sorted(report["rank"] for report in packed if type(report.get("rank")) is int),
         "additions_saved": _additions_saved(packed),
         "lossless": _lossless(done, packed),
         "seconds": sum(report["seconds"] or 0.0 for report in done),
@@ -204,6 +205,10 @@ def totals(total: dict[str, Any]) -> list[str]:
             f"(nominal, the paper's formula: {binary['nominal_bits']:.3f}), "
             f"relative squared error {binary['relative_error']:.3g}"
         )
+    if total["ranks"]:
+        least, most = total["ranks"][0], total["ranks"][-1]
+        ranks = f"rank {least}" if least == most else f"ranks {least} to {most}"
+        lines.append(f"low rank       {len(total['ranks'])} tensors as two factors of ±1, {ranks}")
     if total["additions_saved"] is not None:
         lines.append(
             f"{{0, 1}} planes  hardware that skips zeros would save {100 * total['additions_saved']:.1f}% of the "

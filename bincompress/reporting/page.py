@@ -219,7 +219,7 @@ def _before_and_after(found: dict[str, list[int]], reach: float) -> str:
 
 
 def _levels(store: Store, tensor: str) -> NDArray[np.float32]:
-    packed = store.read_packed(tensor)
+    packed = store.read_stored(tensor)
     return dequantize(packed, slice(0, min(_SAMPLE_ROWS, packed.shape[0]))).reshape(-1)
 
 

@@ -19,11 +19,14 @@ from starlette.routing import Route
 
 from bincompress.errors import BincompressError
 from bincompress.serving import ollama
-from bincompress.serving.asking import Asked
+from bincompress.serving.asking import Asked, check_model
+from bincompress.serving.bodies import in_thread, read_json
 from bincompress.serving.embeddings import embeddings
+from bincompress.serving.forms import in_form
 from bincompress.serving.openai_answering import Answer, Chat, Completion, error_body
 from bincompress.serving.openai_asking import chat, completion, messages_of, rendered, variables_of
-from bincompress.serving.reading import Fields, RequestError, in_thread, read_json
+from bincompress.serving.openapi import openapi
+from bincompress.serving.reading import Fields, RequestError
 from bincompress.serving.service import Service, log
 from bincompress.serving.texts import Streamed, Texts, of_request, refused, while_connected
 
@@ -42,7 +45,7 @@ def application(service: Service) -> Starlette:
         ("/tokenize", "POST", tokenize),
         ("/detokenize", "POST", detokenize), ("/api/chat", "POST", ollama.chat),
         ("/api/generate", "POST", ollama.generate), ("/api/tags", "GET", ollama.tags),
-        ("/api/version", "GET", ollama.version),
+        ("/api/version", "GET", ollama.version), ("/openapi.json", "GET", openapi),
     ]  # fmt: skip
     made = Starlette(
         routes=[Route(path, guarded(path, handler), methods=[method]) for path, method, handler in routes],
@@ -105,7 +108,15 @@ def told(path: str, error: RequestError) -> Response:
 
 async def _unknown(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return told(request.url.path, RequestError(error.status_code, f"{error.detail}: this server has no such route"))
+    allowed = (error.headers or {}).get("allow", "") or (error.headers or {}).get("Allow", "")
+    if allowed:
+        message = f"{error.detail}: expected {allowed} here, found {request.method[:10]}"
+    else:
+        message = f"{error.detail}: this server has no such route"
+    response = told(request.url.path, RequestError(error.status_code, message))
+    if allowed:
+        response.headers["allow"] = allowed
+    return response
 
 
 def check_key(request: Request, service: Service) -> None:
@@ -194,7 +205,7 @@ async def _answered(
     scheduler = service.ready()
     fields = await read_json(request, service)
     asked = await in_thread(service, ask, fields, service)
-    texts = Texts(scheduler, asked.requests)
+    texts = Texts(scheduler, await in_form(request, service, asked.requests, asked.form))
     answer = Answer(form(service, asked), service, asked)
     request.state.answer = answer
     if asked.stream:
@@ -213,9 +224,9 @@ async def tokenize(request: Request) -> Response:
 
 
 def _tokens(fields: Fields, service: Service) -> list[int]:
-    fields.take("model", str)
+    check_model(fields, service)
     if fields.given("messages"):
-        found = rendered(service, messages_of(fields), variables_of(fields))
+        found = rendered(service, messages_of(fields, service.model.template), variables_of(fields, service))
     else:
         prompt, special = fields.take("prompt", str), fields.take("add_special_tokens", bool)
         if prompt is None:
@@ -230,7 +241,7 @@ async def detokenize(request: Request) -> Response:
     service: Service = of_request(request)
     vocab = service.model.decoder.config.vocab
     fields = await read_json(request, service)
-    fields.take("model", str)
+    check_model(fields, service)
     ids = fields.take("tokens", list)
     fields.finish()
     if ids is None or not all(type(token) is int and 0 <= token < vocab for token in ids):

@@ -11,10 +11,19 @@ from bincompress.inference.sampling import Sampling
 from bincompress.inference.sequence import Request
 from bincompress.serving.reading import Fields
 from bincompress.serving.service import Service
+from bincompress.serving.tools import Tools
 
-_MOST_STOPS, _LONGEST_STOP = 16, 256
-_MOST_BIASED = 1024
-_LARGEST = (1 << 63) - 1
+MOST_STOPS, LONGEST_STOP = 16, 256
+# Numbers of the sampling, each with the least and the most that a request may ask.
+SAMPLING_NUMBERS: tuple[tuple[str, float, float], ...] = (
+    ("temperature", 0.0, 100.0), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0), ("repetition_penalty", 0.01, 100.0),
+    ("presence_penalty", -2.0, 2.0), ("frequency_penalty", -2.0, 2.0), ("typical_p", 0.0, 1.0),
+    ("dry_multiplier", 0.0, 100.0), ("dry_base", 1.0, 100.0), ("xtc_probability", 0.0, 1.0),
+    ("xtc_threshold", 0.0, 1.0),
+)  # fmt: skip
+SAMPLING_WHOLE = (("top_k", -1), ("dry_allowed_length", 1), ("dry_penalty_last_n", -1))
+MOST_BIASED = 1024
+LARGEST = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,8 @@ class Asked:
     echo: bool = False
     logprobs: int | None = None
     prompts: list[str] = field(default_factory=list)  # their texts, where they are echoed
+    form: str | None = None  # a grammar, which the texts are held to
+    tools: Tools | None = None  # that the texts may call
 
 
 def sampling_of(fields: Fields, defaults: Sampling, names: Mapping[str, str] | None = None) -> Sampling:
@@ -37,14 +48,14 @@ def sampling_of(fields: Fields, defaults: Sampling, names: Mapping[str, str] | N
     """
     named = names or {}
     given = {}
-    for name, least, most in (
-        ("temperature", 0.0, 100.0), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0), ("repetition_penalty", 0.01, 100.0),
-        ("presence_penalty", -2.0, 2.0), ("frequency_penalty", -2.0, 2.0),
-    ):  # fmt: skip
+    for name, least, most in SAMPLING_NUMBERS:
         given[name] = fields.number(named.get(name, name), least, most)
-    top_k = fields.number("top_k", -1, _LARGEST, whole=True)
-    given["top_k"] = 0 if top_k == -1 else top_k  # as other servers have it: off
-    given["seed"] = fields.number("seed", 0, _LARGEST, whole=True)
+    for name, least in SAMPLING_WHOLE:
+        given[name] = fields.number(name, least, LARGEST, whole=True)
+    given["top_k"] = 0 if given["top_k"] == -1 else given["top_k"]  # as other servers have it: off
+    breakers = fields.take("dry_sequence_breakers", list)
+    given["dry_sequence_breakers"] = None if breakers is None else _texts(fields, "dry_sequence_breakers", breakers)
+    given["seed"] = fields.number("seed", 0, LARGEST, whole=True)
     given["logit_bias"] = _bias(fields)
     return replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
@@ -53,8 +64,8 @@ def _bias(fields: Fields) -> tuple[tuple[int, float], ...] | None:
     given = fields.take("logit_bias", dict)
     if given is None:
         return None
-    if len(given) > _MOST_BIASED:
-        fields.refuse("logit_bias", f"expected at most {_MOST_BIASED} tokens, found {len(given):,}")
+    if len(given) > MOST_BIASED:
+        fields.refuse("logit_bias", f"expected at most {MOST_BIASED} tokens, found {len(given):,}")
     found = []
     for token, added in given.items():
         if not token.isdecimal() or len(token) > 9 or type(added) not in (int, float):
@@ -66,13 +77,16 @@ def _bias(fields: Fields) -> tuple[tuple[int, float], ...] | None:
 def stops_of(fields: Fields) -> tuple[str, ...]:
     """Return the texts that end the answer."""
     given = fields.take("stop", str, list)
-    stops = [given] if isinstance(given, str) else given or []
-    if len(stops) > _MOST_STOPS:
-        fields.refuse("stop", f"expected at most {_MOST_STOPS} texts, found {len(stops):,}")
-    for stop in stops:
-        if not isinstance(stop, str) or not 0 < len(stop) <= _LONGEST_STOP:
-            fields.refuse("stop", f"expected texts of 1 to {_LONGEST_STOP} characters")
-    return tuple(stops)
+    return _texts(fields, "stop", [given] if isinstance(given, str) else given or [])
+
+
+def _texts(fields: Fields, name: str, given: list[Any]) -> tuple[str, ...]:
+    if len(given) > MOST_STOPS:
+        fields.refuse(name, f"expected at most {MOST_STOPS} texts, found {len(given):,}")
+    for text in given:
+        if not isinstance(text, str) or not 0 < len(text) <= LONGEST_STOP:
+            fields.refuse(name, f"expected texts of 1 to {LONGEST_STOP} characters")
+    return tuple(given)
 
 
 def request_for(
@@ -81,6 +95,7 @@ def request_for(
     """Return a text to be written after these tokens, at most so many; most 0: the prompt alone is read."""
     scheduler = service.ready()
     context = scheduler.limits.context
+    sampling.breakers(service.model.tokenizer, service.model.decoder.config.vocab)  # here, beside the event loop
     room = context - len(prompt)
     if most is not None and most > max(room, 1):
         Fields({}).refuse(

@@ -11,8 +11,9 @@ from starlette.responses import JSONResponse, Response
 
 from bincompress.inference.generate import GenerationSettings, room_after
 from bincompress.serving.asking import check_model
+from bincompress.serving.bodies import in_thread, read_json
 from bincompress.serving.openai_asking import texts_of
-from bincompress.serving.reading import Fields, RequestError, in_thread, read_json
+from bincompress.serving.reading import Fields, RequestError
 from bincompress.serving.service import Service
 from bincompress.serving.texts import of_request, while_connected
 

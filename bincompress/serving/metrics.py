@@ -1,15 +1,12 @@
 """What Prometheus reads: requests, tokens, times, and what waits."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-if TYPE_CHECKING:
-    from bincompress.serving.service import Service
+from bincompress.inference.scheduler import Scheduler
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
 
@@ -17,8 +14,9 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
 class Metrics:
     """Counts of one server."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, scheduler: Callable[[], Scheduler | None]) -> None:
+        """scheduler: gives it, None until the model is loaded."""
+        self._scheduler = scheduler
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "bincompress_requests", "HTTP requests by route and status", ["route", "status"], registry=self._registry
@@ -35,7 +33,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Any]:
         """Yield what the scheduler counts."""
-        scheduler = self._service.scheduler
+        scheduler = self._scheduler()
         yield GaugeMetricFamily("bincompress_model_loaded", "1 once the model is loaded", float(scheduler is not None))
         if scheduler is None:
             return

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -14,11 +14,15 @@ from starlette.responses import JSONResponse, Response
 from bincompress import __version__
 from bincompress.errors import BincompressError
 from bincompress.inference.sequence import Ended, Piece, PromptRead, Request
+from bincompress.inference.tool_calls import ToolCall
 from bincompress.serving.asking import check_model, lengths_of, request_for, sampling_of, stops_of
+from bincompress.serving.bodies import in_thread, read_json
+from bincompress.serving.forms import in_form, ollama_format
 from bincompress.serving.openai_asking import messages_of, rendered
-from bincompress.serving.reading import Fields, RequestError, in_thread, read_json, shown
+from bincompress.serving.reading import Fields, RequestError, shown
 from bincompress.serving.service import Service
 from bincompress.serving.texts import Streamed, Texts, of_request, refused, while_connected
+from bincompress.serving.tools import Tools, tools_of
 
 _DURATION = re.compile(r"[+-]?([0-9]{1,18}(\.[0-9]{0,18})?(ns|us|µs|ms|s|m|h)){1,8}|[+-]?[0-9]{1,18}")
 _NAMES = {"repetition_penalty": "repeat_penalty"}
@@ -30,6 +34,8 @@ class _Asked:
     stream: bool
     is_chat: bool
     began: int  # time.monotonic_ns()
+    form: str | None = None  # a grammar, which the text is held to
+    tools: Tools | None = None
 
 
 async def chat(request: HttpRequest) -> Response:
@@ -69,7 +75,7 @@ async def _answer(http: HttpRequest, is_chat: bool) -> Response:
     began = time.monotonic_ns()
     fields = await read_json(http, service)
     asked = await in_thread(service, _asked, fields, service, is_chat, began)
-    texts = Texts(scheduler, [asked.request])
+    texts = Texts(scheduler, await in_form(http, service, [asked.request], asked.form))
     answer = _Answer(service, asked)
     http.state.answer = answer
     if asked.stream:
@@ -87,9 +93,11 @@ def _asked(fields: Fields, service: Service, is_chat: bool, began: int) -> _Aske
     most = lengths_of(options, "num_predict", least=-2)
     context = options.number("num_ctx", 1, service.ready().limits.context, whole=True)
     options.finish()
-    ids = _chat_ids(fields, service) if is_chat else _prompt_ids(fields, service)
-    fields.neutral("format", "")
-    fields.neutral("tools", [])
+    tools = tools_of(fields, service) if is_chat else None
+    ids = _chat_ids(fields, service, tools) if is_chat else _prompt_ids(fields, service)
+    form = ollama_format(fields)
+    if form is not None and tools is not None:
+        fields.refuse("format", "a form and tools cannot be asked for together; expected one of the two")
     fields.neutral("images", [])
     _check_kept(fields)
     fields.neutral("logprobs", False)
@@ -97,12 +105,13 @@ def _asked(fields: Fields, service: Service, is_chat: bool, began: int) -> _Aske
     fields.finish()
     if most == 0:
         options.refuse("num_predict", "expected at least 1, or -1 for as many as fit")
-    request = request_for(service, ids, sampling, stop, most if most is not None and most > 0 else None)
+    request = request_for(service, ids, sampling, stop, most if most is not None and most > 0 else None,
+                          shown=frozenset() if tools is None else tools.marks)  # fmt: skip
     if context is not None and context <= len(ids):
         options.refuse("num_ctx", f"the prompt has {len(ids):,} tokens; expected more than that")
     if context is not None:
         request = replace(request, settings=replace(request.settings, context=context))
-    return _Asked(request, stream is not False, is_chat, began)
+    return _Asked(request, stream is not False, is_chat, began, form if tools is None else tools.grammar, tools)
 
 
 def _check_kept(fields: Fields) -> None:
@@ -121,8 +130,9 @@ def _variables(fields: Fields, service: Service, raw: bool = False) -> dict[str,
     return {} if think is None else {"enable_thinking": think}
 
 
-def _chat_ids(fields: Fields, service: Service) -> list[int]:
-    return rendered(service, messages_of(_without_empty(fields)), _variables(fields, service))
+def _chat_ids(fields: Fields, service: Service, tools: Tools | None) -> list[int]:
+    messages = messages_of(_without_empty(fields), service.model.template)
+    return rendered(service, messages, _variables(fields, service), tools)
 
 
 def _without_empty(fields: Fields) -> Fields:
@@ -167,6 +177,9 @@ class _Answer:
         self._read = asked.began
         self.sampled = 0
         self.written: list[list[str]] = [[]]  # for the log
+        self._reader = None if asked.tools is None else asked.tools.reader()
+        self._content: list[str] = []
+        self._calls: list[ToolCall] = []
 
     @property
     def usage(self) -> dict[str, int]:
@@ -183,7 +196,7 @@ class _Answer:
         last: dict[str, Any] = {}
         async for _, event in texts.events():
             last = self._line(event) or last
-        return {**last, **self._part("".join(self.written[0]))}
+        return {**last, **self._part("".join(self._content), self._calls)}
 
     async def lines(self, texts: Texts) -> AsyncIterator[bytes]:
         """Yield the answer as lines of JSON."""
@@ -196,8 +209,23 @@ class _Answer:
             except RequestError as error:
                 yield _encoded({"error": error.message})
 
-    def _part(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}} if self._asked.is_chat else {"response": text}
+    def _part(self, text: str, calls: Sequence[ToolCall] = ()) -> dict[str, Any]:
+        if not self._asked.is_chat:
+            return {"response": text}
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if calls:
+            made = [{"name": call.name, "arguments": json.loads(call.arguments)} for call in calls]
+            message["tool_calls"] = [{"function": function} for function in made]
+        return {"message": message}
+
+    def _told(self, text: str, is_last: bool) -> dict[str, Any]:
+        """Return a line's part for text that has come, and for what was held back until the end."""
+        calls: list[ToolCall] = []
+        if self._reader is not None:
+            text, calls = self._reader.finish() if is_last else self._reader.push(text)
+        self._content.append(text)
+        self._calls += calls
+        return self._part(text, calls)
 
     def _line(self, event: PromptRead | Piece | Ended) -> dict[str, Any] | None:
         now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
@@ -209,7 +237,7 @@ class _Answer:
             if not self.written[0]:
                 self._service.metrics.first_token.observe((time.monotonic_ns() - self._asked.began) / 1e9)
             self.written[0].append(event.text)
-            return {**head, **self._part(event.text), "done": False}
+            return {**head, **self._told(event.text, False), "done": False}
         end = time.monotonic_ns()
         self._service.metrics.seconds.observe((end - self._asked.began) / 1e9)
         self.sampled = event.sampled
@@ -221,7 +249,7 @@ class _Answer:
             "eval_count": event.sampled,
             "eval_duration": end - self._read,
         }
-        return {**head, **self._part(""), "done": True, "done_reason": event.reason, **times}
+        return {**head, **self._told("", True), "done": True, "done_reason": event.reason, **times}
 
 
 def _encoded(line: dict[str, Any]) -> bytes:

@@ -8,6 +8,7 @@ from typing import Any
 
 from bincompress.inference.logprobs import TokenLogprob
 from bincompress.inference.sequence import Ended, Piece, PromptRead
+from bincompress.inference.tool_calls import CallReader, ToolCall
 from bincompress.model.tokenizer import Tokenizer
 from bincompress.serving.asking import Asked
 from bincompress.serving.reading import RequestError
@@ -23,6 +24,8 @@ class Chat:
 
     def __init__(self, service: Service, asked: Asked) -> None:
         self._tokenizer = service.model.tokenizer
+        self._tools = asked.tools
+        self._readers: dict[int, CallReader] = {}
 
     def logprobs(self, number: int, tokens: Sequence[TokenLogprob], prompt: bool = False) -> Any:
         """Return the log probabilities of tokens."""
@@ -36,17 +39,59 @@ class Chat:
         written = self._tokenizer.token_bytes(token)
         return {"token": written.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(written)}
 
+    def end_tokens(self, ended: Ended) -> tuple[TokenLogprob, ...]:
+        """Return none: the tokens of a message are those of its text."""
+        return ()
+
     def opening(self, number: int) -> dict[str, Any]:
         """Return what a stream begins a choice with."""
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def piece(self, text: str) -> dict[str, Any]:
+    def piece(self, number: int, text: str) -> dict[str, Any]:
         """Return a choice's part of a chunk."""
-        return {"delta": {"content": text} if text else {}}
+        return self._delta(number, *self._reader(number).push(text)) if self._tools else _delta(text)
+
+    def last(self, number: int) -> dict[str, Any]:
+        """Return what a choice holds back until its end."""
+        return self._delta(number, *self._reader(number).finish()) if self._tools else _delta("")
+
+    def reason(self, number: int, reason: str | None) -> str | None:
+        """Return why a choice ended."""
+        called = self._tools is not None and self._reader(number).count > 0
+        return "tool_calls" if called and reason == "stop" else reason
 
     def complete(self, number: int, text: str) -> dict[str, Any]:
         """Return a choice as a whole."""
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if self._tools is not None:
+            reader = self._reader(number)
+            given, calls = reader.push(text)
+            rest, last = reader.finish()
+            message["content"] = given + rest or (None if reader.count else "")
+            if reader.count:
+                message["tool_calls"] = [_call(call) for call in (*calls, *last)]
+        return {"message": message}
+
+    def _delta(self, number: int, text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
+        found = _delta(text)
+        if calls:
+            first = self._reader(number).count - len(calls)
+            found["delta"]["tool_calls"] = [{"index": first + at, **_call(call)} for at, call in enumerate(calls)]
+        return found
+
+    def _reader(self, number: int) -> CallReader:
+        assert self._tools is not None
+        if number not in self._readers:
+            self._readers[number] = self._tools.reader()
+        return self._readers[number]
+
+
+def _delta(text: str) -> dict[str, Any]:
+    return {"delta": {"content": text} if text else {}}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 class Completion:
@@ -79,13 +124,28 @@ class Completion:
             found["text_offset"].append(self._offsets[number].next(token))
         return found
 
+    def end_tokens(self, ended: Ended) -> tuple[TokenLogprob, ...]:
+        """Return the end token, which is listed as in OpenAI's interface.
+
+        Clients that score a prompt leave out the last token that is listed: else that would be one of the prompt's.
+        """
+        return () if ended.end_token is None else (ended.end_token,)
+
     def opening(self, number: int) -> dict[str, Any]:
         """Return what a stream begins a choice with: the prompt, where it is echoed."""
         return {"text": self._echoed(number)}
 
-    def piece(self, text: str) -> dict[str, Any]:
+    def piece(self, number: int, text: str) -> dict[str, Any]:
         """Return a choice's part of a chunk."""
         return {"text": text}
+
+    def last(self, number: int) -> dict[str, Any]:
+        """Return what a choice holds back until its end: nothing."""
+        return {"text": ""}
+
+    def reason(self, number: int, reason: str | None) -> str | None:
+        """Return why a choice ended."""
+        return reason
 
     def complete(self, number: int, text: str) -> dict[str, Any]:
         """Return a choice as a whole."""
@@ -139,12 +199,13 @@ class Answer:
                 logprobs[number] += event.tokens
             else:
                 reasons[number] = event.reason
+                logprobs[number] += self._form.end_tokens(event)
         choices = [
             {
                 "index": number,
                 **self._form.complete(number, "".join(self.written[number])),
                 "logprobs": self._logprobs(number, tokens, self._asked.echo),
-                "finish_reason": reasons[number],
+                "finish_reason": self._form.reason(number, reasons[number]),
             }
             for number, tokens in enumerate(logprobs)
         ]
@@ -162,9 +223,12 @@ class Answer:
                             tokens = event.tokens if self._asked.echo else None
                             yield self._chunk(number, opening, tokens, None, prompt=True)
                     elif isinstance(event, Piece):
-                        yield self._chunk(number, self._form.piece(event.text), event.tokens, None)
+                        part = self._form.piece(number, event.text)
+                        if event.tokens or not self._asked.tools or part.get("delta"):
+                            yield self._chunk(number, part, event.tokens, None)
                     else:
-                        yield self._chunk(number, self._form.piece(""), None, event.reason)
+                        part, ends = self._form.last(number), self._form.end_tokens(event) or None
+                        yield self._chunk(number, part, ends, self._form.reason(number, event.reason))
                 if self._asked.include_usage:
                     yield _event({**self._head, "object": self._form.part, "choices": [], "usage": self.usage})
             except RequestError as error:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from bincompress.errors import BincompressError
+from bincompress.inference.chat import ChatTemplate
 from bincompress.serving.asking import (
     Asked,
     check_model,
@@ -13,14 +14,17 @@ from bincompress.serving.asking import (
     seeded,
     stops_of,
 )
+from bincompress.serving.forms import response_format
 from bincompress.serving.reading import Fields, RequestError, shown
 from bincompress.serving.service import Service
 from bincompress.serving.texts import refused
+from bincompress.serving.tools import Tools, calls_of, result_of, tools_of, with_calls
 
-_ROLES = ("system", "user", "assistant")
-_RESERVED = ("self", "messages", "tools", "documents", "add_generation_prompt")
+ROLES = ("system", "user", "assistant", "tool")
+_SHOWN = 60  # characters of a name in a message
+_RESERVED = ("self", "messages", "tools", "xml_tools", "documents", "add_generation_prompt")
 _USUAL_LENGTH = 16  # of OpenAI's completions
-_MOST_ALTERNATIVES = 20
+MOST_ALTERNATIVES = 20
 
 
 def completion(fields: Fields, service: Service) -> Asked:
@@ -28,7 +32,7 @@ def completion(fields: Fields, service: Service) -> Asked:
     check_model(fields, service)
     prompts = texts_of(fields, service)
     common = _Common(fields, service, len(prompts))
-    logprobs = fields.number("logprobs", 0, _MOST_ALTERNATIVES, whole=True)
+    logprobs = fields.number("logprobs", 0, MOST_ALTERNATIVES, whole=True)
     echo = bool(fields.take("echo", bool))
     most = lengths_of(fields, "max_tokens", least=0)
     if most == 0 and not echo:
@@ -50,77 +54,98 @@ def completion(fields: Fields, service: Service) -> Asked:
 def chat(fields: Fields, service: Service) -> Asked:
     """Return what a request to /v1/chat/completions asks; renders the template."""
     check_model(fields, service)
-    messages = messages_of(fields)
+    messages = messages_of(fields, service.model.template)
     common = _Common(fields, service, 1)
+    tools = tools_of(fields, service)
     wanted, alternatives = (
         fields.take("logprobs", bool),
-        fields.number("top_logprobs", 0, _MOST_ALTERNATIVES, whole=True),
+        fields.number("top_logprobs", 0, MOST_ALTERNATIVES, whole=True),
     )
     if alternatives is not None and not wanted:
         fields.refuse("top_logprobs", "expected logprobs to be true as well")
     most = lengths_of(fields, "max_completion_tokens", "max_tokens")
-    variables = variables_of(fields)
+    variables = variables_of(fields, service, tools is not None)
+    form = response_format(fields)
+    if form is not None and tools is not None:
+        fields.refuse("response_format", "a form and tools cannot be asked for together; expected one of the two")
     # What says that nothing of the kind is wanted is as good as nothing.
-    fields.neutral("tools", [])
-    fields.neutral("tool_choice", "none", "auto")
-    fields.neutral("parallel_tool_calls", True, False)
-    fields.neutral("response_format", {"type": "text"})
     fields.neutral("modalities", ["text"])
     fields.neutral("store", False)
     fields.neutral("service_tier", "auto", "default")
     fields.finish()
-    ids = rendered(service, messages, variables)
+    ids = rendered(service, messages, variables, tools)
     logprobs = (alternatives or 0) if wanted else None
-    request = request_for(service, ids, common.sampling, common.stop, most, logprobs=logprobs)
+    marks = frozenset() if tools is None else tools.marks
+    request = request_for(service, ids, common.sampling, common.stop, most, logprobs=logprobs, shown=marks)
     made = [seeded(request, choice) for choice in range(common.choices)]
-    return Asked(made, common.choices, common.stream, common.include_usage, logprobs=logprobs)
+    return Asked(made, common.choices, common.stream, common.include_usage, logprobs=logprobs,
+                 form=form if tools is None else tools.grammar, tools=tools)  # fmt: skip
 
 
-def rendered(service: Service, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
+def rendered(
+    service: Service, messages: list[dict[str, Any]], variables: dict[str, Any], tools: Tools | None = None
+) -> list[int]:
     """Return the tokens of a conversation, by the model's own template."""
     template = service.model.template
     if template is None:
         raise RequestError(400, "the model has no chat template; use /v1/completions", "messages")
     try:
-        return service.model.tokenizer.encode(template.render(messages, **variables), special=False)
+        text = template.render(messages, None if tools is None else tools.given, **variables)
+        return service.model.tokenizer.encode(text, special=False)
     except BincompressError as error:
         raise refused(error) from error
 
 
-def variables_of(fields: Fields) -> dict[str, Any]:
-    """Return the variables for the template that a request sets."""
+def variables_of(fields: Fields, service: Service, tools: bool = False) -> dict[str, Any]:
+    """Return the variables that a request sets for the template; tools: the one for conversations with tools."""
     variables: dict[str, Any] = fields.take("chat_template_kwargs", dict) or {}
+    template = service.model.template
     for name in variables:
         if name in _RESERVED:
             fields.refuse("chat_template_kwargs", f"{name} is not a variable that a request may set")
+        try:
+            used = template is None or template.takes(name, tools)
+        except BincompressError as error:
+            raise refused(error) from error
+        if not used:
+            fields.refuse("chat_template_kwargs", f"this model's chat template does not use {name[:_SHOWN]!r}")
     return variables
 
 
-def messages_of(fields: Fields) -> list[dict[str, Any]]:
-    """Return the messages, each with its role and a text."""
+def messages_of(fields: Fields, template: ChatTemplate | None) -> list[dict[str, Any]]:
+    """Return the messages, each with its role and a text, calls of tools and their results as the template has them."""
     given = fields.take("messages", list)
     if not given:
         fields.refuse("messages", "expected at least one message")
-    found = []
-    for number, entry in enumerate(given):
-        if not isinstance(entry, dict):
-            fields.refuse(f"messages[{number}]", f"expected an object, found {shown(entry)}")
-        own = Fields(entry, f"messages[{number}].")
-        role = own.take("role", str)
-        if role not in _ROLES:
-            own.refuse("role", f"expected {', '.join(_ROLES)}; found {shown(role)}")
-        message = {"role": role, "content": _content(own)}
-        thought = own.take("reasoning_content", str)
-        if thought is not None:
-            message["reasoning_content"] = thought
-        own.neutral("tool_calls", [])
-        own.finish()
-        found.append(message)
-    return found
+    try:
+        return [_message(entry, f"messages[{number}]", template) for number, entry in enumerate(given)]
+    except BincompressError as error:  # of the template
+        raise refused(error) from error
 
 
-def _content(own: Fields) -> str:
+def _message(entry: Any, place: str, template: ChatTemplate | None) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        Fields({}).refuse(place, f"expected an object, found {shown(entry)}")
+    own = Fields(entry, f"{place}.")
+    role = own.take("role", str)
+    if role not in ROLES:
+        own.refuse("role", f"expected {', '.join(ROLES)}; found {shown(role)}")
+    calls = calls_of(own, f"{place}.") if role == "assistant" else []
+    message: dict[str, Any] = {"role": role, "content": _content(own, optional=bool(calls))}
+    thought = own.take("reasoning_content", str) if role == "assistant" else None
+    if thought is not None:
+        message["reasoning_content"] = thought
+    if role == "tool":
+        message |= result_of(own, template)
+    own.neutral("tool_calls", [])
+    own.finish()
+    return with_calls(message, calls, template)
+
+
+def _content(own: Fields, optional: bool) -> str:
     content = own.take("content", str, list)
+    if content is None and optional:
+        return ""
     if content is None:
         own.refuse("content", "expected a text")
     if isinstance(content, str):

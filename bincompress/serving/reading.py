@@ -1,17 +1,9 @@
 """What does a request ask? Its JSON within bounds, field by field; what is not understood is refused by name."""
 
-import asyncio
 import json
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
-
-from starlette.requests import Request
-
-if TYPE_CHECKING:
-    from bincompress.serving.service import Service
-
-Found = TypeVar("Found")
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 _TYPES = {
     str: "a text",
@@ -29,6 +21,7 @@ class RequestError(Exception):
     """A request that is refused: the status, what is wrong, and with which field."""
 
     def __init__(self, status: int, message: str, param: str | None = None, retry_after: int | None = None) -> None:
+        """retry_after: seconds."""
         super().__init__(message)
         self.status = status
         self.message = _encodable(message)
@@ -39,48 +32,6 @@ class RequestError(Exception):
 def _encodable(text: str) -> str:
     """Return a text with lone surrogates, which JSON can hold and UTF-8 cannot, escaped."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-async def read_json(request: Request, service: "Service") -> "Fields":
-    """Return a request's body, a JSON object; raise RequestError where it is too large, too slow or something else."""
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":
-        # Pages of other sites may send plain text without asking; JSON they may not.
-        raise RequestError(415, f"content-type: expected application/json, found {kind[:_SHOWN]!r}")
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and (len(length) > 12 or int(length) > service.most_body):
-        raise _too_large(service)
-    body = bytearray()
-    try:
-        async with asyncio.timeout(service.settings.body_seconds):
-            while True:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise RequestError(499, "the client is gone")
-                part = message.get("body", b"")
-                body += part
-                service.body_bytes += len(part)
-                if len(body) > service.most_body:
-                    raise _too_large(service)
-                if service.body_bytes > service.settings.most_bodies:
-                    raise RequestError(503, "too many large requests at once; try again later", retry_after=1)
-                if not message.get("more_body"):
-                    break
-        return Fields(await in_thread(service, parse, bytes(body)))
-    except TimeoutError:
-        seconds = service.settings.body_seconds
-        raise RequestError(408, f"the request's body did not arrive within {seconds:g} s") from None
-    finally:
-        service.body_bytes -= len(body)
-
-
-async def in_thread(service: "Service", work: Callable[..., Found], *arguments: Any) -> Found:
-    """Run what takes a while, such as tokenizing, beside the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(service.readers, work, *arguments)
-
-
-def _too_large(service: "Service") -> "RequestError":
-    return RequestError(413, f"the request is too large: expected at most {service.most_body:,} bytes")
 
 
 def parse(body: bytes) -> dict[str, Any]:
@@ -145,6 +96,8 @@ class Fields:
         for kind in kinds:
             if kind is float and type(value) is int and abs(value) < 1 << 53:
                 return float(value)
+            if kind is int and type(value) is float and value.is_integer():
+                return int(value)  # JSON knows one kind of numbers
             if type(value) is kind:
                 return value
         self.refuse(name, f"expected {' or '.join(_TYPES[kind] for kind in kinds)}, found {shown(value)}")

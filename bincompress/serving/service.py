@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
+from bincompress.inference.constraint import Grammars
 from bincompress.inference.generate import Model
 from bincompress.inference.scheduler import Limits, Scheduler
 from bincompress.serving.metrics import Metrics
@@ -30,11 +31,16 @@ class Service:
         self.facts: dict[str, object] = {}  # about the store, for the page
         self.failure: BaseException | None = None
         self.scheduler: Scheduler | None = None
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(lambda: self.scheduler)
         self.body_bytes = 0  # of requests that are being read; the event loop's thread alone changes it
         # Making tokens of a long text takes seconds; so many texts at a time, so that the model is not held up.
         self.embedding = asyncio.Semaphore(1)
         self.readers = ThreadPoolExecutor(_READERS, "read")
+        self.compilers = ThreadPoolExecutor(1, "grammar")
+        self.compiling = (
+            0  # requests whose grammars are compiled or wait for it; the event loop's thread alone changes it
+        )
+        self._grammars: Grammars | None = None
 
     def load(self, load: Callable[[], Model], failed: Callable[[], None]) -> None:
         """Begin to load the model; `failed` is called, in the thread that loads, where it cannot be."""
@@ -68,6 +74,13 @@ class Service:
         """The model; raises RequestError while there is none."""
         return self.ready().model
 
+    @property
+    def grammars(self) -> Grammars:
+        """What compiles grammars for the model's tokens; raises RequestError while there is no model."""
+        if self._grammars is None:
+            self._grammars = Grammars(self.model.tokenizer, self.model.decoder.config.vocab)
+        return self._grammars
+
     def unknown_model(self, name: str) -> NoReturn:
         """Refuse a request for another model."""
         raise RequestError(
@@ -77,5 +90,6 @@ class Service:
     def close(self) -> None:
         """Let the texts at hand be finished or cancel them, within `closing_seconds`."""
         self.readers.shutdown(wait=False, cancel_futures=True)
+        self.compilers.shutdown(wait=False, cancel_futures=True)
         if self.scheduler is not None:
             self.scheduler.close(self.settings.closing_seconds)

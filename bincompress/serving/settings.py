@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bincompress.errors import BincompressError
+from bincompress.sources.text import UTF_8
 
 _LONGEST_KEY = 4096
 
@@ -53,7 +54,7 @@ class ServeSettings:
 def read_keys(path: Path) -> tuple[str, ...]:
     """Return the API keys of a file, one a line; lines that begin with # are comments."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text(UTF_8).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BincompressError(f"{path}: the API keys cannot be read: {error}") from None
     keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))

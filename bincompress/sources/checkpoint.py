@@ -104,6 +104,8 @@ def _refuse_other_folder(folder: Path) -> None:
     commits = sorted(path for pattern in ("snapshots/*", "models--*/snapshots/*") for path in folder.glob(pattern))
     if commits:
         raise CheckpointError(f"{folder}: a folder of the Hub's cache; give the model in it, such as {commits[0]}")
+    if (folder / "zarr.json").is_file():
+        raise CheckpointError(f"{folder}: a store, not a checkpoint; give the checkpoint that it was made from")
 
 
 def _check_double(first: TensorSource, second: TensorSource, named: str | None) -> None:

@@ -30,7 +30,7 @@ def weight_files(folder: Path) -> WeightFiles:
 
     Raises CheckpointError where there are none, or one that the index names is not there.
     """
-    present = sorted(path.name for path in folder.glob("*.safetensors"))
+    present = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
     if (folder / SINGLE).is_file():
         unused = [name for name in (*present, INDEX) if name != SINGLE and (folder / name).exists()]
         note = f"{SINGLE} is read, as transformers reads it; not used: {_named(unused)}"

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from bincompress.errors import CheckpointError
+from bincompress.sources.multimodal import text_config
 from bincompress.tensors.weight import TensorSource
 
 # By model_type: how the name of a fused matrix ends, and those of its parts.
@@ -19,6 +20,9 @@ _FUSED: dict[object, dict[str, tuple[str, ...]]] = {
             "self_attn.v_proj.weight",
         ),
         "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    },
+    "granitemoehybrid": {
+        "shared_mlp.input_linear.weight": ("shared_mlp.gate_proj.weight", "shared_mlp.up_proj.weight"),
     },
 }
 
@@ -51,7 +55,7 @@ def fused_names(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, tu
 
 
 def _of(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    kind = config.get("model_type")
+    kind = text_config(config).get("model_type")
     return _FUSED.get(kind, {}) if isinstance(kind, str) else {}
 
 
@@ -85,8 +89,10 @@ def _part(tensor: TensorSource, name: str, start: int, shape: tuple[int, int], r
 
 def _rows(config: Mapping[str, Any], parts: int) -> list[int]:
     """Return the rows of queries, keys and values, or of gate and up."""
+    config = text_config(config)
     if parts == 2:
-        return [_number(config, "intermediate_size")] * 2
+        inner = "shared_intermediate_size" if config.get("model_type") == "granitemoehybrid" else "intermediate_size"
+        return [_number(config, inner)] * 2
     heads = _number(config, "num_attention_heads")
     kv_heads = _number(config, "num_key_value_heads") or heads
     head_dim = _number(config, "head_dim") or _number(config, "hidden_size") // max(1, heads)

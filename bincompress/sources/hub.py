@@ -35,6 +35,8 @@ def open_source(source: str, *, headers_only: bool = False) -> Checkpoint:
             return open_shapes(Path(source))
         return open_checkpoint(Path(source))
     match = _HUB_ID.fullmatch(source)
+    if source.endswith(".zip") and Path(source).is_file():
+        raise CheckpointError(f"{source}: a packed store, not a checkpoint; give the checkpoint that it was made from")
     if match is None or Path(source).exists():
         raise CheckpointError(
             f"{source}: neither a folder nor a Hub id (owner/name or owner/name@revision), nor a .gguf file"

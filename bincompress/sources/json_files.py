@@ -2,6 +2,7 @@
 
 import json
 import math
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ def read_json(path: Path) -> dict[str, Any]:
     transformers 5 writes them, so that what is made of the object is JSON again.
     """
     try:
-        size = path.stat().st_size
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{path}: not a file")
+        size = found.st_size
         if size > _LIMIT:
             raise CheckpointError(f"{path}: {size:,} bytes; expected at most {_LIMIT:,}")
         content = path.read_bytes()
-        found = _finite(json.loads(content))
+        value = _finite(json.loads(content))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: missing; expected a Hugging Face checkpoint (config.json, *.safetensors)"
@@ -31,9 +35,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         refuse_pointer(path)
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def _finite(value: Any) -> Any:

@@ -8,14 +8,14 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from bincompress.sources import bitnet, gguf, quantized
+from bincompress.sources import bitnet, gguf, quantized, turned
 from bincompress.sources.mapping import map_items
 from bincompress.sources.quantized.rows import Fill
 from bincompress.tensors.weight import TensorSource, Weight
 
 _DECODED_AT_ONCE = 1 << 18  # values: what is computed of them stays in the cache
 _DECODERS: dict[str, Callable[[TensorSource], Fill]] = {
-    **quantized.DECODERS, **gguf.DECODERS, **bitnet.DECODERS
+    **quantized.DECODERS, **gguf.DECODERS, **bitnet.DECODERS, **turned.DECODERS
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bincompress.errors import StoreError
 from bincompress.sources import bitnet
 from bincompress.sources.checkpoint import INDEX
-from bincompress.sources.experts import experts_of
+from bincompress.sources.experts import experts_of, together
 from bincompress.sources.fused import fused_names
 from bincompress.store.files import LOCK
 from bincompress.store.lock import exclusive
@@ -93,10 +93,11 @@ def _write_shards(store: Store, folder: Path, on_tensor: Callable[[str, int], No
 
     experts = _experts(store)
     for name, parts in _stored_as(store, experts).items():
-        tensor = _joined([_tensor(store, part) for part in parts])
+        found = _alike([_tensor(store, part) for part in parts])
         if name in experts:
-            count = len({part.rsplit(".", 3)[1] for part in parts})
-            tensor = tensor.reshape(count, len(tensor) // count, -1)
+            tensor = together(_config(store), found, len({part.rsplit(".", 3)[1] for part in parts}))
+        else:
+            tensor = found[0] if len(found) == 1 else np.concatenate(found)
         if waiting and size + tensor.nbytes > _SHARD_BYTES:
             flush()
         own = {name: tensor}
@@ -140,17 +141,15 @@ def _stored_as(store: Store, experts: dict[str, list[str]]) -> dict[str, Sequenc
     return dict(sorted({**experts, **others}.items()))
 
 
-def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
-    """Return the parts of a fused matrix as one; of a kept part and a packed one in float32 if their dtypes differ."""
-    if len(parts) == 1:
-        return parts[0]
+def _alike(parts: list[NDArray[Any]]) -> list[NDArray[Any]]:
+    """Return the parts of a fused matrix in one dtype: float32 where those of kept and packed ones differ."""
     dtype = parts[0].dtype if len({part.dtype for part in parts}) == 1 else np.dtype(np.float32)
-    return np.concatenate([part.astype(dtype, copy=False) for part in parts])
+    return [part.astype(dtype, copy=False) for part in parts]
 
 
 def _tensor(store: Store, name: str) -> NDArray[Any]:
     if store.tensors()[name] == "packed":
-        return to_bfloat16(dequantize(store.read_packed(name))).view(ml_dtypes.bfloat16)
+        return to_bfloat16(dequantize(store.read_stored(name))).view(ml_dtypes.bfloat16)
     weight, shape = store.read_plain(name)
     name = weight.dtype_name
     tensor: NDArray[Any] = weight.bits.view(np.dtype(getattr(ml_dtypes, name, name))).reshape(shape)

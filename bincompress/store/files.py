@@ -56,15 +56,6 @@ def is_local(url: str) -> bool:
     return "://" not in url
 
 
-def files_at(url: str) -> Files:
-    """Return the files of a path or an fsspec URL; nothing is looked at yet."""
-    if is_local(url):
-        return LocalFiles(url)
-    from bincompress.store.objects import ObjectFiles  # and fsspec, only where it is asked for
-
-    return ObjectFiles(url)
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a file that takes the place of `path` when the block ends well, and leaves nothing where it does not."""

@@ -11,6 +11,8 @@ from bincompress.errors import DamagedError, StoreError
 from bincompress.process.faults import one_line
 from bincompress.sources.hub import ANSWER_SECONDS, parts_of, reason
 from bincompress.store.files import is_local
+from bincompress.store.reading import StoreReader, read_root
+from bincompress.store.verify import verify
 
 FILE = "model.bincompress.zip"  # what a store is called there
 CARD = "README.md"
@@ -59,17 +61,20 @@ def _downloaded(repo: str, revision: str | None) -> str:
     return path
 
 
+def _opened(path: str) -> StoreReader:
+    attributes, files = read_root(path)
+    return StoreReader(path, attributes, files=files)
+
+
 def _status(error: Exception) -> int:
     return int(getattr(getattr(error, "response", None), "status_code", 0) or 0)
 
 
 def _check(repo: str, path: Path) -> None:
     """Raise DamagedError where a file that has just come is not whole; it is then removed from the cache."""
-    from bincompress.store.store import open_store
-    from bincompress.store.verify import verify
-
     try:
-        problem = next((f"{name}: {problem}" for name, problem in verify(open_store(str(path))) if problem), "")
+        store = _opened(str(path))
+        problem = next((f"{name}: {problem}" for name, problem in verify(store) if problem), "")
     except StoreError as error:
         problem = str(error)
     except BaseException as error:  # Ctrl-C among them: what was not checked to its end would not be checked again

@@ -20,8 +20,8 @@ from bincompress.errors import DamagedError, StoreError
 BEGINNING = "beginning"  # the status of a store that is being created, or made room for: nothing in it counts
 FORMAT = "bincompress"
 VERSION = 1
-ALWAYS = ("planes", "coef")  # arrays of every packed tensor
-ARRAYS = (*ALWAYS, "column_planes", "in_scale", "listed_index", "listed_value")
+LOW_RANK_VERSION = 2  # of a store with a tensor in low-rank form, which programs that know version 1 alone refuse
+VERSIONS = (VERSION, LOW_RANK_VERSION)
 NODES = "nodes"  # what a store behind a URL knows of its finished tensors, in one object
 NEW = ".bincompress-new"  # a folder in a store's, where what is to take its place is written first
 SEAL = "sealed"  # the attribute that the others are under
@@ -253,9 +253,10 @@ def check_format(url: str, attributes: Mapping[str, Any]) -> None:
     """Raise StoreError where the root's attributes are not those of a store that this program reads."""
     if attributes.get("format") != FORMAT:
         raise StoreError(f"{url}: a Zarr store, but not a bincompress store (format {attributes.get('format')!r})")
-    if attributes.get("version") != VERSION:
+    if type(attributes.get("version")) is not int or attributes["version"] not in VERSIONS:
         raise StoreError(
-            f"{url}: store version {attributes.get('version')!r}; this program reads version {VERSION}: "
+            f"{url}: store version {attributes.get('version')!r:.40}; this program reads versions "
+            f"{' and '.join(map(str, VERSIONS))}: "
             "install the one that wrote it, or compress again"
         )
     if attributes.get("status") == BEGINNING:

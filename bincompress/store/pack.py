@@ -1,21 +1,16 @@
 """How does a store become one file to carry, and a folder again? Checked before and after, whole or not at all."""
 
-import contextlib
-import re
-import tempfile
-import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from bincompress.errors import DamagedError, StoreError
-from bincompress.process.faults import explain
-from bincompress.process.systems import replace_held, try_lock
 from bincompress.store.files import is_local
 from bincompress.store.layout import MODEL, NODES, VERSION, group_node
 from bincompress.store.lock import exclusive
+from bincompress.store.new_file import explained, new_file
 from bincompress.store.pack_files import PackFiles, RemoteRanges, names_a_pack
 from bincompress.store.replace import check_place, clear, look
 from bincompress.store.store import Store, open_store
@@ -24,7 +19,6 @@ from bincompress.store.zip_format import LARGEST_ENTRY, Entry, directory, in_ord
 
 EXTENSION = ".bincompress.zip"  # of the name that `compress --pack` gives
 OnStage = Callable[[str, int, int], None]  # what is being done; bytes, or tensors of a check, done and in all
-_PARTIAL = re.compile(r"\.pack-[0-9a-f]{32}\.partial")
 
 
 def untold(stage: str, done: int, total: int) -> None:
@@ -66,7 +60,7 @@ def pack(store: str, file: str, *, overwrite: bool = False, on_stage: OnStage = 
         return Packed(store, file, total, len(keys), True, left_out)
     check_target(file, store, overwrite)
     _check(opened, on_stage, f"{store}: not packed")
-    with _explained(file), _new_file(file) as path:
+    with explained(file), new_file(file) as path:
         with open(path, "r+b") as out:
             _write(opened, keys, total, out, on_stage)
         _check(open_store(str(path)), on_stage, f"{file}: not written: what was read back differs")
@@ -85,7 +79,7 @@ def unpack(file: str, store: str, *, overwrite: bool = False, on_stage: OnStage 
     files = opened.files
     if not isinstance(files, PackFiles):
         raise StoreError(f"{file}: is no packed file; it is a store already")
-    with _explained(store), exclusive(store):
+    with explained(store), exclusive(store):
         place = check_place(store, MODEL, overwrite)
         if place.state == "store" and not overwrite:
             raise StoreError(f"{store}: holds a store; nothing was changed: --overwrite replaces it")
@@ -207,56 +201,3 @@ def _write(store: Store, keys: list[str], total: int, out: BinaryIO, on_stage: O
         done += len(content)
         on_stage("pack", done, total)
     out.write(directory(entries))
-
-
-@contextlib.contextmanager
-def _new_file(file: str) -> Iterator[Path]:
-    """Yield a file to be written, which takes its place when the block ends well, and is removed where it does not."""
-    if not is_local(file):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"pack{EXTENSION}"
-            path.touch()
-            yield path
-            _upload(path, file)
-        return
-    target = Path(file).resolve()  # a link stays one
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(target.parent)
-    partial = target.parent / f".pack-{uuid.uuid4().hex}.partial"
-    try:
-        with open(partial, "xb") as held:
-            try_lock(held)  # so that nobody takes it for a killed run's
-            yield partial
-            replace_held(partial, target, held.close)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _upload(path: Path, url: str) -> None:
-    import fsspec
-
-    from bincompress.store.objects import options_of
-
-    fs, place = fsspec.core.url_to_fs(url, **options_of(url))
-    fs.put_file(str(path), place)
-    fs.invalidate_cache()
-
-
-def _remove_stale(folder: Path) -> None:
-    """Remove what killed runs have half written here."""
-    for path in folder.iterdir():
-        if _PARTIAL.fullmatch(path.name) and path.is_file() and not path.is_symlink():
-            with contextlib.suppress(OSError), open(path, "rb") as file:
-                if try_lock(file):
-                    path.unlink()
-
-
-@contextlib.contextmanager
-def _explained(place: str) -> Iterator[None]:
-    """Say in one line what cannot be written, and why."""
-    try:
-        yield
-    except OSError as error:
-        cause = error.strerror if error.errno is not None else None
-        raise StoreError(f"{place}: cannot be written: {explain(error) or cause or error}") from None

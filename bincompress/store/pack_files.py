@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 from bincompress.errors import DamagedError, StoreError
 from bincompress.process.faults import explain
 from bincompress.process.systems import open_to_read, read_at
-from bincompress.store.files import Bytes, Files, LocalFiles, is_local
+from bincompress.store.files import Bytes, Files, is_local
+from bincompress.store.location import files_at
 from bincompress.store.zip_format import Entry, Window, array_of, is_metadata, read_directory
 
 SUFFIX = ".zip"
@@ -28,14 +29,12 @@ def store_files(url: str) -> Files:
     store, DamagedError where it is cut short.
     """
     if is_local(url):
-        return PackFiles(LocalRanges(url)) if Path(url).is_file() else LocalFiles(url)
+        return PackFiles(LocalRanges(url)) if Path(url).is_file() else files_at(url)
     if names_a_pack(url):
         ranges = RemoteRanges.there(url)
         if ranges is not None:
             return PackFiles(ranges)
-    from bincompress.store.objects import ObjectFiles
-
-    return ObjectFiles(url)
+    return files_at(url)
 
 
 def names_a_pack(url: str) -> bool:

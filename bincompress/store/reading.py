@@ -13,10 +13,9 @@ from bincompress.process.faults import hinders
 from bincompress.sources.assets import is_plain
 from bincompress.sources.checkpoint import ITEM_BYTES, OTHER_DTYPES
 from bincompress.store.arrays import first_not_finite, map_array, read_array
-from bincompress.store.files import Files, LocalFiles, files_at, is_local
+from bincompress.store.files import Files, LocalFiles, is_local
 from bincompress.store.layout import (
-    ALWAYS,
-    ARRAYS,
+    LOW_RANK_VERSION,
     NODES,
     SEAL,
     ArrayLayout,
@@ -27,9 +26,11 @@ from bincompress.store.layout import (
     parse_node,
     seal_problem,
 )
+from bincompress.store.location import files_at
 from bincompress.store.pack_files import PackFiles, names_a_pack, store_files
 from bincompress.store.report import report_problem
-from bincompress.tensors.packed import PackedTensor, assemble
+from bincompress.tensors.forms import ARRAYS, Stored, always, assemble, is_low_rank
+from bincompress.tensors.packed import PackedTensor
 from bincompress.tensors.weight import DTYPE_NAMES, Weight
 
 if TYPE_CHECKING:
@@ -182,12 +183,32 @@ class StoreReader:
     def read_packed(
         self, name: str, check_hashes: bool = False, arrays: Mapping[str, NDArray[Any]] | None = None
     ) -> PackedTensor:
+        """Map or read a tensor of planes and coefficients, as `read_stored`.
+
+        Raises StoreError for one in another form: who knows the formula of planes alone cannot take it.
+        """
+        found = self.read_stored(name, check_hashes, arrays)
+        if isinstance(found, PackedTensor):
+            return found
+        raise StoreError(
+            f"{self.url}: {name}: is stored in low-rank form, and planes are needed here; compress the model with "
+            "another method"
+        )
+
+    def read_stored(
+        self, name: str, check_hashes: bool = False, arrays: Mapping[str, NDArray[Any]] | None = None
+    ) -> Stored:
         """Map or read a packed tensor and check that its arrays fit together; raises DamagedError naming it.
 
         check_hashes: hold the arrays' bytes and the attributes against their hashes, too. arrays: those that were read
         already, and are not read again.
         """
         attributes = self.complete_attributes(name)
+        if is_low_rank(attributes) and self.attributes.get("version") != LOW_RANK_VERSION:
+            raise DamagedError(
+                f"{self.url}: {name}: has the low-rank form, which a store of version "
+                f"{self.attributes.get('version')!r:.40} cannot have; expected version {LOW_RANK_VERSION}"
+            )
         arrays = arrays or {key: self._read(name, key) for key in self._keys(name)}
         if check_hashes:
             for key, values in arrays.items():
@@ -237,8 +258,8 @@ class StoreReader:
         """Return the names of a tensor's arrays, as its hashes have them."""
         if self.attributes["tensors"][name] != "packed":
             return ["array"]
-        hashes = self.hashes(name)
-        return [key for key in ARRAYS if key in ALWAYS or key in hashes]
+        hashes, needed = self.hashes(name), always(self.complete_attributes(name))
+        return [key for key in ARRAYS if key in needed or key in hashes]
 
     def _check_hash(self, name: str, key: str, values: NDArray[Any]) -> None:
         if array_hash(values) != self.hashes(name).get(key):
@@ -372,6 +393,11 @@ def read_root(url: str) -> tuple[dict[str, Any], Files]:
     if is_local(url) and not Path(url).exists():
         raise StoreError(f"{url}: no such store; `bincompress compress SOURCE {url}` makes one")
     files = store_files(url)
+    return checked_root(url, files), files
+
+
+def checked_root(url: str, files: Files) -> dict[str, Any]:
+    """Return the root's attributes of a store from its files; raises StoreError as `read_root` does."""
     try:
         attributes = root_attributes(files)
     except FileNotFoundError as error:
@@ -381,4 +407,4 @@ def read_root(url: str) -> tuple[dict[str, Any], Files]:
     except (KeyError, ValueError, RecursionError) as error:
         raise StoreError(f"{url}: not a Zarr v3 store: {str(error) or type(error).__name__}") from None
     check_format(url, attributes)
-    return attributes, files
+    return attributes

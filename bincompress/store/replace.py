@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bincompress.errors import StoreError
-from bincompress.store.files import Files, files_at, nobodys
+from bincompress.store.files import Files, nobodys
 from bincompress.store.layout import BEGINNING, NEW, Format, group_node, parse_node
+from bincompress.store.location import files_at
 
 _LOG = logging.getLogger(__name__)
 _NAMED = 5  # foreign names in a message

@@ -13,24 +13,32 @@ from bincompress.store.arrays import let_go
 from bincompress.store.files import is_local
 from bincompress.store.hub import located
 from bincompress.store.layout import FORMAT, MODEL, NODES, VERSION, array_hash, check_format
-from bincompress.store.reading import read_root
+from bincompress.store.location import files_at
+from bincompress.store.reading import checked_root, read_root
 from bincompress.store.replace import Place, check_place, clear
 from bincompress.store.writing import Store
 
-__all__ = ["FORMAT", "VERSION", "Store", "array_hash", "begin_store", "is_local", "let_go", "open_store"]
+__all__ = [
+    "FORMAT", "VERSION", "Store", "array_hash", "begin_store", "is_local", "let_go", "open_store", "open_to_write",
+]  # fmt: skip
 
 _LOG = logging.getLogger(__name__)
 
 
-def open_store(url: str, run_id: str | None = None) -> Store:
-    """Open a store for reading, a folder, a URL, one packed file or a Hub id; raises StoreError where there is none.
-
-    run_id: of the run that writes it, for writing: a store that is no local folder refuses what another run writes.
-    """
-    if run_id is None:
-        url = located(url)
+def open_store(url: str) -> Store:
+    """Open a store for reading, a folder, a URL, one packed file or a Hub id; raises StoreError where there is none."""
+    url = located(url)
     attributes, files = read_root(url)
-    return Store(url, attributes, run_id, files)
+    return Store(url, attributes, files=files)
+
+
+def open_to_write(url: str, run_id: str) -> Store:
+    """Open a store that `begin_store` has made, a folder or a URL; raises StoreError where there is none.
+
+    run_id: of the run that writes it: a store that is no local folder refuses what another run writes.
+    """
+    files = files_at(url)
+    return Store(url, checked_root(url, files), run_id, files)
 
 
 def begin_store(url: str, plan: Mapping[str, Any], assets: Mapping[str, bytes], run_id: str, overwrite: bool) -> Store:

@@ -9,7 +9,8 @@ from bincompress.store.files import is_local, nobodys
 from bincompress.store.layout import NODES, SEAL, array_hash
 from bincompress.store.pack_files import PackFiles
 from bincompress.store.reading import StoreReader, not_finite
-from bincompress.tensors.packed import PackedTensor
+from bincompress.tensors.forms import Stored
+from bincompress.tensors.low_rank import LowRankTensor
 
 _SHOWN = 3  # names in a message
 
@@ -77,7 +78,7 @@ def _tensor_problem(store: StoreReader, name: str) -> str:
         if not is_local(store.url):  # what is here is mapped, which takes no memory
             arrays[key] = values
     if store.tensors()[name] == "packed":
-        problem = _packed_problem(store.read_packed(name, arrays=arrays))
+        problem = _packed_problem(store.read_stored(name, arrays=arrays))
     else:
         problem = not_finite(*store.read_plain(name, arrays=arrays))
     store.check_attributes(name)
@@ -85,7 +86,9 @@ def _tensor_problem(store: StoreReader, name: str) -> str:
     return f"{store.url}: {name}: {problem}" if problem else ""
 
 
-def _packed_problem(packed: PackedTensor) -> str:
+def _packed_problem(packed: Stored) -> str:
+    if isinstance(packed, LowRankTensor):
+        return packed.problem()
     cols = packed.shape[1]
     last = [packed.planes[:, :, -1:], packed.column_planes[:, None, -1:]]
     if cols % 64 and any(np.any(words >> np.uint64(cols % 64)) for words in last if words.size):

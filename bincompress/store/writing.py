@@ -22,7 +22,7 @@ from bincompress.store.layout import (
     sealed,
 )
 from bincompress.store.reading import StoreReader, asset_path, not_finite, root_attributes
-from bincompress.tensors.packed import PackedTensor
+from bincompress.tensors.forms import Stored
 from bincompress.tensors.weight import Weight
 
 _LOG = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Store(StoreReader):
         # Its metadata first: without it the tensor is not complete, whatever is still there.
         self.files.delete(sorted(keys, key=lambda key: key != f"{path}/zarr.json"))
 
-    def write_packed(self, name: str, packed: PackedTensor, archive: bool) -> tuple[dict[str, str], int]:
+    def write_packed(self, name: str, packed: Stored, archive: bool) -> tuple[dict[str, str], int]:
         """Write a packed tensor's arrays; returns their hashes and stored bytes. `commit` makes it count."""
         arrays = packed.arrays()
         self.remove(name)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bincompress.errors import DamagedError, StoreError
+from bincompress.sources.json_files import POINTER, begins_a_pointer
 from bincompress.store.layout import MODEL
 
 ALIGNMENT = 64  # bytes, of a chunk's first: a cache line, and a multiple of every item's size
@@ -175,6 +176,8 @@ def read_directory(window: Window, whole: bool) -> dict[str, Entry]:
     if at < 0 or at + _END.size > size:
         if size >= 4 and window.read(0, 4) == b"PK\3\4":
             raise DamagedError(f"{url}: a zip file whose end is missing (was the copy cut short?); copy it again")
+        if begins_a_pointer(window.read(0, min(size, 64))):
+            raise StoreError(f"{url}: {POINTER}")
         raise StoreError(
             f"{url}: a file, but not a packed store; expected a folder, or a file that `bincompress pack` has written"
         )

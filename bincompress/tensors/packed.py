@@ -12,6 +12,10 @@ from bincompress.tensors.float8 import as_float16
 from cpu_kernels.quantize.packing import BLOCK_STEP
 from cpu_kernels.quantize.unpacking import widen
 
+ALWAYS = ("planes", "coef")  # arrays of every tensor of this form
+ARRAYS = (*ALWAYS, "column_planes", "in_scale")
+LISTED = ("listed_index", "listed_value")  # of a tensor of any form
+
 _SCALED_BY_KERNEL = 1 << 16  # coefficients: NumPy takes 4 ns each, but a small model should not wait for a compiler
 _EXPONENTS = 500  # more than float32 has, and well within float64's
 _MOST = (1 << 31) - 1  # rows, columns
@@ -56,8 +60,13 @@ class PackedTensor:
         return found
 
     def attributes(self) -> dict[str, Any]:
-        """Return what the formula needs beside the arrays, as JSON; the block and the shape stand with the method."""
-        return {"terms": list(self.terms), "mix": self.mix, "coef_exponent": self.exponent}
+        """Return what the formula needs beside the arrays, as JSON; the shape stands with the method."""
+        return {"block": self.block, "terms": list(self.terms), "mix": self.mix, "coef_exponent": self.exponent}
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of each stored coefficient."""
+        return self.numbers.itemsize
 
     @cached_property
     def coef(self) -> NDArray[np.float32]:
@@ -100,9 +109,9 @@ def assemble(attributes: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) 
     Raises ValueError where they do not fit together or to the format, KeyError or TypeError where an attribute is
     missing or of another kind.
     """
-    rows, cols = (_whole_number("shape", size, 1, _MOST) for size in attributes["shape"])
-    block = _whole_number("block", attributes["block"], 1, _MOST)
-    exponent = _whole_number("coef_exponent", attributes["coef_exponent"], -_EXPONENTS, _EXPONENTS)
+    rows, cols = (whole_number("shape", size, 1, _MOST) for size in attributes["shape"])
+    block = whole_number("block", attributes["block"], 1, _MOST)
+    exponent = whole_number("coef_exponent", attributes["coef_exponent"], -_EXPONENTS, _EXPONENTS)
     planes, numbers = arrays["planes"], arrays["coef"]
     if block % BLOCK_STEP and block < cols:
         raise ValueError(f"block {block} is no multiple of {BLOCK_STEP} and less than the {cols} columns")
@@ -117,7 +126,7 @@ def assemble(attributes: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) 
         raise ValueError(f"in_scale {in_scale.shape} does not fit {cols} columns")
     count = planes.shape[0] + column_planes.shape[0]
     most = (1 << min(count, _MOST_PLANES)) - 1
-    terms = tuple(_whole_number("terms", term, 0, most) for term in attributes["terms"])
+    terms = tuple(whole_number("terms", term, 0, most) for term in attributes["terms"])
     if len(set(terms)) != len(terms):
         raise ValueError(f"terms: one of {len(terms)} is there twice")
     whole = numbers.shape[1:] == (1, 1) and units == 1
@@ -128,18 +137,24 @@ def assemble(attributes: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) 
         raise ValueError(f"{len(terms)} terms do not fit {count} planes and coef")
     index = arrays.get("listed_index", np.empty(0, np.uint64))
     value = arrays.get("listed_value", np.empty(0, np.float32))
-    if index.shape != value.shape or index.ndim != 1 or index.dtype != np.uint64 or value.dtype != np.float32:
-        raise ValueError(f"listed weights: {index.shape} {index.dtype} places, {value.shape} {value.dtype} values")
-    if np.any(index[1:] <= index[:-1]):
-        raise ValueError("listed weights are not in ascending order")
-    if index.size and int(index[-1]) >= rows * cols:
-        raise ValueError("listed weights lie outside the matrix")
+    check_listed(index, value, rows * cols)
     return PackedTensor(
         planes, numbers, terms, block, (rows, cols), exponent, mix, column_planes, in_scale, index, value
     )
 
 
-def _whole_number(name: str, value: Any, least: int, most: int) -> int:
+def check_listed(index: NDArray[Any], value: NDArray[Any], weights: int) -> None:
+    """Raise ValueError where listed weights are not those of a matrix with so many weights."""
+    if index.shape != value.shape or index.ndim != 1 or index.dtype != np.uint64 or value.dtype != np.float32:
+        raise ValueError(f"listed weights: {index.shape} {index.dtype} places, {value.shape} {value.dtype} values")
+    if np.any(index[1:] <= index[:-1]):
+        raise ValueError("listed weights are not in ascending order")
+    if index.size and int(index[-1]) >= weights:
+        raise ValueError("listed weights lie outside the matrix")
+
+
+def whole_number(name: str, value: Any, least: int, most: int) -> int:
+    """Return an attribute that is a whole number within these limits; raises ValueError for any other."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ValueError(f"{name}: {value!r:.40}; expected a whole number from {least} to {most}")
     return value

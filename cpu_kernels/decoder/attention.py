@@ -13,7 +13,7 @@ from numpy import float32
 
 from cpu_kernels.decoder.exponential import exponential
 from cpu_kernels.decoder.tiles import TILE_COLUMNS, TILE_ROWS, largest, multiply_tile, total
-from cpu_kernels.jit.compiler import Kernel, kernel, out, view
+from cpu_kernels.jit.compiler import Kernel, inline, kernel, out, view
 
 BLOCK = TILE_COLUMNS  # positions that lie side by side in the cache
 QUERY_ROWS = 32  # (token, head of the group) rows that share one pass over the keys
@@ -40,6 +40,20 @@ def work_items(tokens: int, heads: int, kv_heads: int) -> int:
     return kv_heads * -(-tokens * (heads // kv_heads) // QUERY_ROWS)
 
 
+@inline
+def _begin_row(scratch: Any, top: Any, mass: Any, sink: Any) -> None:
+    """Begin the softmax of a row: nothing has been seen."""
+    scratch[top] = _HIDDEN
+    scratch[mass] = _ZERO
+
+
+@inline
+def _begin_row_at_sink(scratch: Any, top: Any, mass: Any, sink: Any) -> None:
+    """Begin the softmax of a row with its head's sink, a score that takes part in the sum and has no value."""
+    scratch[top] = scratch[sink]
+    scratch[mass] = _ONE
+
+
 def _attend(
     qkv: Any, heads: int, keys: Any, values: Any, first: int, window: int, start: int, stop: int, scratch: Any,
     result: Any,
@@ -47,7 +61,8 @@ def _attend(
     """Attend for work items start..stop-1; queries are the first heads * head_dim columns of qkv, already scaled.
 
     qkv (n, columns) float32: tokens at positions first, first + 1, ...; a token sees the `window` positions up to
-    its own. result (n, heads * head_dim) float32.
+    its own. scratch (scratch_size,), behind which the heads' sinks lie where there are any. result
+    (n, heads * head_dim) float32.
     """
     kv_heads, blocks, dim = keys.shape[0], keys.shape[1], keys.shape[2]
     positions, wide = values.shape[1], values.shape[2]
@@ -75,8 +90,8 @@ def _attend(
             at = token * columns + (head * group + (first_row + row) % group) * dim
             for d in range(dim):
                 scratch[row * dim + d] = queries[at + d]
-            scratch[top_at + row] = _HIDDEN
-            scratch[mass_at + row] = _ZERO
+            sink = mass_at + QUERY_ROWS + head * group + (first_row + row) % group
+            _begin_row(scratch, top_at + row, mass_at + row, sink)
         oldest = max(0, first + first_row // group - window + 1)
         end = first + (first_row + rows - 1) // group + 1
         # From a whole tile on, so that a token's sums have the same order whichever tokens share its block.
@@ -144,4 +159,8 @@ def _signature(cached: Any) -> Any:
 ATTEND: dict[np.dtype[Any], Kernel] = {
     np.dtype(np.float32): kernel(_signature(types.float32))(_attend),
     np.dtype(np.uint16): kernel(_signature(types.uint16))(_attend),
+}
+ATTEND_WITH_SINKS: dict[np.dtype[Any], Kernel] = {
+    np.dtype(item): kernel(_signature(kind), "attend_with_sinks", _begin_row=_begin_row_at_sink)(_attend)
+    for item, kind in ((np.float32, types.float32), (np.uint16, types.uint16))
 }

@@ -19,7 +19,7 @@ _GELU_CUBE = float32(0.044715)
 
 
 @inline
-def _inverse_norm(array: Any, start: int, count: int, epsilon: Any) -> Any:
+def inverse_norm(array: Any, start: int, count: int, epsilon: Any) -> Any:
     """Return 1 / sqrt(mean of squares + epsilon) of `count` items of a flat float32 array from `start`."""
     even = count // LANES * LANES
     squares = square_total(array, start, even)
@@ -41,7 +41,7 @@ def add_norm(
     for row in range(start, stop):
         for i in range(hidden):
             stream[row, i] += delta[row, i] + bias[i]
-        scale = _inverse_norm(flat, row * hidden, hidden, epsilon)
+        scale = inverse_norm(flat, row * hidden, hidden, epsilon)
         for i in range(hidden):
             normed[row, i] = weight[i] * (stream[row, i] * scale)
 
@@ -64,13 +64,13 @@ def add_normed(
         for i in range(hidden):
             delta[row, i] += bias[i]
         if delta_norm.size > 0:
-            scale = _inverse_norm(deltas, row * hidden, hidden, epsilon)
+            scale = inverse_norm(deltas, row * hidden, hidden, epsilon)
             for i in range(hidden):
                 delta[row, i] = delta_norm[i] * (delta[row, i] * scale)
         for i in range(hidden):
             stream[row, i] += delta[row, i] * factor
         if weight.size > 0:
-            scale = _inverse_norm(streams, row * hidden, hidden, epsilon)
+            scale = inverse_norm(streams, row * hidden, hidden, epsilon)
             for i in range(hidden):
                 normed[row, i] = weight[i] * (stream[row, i] * scale)
         else:
@@ -85,7 +85,7 @@ def norm_rows(values: Any, weight: Any, epsilon: float, start: int, stop: int) -
     flat = values.reshape(values.size)
     for row in range(start, stop):
         first = row * width
-        scale = _inverse_norm(flat, first, width, epsilon)
+        scale = inverse_norm(flat, first, width, epsilon)
         for i in range(width):
             flat[first + i] = weight[i] * (flat[first + i] * scale)
 
@@ -105,11 +105,11 @@ def norm_queries_keys(
         for i in range(columns):
             qkv[row, i] += bias[i]
         first = row * columns
-        scale = _inverse_norm(flat, first, queries, epsilon)
+        scale = inverse_norm(flat, first, queries, epsilon)
         for i in range(queries):
             flat[first + i] = q_norm[i] * (flat[first + i] * scale)
         first += queries
-        scale = _inverse_norm(flat, first, keys, epsilon)
+        scale = inverse_norm(flat, first, keys, epsilon)
         for i in range(keys):
             flat[first + i] = k_norm[i] * (flat[first + i] * scale)
 
@@ -163,7 +163,7 @@ def _finish_head(
     """
     half = cosines.size
     if normalise:
-        inverse = _inverse_norm(head, 0, head.size, epsilon)
+        inverse = inverse_norm(head, 0, head.size, epsilon)
         for i in range(head.size):
             head[i] = norm[i] * (head[i] * inverse)
     first, second, rest = head[:half], head[half : 2 * half], head[2 * half :]

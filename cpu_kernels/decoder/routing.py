@@ -153,6 +153,73 @@ def choose_experts(logits: Any, normalized: Any, start: Any, stop: Any, chosen: 
                 weights[token, i] /= total
 
 
+@inline
+def _ordered(value: Any, bits: Any) -> Any:
+    """Return an integer that has the order of a float32, of which these are the bits."""
+    # With their other bits turned, negative numbers too have the order of their bits.
+    key = bits if bits >= 0 else np.int32(bits ^ _NAN)
+    return key if value == value else _NAN
+
+
+@kernel(types.void(view(_F4, 2), view(_F4, 1), types.int64, _F4, _SIZE, _SIZE, out(types.int64, 2), out(_F4, 2)))
+def choose_by_sigmoid(
+    logits: Any, offsets: Any, normalized: Any, scale: Any, start: Any, stop: Any, chosen: Any, weights: Any
+) -> None:
+    """For tokens start .. stop - 1: as `choose_experts`, by the sigmoid of each logit plus the expert's offset.
+
+    offsets (experts,). A weight is the sigmoid, divided by 1e-6 more than the sum of the chosen ones where `normalized`
+    is 1, times scale.
+    """
+    experts, count = logits.shape[1], chosen.shape[1]
+    sigmoids = np.empty(experts, np.float32)
+    row = np.empty(experts, np.float32)
+    keys = np.empty(experts, np.int32)
+    ids = np.empty(experts, np.int64)
+    bits = row.view(np.int32)
+    for token in range(start, stop):
+        for e in range(experts):
+            sigmoids[e] = np.float32(1) / (np.float32(1) + np.exp(-logits[token, e]))
+            row[e] = sigmoids[e] + offsets[e] + np.float32(0)  # no negative zero
+            keys[e] = _ordered(row[e], bits[e])
+            ids[e] = e
+        _largest_first(keys, ids, count)
+        ids[:count].sort()
+        total = np.float32(1e-6)
+        for i in range(count):
+            chosen[token, i] = ids[i]
+            weights[token, i] = sigmoids[ids[i]]
+            total += weights[token, i]
+        for i in range(count):
+            weights[token, i] = (weights[token, i] / total if normalized else weights[token, i]) * scale
+
+
+@kernel(types.void(view(_F4, 2), _SIZE, _SIZE, out(types.int64, 2), out(_F4, 2)))
+def choose_by_logits(logits: Any, start: Any, stop: Any, chosen: Any, weights: Any) -> None:
+    """For tokens start .. stop - 1: as `choose_experts`, by the largest logits, the softmax being over those alone."""
+    experts, count = logits.shape[1], chosen.shape[1]
+    row = np.empty(experts, np.float32)
+    keys = np.empty(experts, np.int32)
+    ids = np.empty(experts, np.int64)
+    bits = row.view(np.int32)
+    for token in range(start, stop):
+        for e in range(experts):
+            row[e] = logits[token, e] + np.float32(0)  # no negative zero
+            keys[e] = _ordered(row[e], bits[e])
+            ids[e] = e
+        _largest_first(keys, ids, count)
+        ids[:count].sort()
+        largest = row[ids[0]]
+        for i in range(count):
+            chosen[token, i] = ids[i]
+            largest = max(largest, row[ids[i]])
+        total = np.float32(0)
+        for i in range(count):
+            weights[token, i] = np.exp(np.float32(row[ids[i]] - largest))
+            total += weights[token, i]
+        for i in range(count):
+            weights[token, i] /= total
+
+
 @kernel(types.void(view(_F4, 2), view(types.int64, 2), view(_F4, 2), _SIZE, _SIZE, out(_F4, 2)))
 def mix_experts(made: Any, places: Any, weights: Any, start: Any, stop: Any, result: Any) -> None:
     """For tokens start .. stop - 1: result = the sum of what their experts made, each times its weight.

@@ -48,30 +48,31 @@ def inline_whole(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def kernel(
-    signature: Any, reassociate: bool = False, **helpers: Callable[..., Any]
+    signature: Any, named: str = "", reassociate: bool = False, **helpers: Callable[..., Any]
 ) -> "Callable[[Callable[..., Any]], Kernel]":
     """Mark a kernel: compiled for `signature` alone, on first use, without the GIL held while it runs.
 
     Arguments of other types raise TypeError instead of compiling a second version. `reassociate` lets float sums be
     taken in any order, so that they vectorise; their last bits then depend on the CPU. helpers: functions made for this
     kernel, under the names of the globals that it calls them by. Closed over they would be a part of the cache's key,
-    another one in every process.
+    another one in every process. named: the kernel's own name, where one function makes several with other helpers.
     """
 
     def mark(function: Callable[..., Any]) -> Kernel:
-        whole = _with_globals(function, helpers) if helpers else function
+        whole = _with_globals(function, helpers, named) if helpers else function
         return cast(Kernel, functools.wraps(function)(Kernel(whole, signature, reassociate)))
 
     return mark
 
 
-def _with_globals(function: Callable[..., Any], more: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """Return the function with globals of its own."""
+def _with_globals(function: Callable[..., Any], more: dict[str, Callable[..., Any]], named: str) -> Callable[..., Any]:
+    """Return the function with globals of its own, under another name where one is given."""
     plain = cast(FunctionType, function)
     copy = FunctionType(
         plain.__code__, {**plain.__globals__, **more}, plain.__name__, plain.__defaults__, plain.__closure__
     )
-    copy.__qualname__, copy.__module__, copy.__doc__ = plain.__qualname__, plain.__module__, plain.__doc__
+    copy.__qualname__, copy.__module__, copy.__doc__ = named or plain.__qualname__, plain.__module__, plain.__doc__
+    copy.__name__ = named or plain.__name__
     return copy
 
 

@@ -8,6 +8,7 @@ import contextlib
 import mmap
 import threading
 import weakref
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +16,17 @@ from numpy.typing import NDArray
 _ARENA = 128 << 20  # bytes; what is not used yet takes no memory, and a small model never fills it
 _LINE = 64
 
+
+@dataclass
+class _Arena:
+    """An arena, which goes with the last array in it, and how many bytes of it are used."""
+
+    memory: "weakref.ref[NDArray[np.uint8]]"
+    used: int = 0
+
+
 _lock = threading.Lock()
-_arena: "weakref.ref[NDArray[np.uint8]] | None" = None  # the last one: it goes with the last array in it
-_used = 0  # bytes of it
+_last: _Arena | None = None  # one object, so that an interrupt cannot set one part of it and not the other
 
 
 def aligned(size: int, zero: bool = False) -> NDArray[np.uint8]:
@@ -29,18 +38,19 @@ def aligned(size: int, zero: bool = False) -> NDArray[np.uint8]:
 
 def allocate(size: int, own_pages: bool = False) -> NDArray[np.uint8]:
     """Return zeros, uint8 (size,), that begin with a cache line: the next part of an arena, or pages of their own."""
-    global _arena, _used
+    global _last
     whole = -(-size // _LINE) * _LINE
     if own_pages or whole > _ARENA // 2:
         return _fresh(whole)[:size]
     with _lock:
-        arena = _arena() if _arena else None
-        if arena is None or _used + whole > arena.size:
-            arena, _used = _fresh(_ARENA), 0
-            _arena = weakref.ref(arena)
-        taken = arena[_used : _used + size]
-        _used += whole
-    return taken
+        last = _last
+        memory = None if last is None else last.memory()
+        if last is None or memory is None or last.used + whole > memory.size:
+            memory = _fresh(_ARENA)
+            last = _last = _Arena(weakref.ref(memory))
+        # Counted before it is handed out: an interrupt in between wastes it, and nobody gets it twice.
+        start, last.used = last.used, last.used + whole
+        return memory[start : start + size]
 
 
 def _fresh(size: int) -> NDArray[np.uint8]:

@@ -81,7 +81,7 @@ class ChosenProducts:
         if self._jobs.shape[1] != count:
             self._jobs = np.zeros((self._workers.threads, count, _WORDS), np.int64)
         result = np.empty((count, self.rows), np.float32)
-        _set_up(self._table, numbers, x, result, self._tiles, self._jobs, self._blocks)
+        set_up(self._table, numbers, x, result, self._tiles, self._jobs, self._blocks)
         blocks = self._blocks
         self._workers.run_kernel(run_chosen, blocks.ctypes.data, blocks.strides[0], count * self._tiles)
         return result
@@ -95,7 +95,7 @@ _I8 = types.int64
         view(_I8, 3), view(_I8, 1), view(types.float32, 2), out(types.float32, 2), _I8, out(_I8, 3), out(_I8, 2)
     )
 )  # fmt: skip
-def _set_up(table: Any, numbers: Any, x: Any, result: Any, tiles: Any, jobs: Any, blocks: Any) -> None:
+def set_up(table: Any, numbers: Any, x: Any, result: Any, tiles: Any, jobs: Any, blocks: Any) -> None:
     """Write every thread's jobs of these matrices, and its block."""
     shared = x.shape[0] == 1
     for thread in range(jobs.shape[0]):

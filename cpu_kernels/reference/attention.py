@@ -48,10 +48,13 @@ def rotate(x: Floats, cosines: Floats, sines: Floats) -> Floats:
     return np.concatenate([low * c - high * s, high * c + low * s, rest], axis=-1)
 
 
-def attend(queries: Floats, keys: Floats, values: Floats, first: int, window: int | None = None) -> Floats:
+def attend(
+    queries: Floats, keys: Floats, values: Floats, first: int, window: int | None = None, sinks: Floats | None = None
+) -> Floats:
     """Return causal attention of scaled queries (n, heads, dim) at positions first.. over keys, values (m, kv, dim).
 
-    A token at position p sees positions p - window + 1 .. p; result (n, heads, dim).
+    A token at position p sees positions p - window + 1 .. p, and a sink (heads,) where there are any: a score that
+    takes part in the softmax and has no value. Result (n, heads, dim).
     """
     tokens, heads = queries.shape[:2]
     group = heads // keys.shape[1]
@@ -64,6 +67,10 @@ def attend(queries: Floats, keys: Floats, values: Floats, first: int, window: in
     for head in range(heads):
         scores = queries[:, head].astype(np.float64) @ keys[:, head // group].T
         scores = np.where(visible, scores, -np.inf)
-        scores = np.exp(scores - scores.max(axis=1, keepdims=True))
-        result[:, head] = (scores / scores.sum(axis=1, keepdims=True)) @ values[:, head // group]
+        top = scores.max(axis=1, keepdims=True)
+        scores = np.exp(scores - top)
+        mass = scores.sum(axis=1, keepdims=True)
+        if sinks is not None:
+            mass = mass + np.exp(np.minimum(sinks[head] - top, 700.0))
+        result[:, head] = (scores / mass) @ values[:, head // group]
     return result

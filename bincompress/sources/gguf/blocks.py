@@ -17,6 +17,9 @@ from bincompress.tensors.weight import TensorSource
 
 # Types that a kernel of ours knows: bytes and weights of a block, and where its numbers in float16 lie.
 _KERNELS = {"Q8_0": (34, 32, (0,)), "Q5_0": (22, 32, (0,)), "Q4_K": (144, 256, (0, 2)), "Q6_K": (210, 256, (208,))}
+# Types whose values the package does not compute: number, name, weights and bytes of a block (ggml-common.h).
+_OURS = {41: ("Q1_0", 128, 18), 42: ("Q2_0", 64, 18)}
+_BITS = {"Q1_0": 1, "Q2_0": 2}
 PLAIN = {"F32": 4, "F16": 2, "BF16": 2}  # types whose items lie in the file as a checkpoint has them
 
 
@@ -28,7 +31,7 @@ def gguf_package() -> Any:
         if error.name != "gguf":
             raise
         raise CheckpointError(
-            "reading a GGUF file needs the gguf package, which is not installed: pip install 'bincompress[gguf]'"
+            "GGUF files need the gguf package, which is not installed: pip install 'bincompress[gguf]'"
         ) from None
     return gguf
 
@@ -37,6 +40,8 @@ def gguf_package() -> Any:
 def type_of(number: int) -> tuple[str, int, int] | None:
     """Return the name of a type by its number, the weights of a block and its bytes; None where it is not read."""
     gguf = gguf_package()
+    if number in _OURS:
+        return _OURS[number]
     known = {int(kind): kind for kind in gguf.GGMLQuantizationType}
     if number not in known:
         return None
@@ -63,7 +68,7 @@ def decoder(source: TensorSource) -> Fill:
             start, stop = 0, rows
         chosen: Any = slice(start, stop)
         if heads:
-            chosen = _permuted(np.arange(start, stop), rows // heads)
+            chosen = permuted(np.arange(start, stop), rows // heads)
         values[:] = values_of(items[chosen]).reshape(values.shape)
         if minus:
             values -= np.float32(minus)
@@ -81,6 +86,8 @@ def _plain(name: str) -> Any:
 def _quantized(name: str) -> Any:
     if name in _KERNELS:
         return _by_kernel(name)
+    if name in _BITS:
+        return lambda items: _few_bits(items, _BITS[name])
     gguf = gguf_package()
     kind = gguf.GGMLQuantizationType[name]
 
@@ -89,6 +96,23 @@ def _quantized(name: str) -> Any:
             return gguf.quants.dequantize(items, kind)
 
     return values_of
+
+
+def _few_bits(items: NDArray[Any], bits: int) -> NDArray[np.float32]:
+    """Return values of Q1_0 (-d, d) or Q2_0 (-d, 0, d, 2 d): a scale in float16, then codes of so many bits."""
+    blocks = np.ascontiguousarray(items).reshape(-1, 18)
+    scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    levels = np.array([-1, 1] if bits == 1 else [-1, 0, 1, 2], np.float32)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (blocks[:, 2:, None] >> shifts) & np.uint8((1 << bits) - 1)
+    return np.asarray(levels[codes].reshape(len(blocks), -1) * scales, np.float32)
+
+
+def one_bit(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return rows of two levels, -d and d in each 128 columns, as Q1_0: the inverse of reading them."""
+    blocks = values.reshape(-1, 128)
+    scales = np.abs(blocks[:, :1]).astype(np.float16).view(np.uint8)
+    return np.concatenate([scales, np.packbits(blocks > 0, axis=1, bitorder="little")], axis=1)
 
 
 def _by_kernel(name: str) -> Any:
@@ -108,7 +132,7 @@ def _by_kernel(name: str) -> Any:
     return values_of
 
 
-def _permuted(rows: NDArray[np.intp], head: int) -> NDArray[np.intp]:
+def permuted(rows: NDArray[np.intp], head: int) -> NDArray[np.intp]:
     """Return which rows of the file these are: it has the two halves of a head's rows in turns; head: rows of one."""
     number, row = np.divmod(rows, head)
     half, place = np.divmod(row, head // 2)

@@ -13,11 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bincompress.errors import CheckpointError
+from bincompress.sources.gguf.keys import (
+    EPSILON,
+    FACTOR,
+    LOCAL_THETA,
+    LOGIT_CAP,
+    MULTIPLIERS,
+    ORIGINAL,
+    PATTERN,
+    ROTATED,
+    SCALING,
+    SIZES,
+    THETA,
+    TOKEN_IDS,
+    VALUE_LENGTH,
+    WINDOW,
+)
 from bincompress.sources.gguf.names import Family
 from bincompress.sources.gguf.tokenizer import TOKENIZER_KEYS
 
 _TOKENS = "tokenizer.ggml."
-_GEMMA_27B = 62  # layers; the one Gemma 3 whose queries are not scaled by its head size
+GEMMA_27B = 62  # layers; the one Gemma 3 whose queries are not scaled by its head size
 _LLAMA3 = (1.0, 4.0)  # low_freq_factor and high_freq_factor of all Llama 3 models
 _LLAMA3_CONTEXTS = (8192, 4096, 2048, 16384, 32768, 65536, 131072)
 _CLOSE = 1e-4
@@ -121,13 +137,13 @@ def config_of(
     Raises CheckpointError where a value is missing or wrong; what the decoder cannot do is said by its own reader.
     """
     fields = Fields(arch, metadata)
-    hidden, heads = fields.whole("embedding_length"), fields.whole("attention.head_count")
+    hidden, heads = fields.whole(SIZES["hidden_size"]), fields.whole(SIZES["num_attention_heads"])
     if not heads:
         raise CheckpointError(f"GGUF metadata: {arch}.attention.head_count is 0")
-    head_dim = fields.whole("attention.key_length", _head_dim(family, fields, hidden, heads))
-    if fields.whole("attention.value_length", head_dim) != head_dim:
+    head_dim = fields.whole(SIZES["head_dim"], _head_dim(family, fields, hidden, heads))
+    if fields.whole(VALUE_LENGTH, head_dim) != head_dim:
         raise CheckpointError(f"GGUF metadata: {arch}: keys and values of different lengths are not supported")
-    rotated = fields.whole("rope.dimension_count", head_dim)
+    rotated = fields.whole(ROTATED, head_dim)
     if rotated != head_dim and family.model_type != "phi3":
         raise CheckpointError(
             f"GGUF metadata: {arch}.rope.dimension_count: {rotated} of {head_dim} columns of a head; expected all"
@@ -138,18 +154,18 @@ def config_of(
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "hidden_size": hidden,
-        "intermediate_size": fields.whole("feed_forward_length"),
-        "num_hidden_layers": fields.whole("block_count"),
+        "intermediate_size": fields.whole(SIZES["intermediate_size"]),
+        "num_hidden_layers": fields.whole(SIZES["num_hidden_layers"]),
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.whole("attention.head_count_kv", heads),
+        "num_key_value_heads": fields.whole(SIZES["num_key_value_heads"], heads),
         "head_dim": head_dim,
-        "rms_norm_eps": _required(fields, "attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": fields.whole("context_length"),
+        "rms_norm_eps": _required(fields, EPSILON),
+        "max_position_embeddings": fields.whole(SIZES["max_position_embeddings"]),
         "vocab_size": vocab,
         "tie_word_embeddings": "output.weight" not in names,
         "attention_bias": "blk.0.attn_q.bias" in names,
         "mlp_bias": "blk.0.ffn_up.bias" in names,
-        "rope_theta": fields.number("rope.freq_base", 10000.0),
+        "rope_theta": fields.number(THETA, 10000.0),
         **_rope_scaling(fields, factors, head_dim),
         **_tokens(metadata),
         **_of_family(family, fields, head_dim),
@@ -185,13 +201,12 @@ def _required(fields: Fields, key: str) -> float:
 
 def _head_dim(family: Family, fields: Fields, hidden: int, heads: int) -> int:
     """Return the columns of a head where the file does not say: those that are rotated, as far as that is all."""
-    rotated = fields.whole("rope.dimension_count", 0)
+    rotated = fields.whole(ROTATED, 0)
     return rotated if rotated and family.model_type not in ("phi3", "gemma3_text") else max(1, hidden // heads)
 
 
 def _tokens(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    names = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-    found = {name: metadata.get(_TOKENS + key) for name, key in names.items()}
+    found = {name: metadata.get(_TOKENS + key) for name, key in TOKEN_IDS.items()}
     return {name: value for name, value in found.items() if type(value) is int}
 
 
@@ -199,36 +214,32 @@ def _of_family(family: Family, fields: Fields, head_dim: int) -> dict[str, Any]:
     """Return what only some architectures have."""
     kind = family.model_type
     found: dict[str, Any] = {}
-    window = fields.whole("attention.sliding_window", 0) if kind in _WINDOWED else 0
+    window = fields.whole(WINDOW, 0) if kind in _WINDOWED else 0
     if kind == "gemma3_text":
-        pattern = fields.value("attention.sliding_window_pattern")
+        pattern = fields.value(PATTERN)
         if isinstance(pattern, np.ndarray | list):
             found["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
         elif pattern is not None:
-            found["sliding_window_pattern"] = fields.whole("attention.sliding_window_pattern")
+            found["sliding_window_pattern"] = fields.whole(PATTERN)
         found |= {"sliding_window": window} if window else {}
-        local, cap = fields.number("rope.freq_base_swa"), fields.number("final_logit_softcapping")
+        local, cap = fields.number(LOCAL_THETA), fields.number(LOGIT_CAP)
         found |= {} if local is None else {"rope_local_base_freq": local}
         found |= {} if cap is None else {"final_logit_softcapping": cap}
         if not window:  # llama.cpp: all layers are full; transformers: a window of 4,096
             raise CheckpointError("GGUF metadata: gemma3.attention.sliding_window: missing")
-        if fields.whole("block_count") == _GEMMA_27B:
-            found["query_pre_attn_scalar"] = fields.whole("embedding_length") // fields.whole("attention.head_count")
+        if fields.whole(SIZES["num_hidden_layers"]) == GEMMA_27B:
+            found["query_pre_attn_scalar"] = fields.whole(SIZES["hidden_size"]) // fields.whole(
+                SIZES["num_attention_heads"]
+            )
     elif kind == "phi3":
-        share = fields.whole("rope.dimension_count", head_dim) / head_dim
+        share = fields.whole(ROTATED, head_dim) / head_dim
         found = {"partial_rotary_factor": share, "sliding_window": window or None, "hidden_act": "silu"}
     elif kind == "mistral":
         found = {"sliding_window": window or None}
     elif kind == "olmo2" and window:
         raise CheckpointError("GGUF metadata: olmo2.attention.sliding_window: OLMo 3, which is not supported")
     elif kind == "granite":
-        keys = {
-            "attention_multiplier": "attention.scale",
-            "embedding_multiplier": "embedding_scale",
-            "residual_multiplier": "residual_scale",
-            "logits_scaling": "logit_scale",
-        }
-        values = {name: fields.number(key) for name, key in keys.items()}
+        values = {name: fields.number(key) for name, key in MULTIPLIERS.items()}
         found = {name: value for name, value in values.items() if value is not None}
         found.setdefault("attention_multiplier", 1 / math.sqrt(head_dim))
     return found
@@ -236,8 +247,8 @@ def _of_family(family: Family, fields: Fields, head_dim: int) -> dict[str, Any]:
 
 def _rope_scaling(fields: Fields, factors: Mapping[str, NDArray[Any]], head_dim: int) -> dict[str, Any]:
     """Return rope_scaling: of a kind in the metadata, or of the factors of Phi-3 or Llama 3."""
-    kind, factor = fields.value("rope.scaling.type"), fields.number("rope.scaling.factor")
-    context = fields.whole("rope.scaling.original_context_length", 0)
+    kind, factor = fields.value(SCALING), fields.number(FACTOR)
+    context = fields.whole(ORIGINAL, 0)
     both = {end: factors.get(f"rope_factors_{end}.weight") for end in ("long", "short")}
     if any(found is not None for found in both.values()):
         lists = {f"{end}_factor": found.tolist() for end, found in both.items() if found is not None}
@@ -248,7 +259,7 @@ def _rope_scaling(fields: Fields, factors: Mapping[str, NDArray[Any]], head_dim:
             f"GGUF metadata: {fields.arch}.rope.scaling.factor {factor} beside rope_freqs.weight is not supported"
         )
     if "rope_freqs.weight" in factors:
-        theta = fields.number("rope.freq_base", 10000.0) or 1.0
+        theta = fields.number(THETA, 10000.0) or 1.0
         return _llama3(factors["rope_freqs.weight"], theta, head_dim, context)
     old = fields.number("rope.scale_linear")  # of old files
     factor = old if factor is None else factor
@@ -266,15 +277,20 @@ def _llama3(factors: NDArray[Any], theta: float, head_dim: int, context: int) ->
         return {}
     low, high = _LLAMA3
     factor = float(factors.max())
-    wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     for original in (context, *_LLAMA3_CONTEXTS):
-        if not original or len(factors) != len(wavelength):
+        if not original or len(factors) != len(range(0, head_dim, 2)):
             continue
-        smooth = (original / wavelength - low) / (high - low)
-        blended = 1 / ((1 - smooth) / factor + smooth)
-        expected = np.where(wavelength < original / high, 1.0, np.where(wavelength > original / low, factor, blended))
-        if np.allclose(factors, expected, rtol=_CLOSE, atol=0):
+        if np.allclose(factors, llama3_factors(theta, head_dim, factor, original), rtol=_CLOSE, atol=0):
             scaling = {"rope_type": "llama3", "factor": float(np.float32(factor)), "low_freq_factor": low}
             scaling |= {"high_freq_factor": high, "original_max_position_embeddings": original}
             return {"rope_scaling": scaling}
     raise CheckpointError("rope_freqs.weight: factors that are not those of Llama 3's scaling, which are not supported")
+
+
+def llama3_factors(theta: float, head_dim: int, factor: float, original: int) -> NDArray[np.float64]:
+    """Return what Llama 3's scaling divides the frequencies by, (head_dim / 2,). Source: llama.cpp, conversion/."""
+    low, high = _LLAMA3
+    wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = (original / wavelength - low) / (high - low)
+    blended = 1 / ((1 - smooth) / factor + smooth)
+    return np.where(wavelength < original / high, 1.0, np.where(wavelength > original / low, factor, blended))

@@ -1,4 +1,4 @@
-"""What are the tensors of a GGUF file called in a checkpoint of transformers?
+"""What are the tensors of a GGUF file called in a checkpoint of transformers, and what does llama.cpp do to them?
 
 Source: gguf-py, tensor_mapping.py; llama.cpp, conversion/.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from bincompress.errors import CheckpointError
 
 _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,5})\.([a-z0-9_]+)\.(weight|bias)")
+_IN_CHECKPOINT = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\.([a-z0-9_.]+)\.(weight|bias)")
 _GLOBAL = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -78,3 +79,35 @@ def name_of(family: Family, name: str) -> str:
     if match is None or match[2] not in family.layer:
         raise CheckpointError(f"{name[:80]!r}: not a tensor of {family.architecture} that is known in GGUF files")
     return f"model.layers.{match[1]}.{family.layer[match[2]]}.{match[3]}"
+
+
+def file_name(family: Family, name: str) -> str | None:
+    """Return a checkpoint tensor's name in a GGUF file, the inverse of `name_of`; None where it has none."""
+    whole = next((ours for ours, theirs in _GLOBAL.items() if theirs == name), None)
+    match = _IN_CHECKPOINT.fullmatch(name)
+    if whole is not None or match is None:
+        return whole
+    part = next((ours for ours, theirs in family.layer.items() if theirs == match[2]), None)
+    return None if part is None else f"blk.{match[1]}.{part}.{match[3]}"
+
+
+def arch_of(architecture: str) -> str | None:
+    """Return what llama.cpp calls an architecture of transformers, None where it is not known here.
+
+    Mistral is "llama" to llama.cpp, whose files "mistral" are another program's.
+    """
+    if architecture == "MistralForCausalLM":
+        return "llama"
+    return next((arch for arch, family in FAMILIES.items() if family.architecture == architecture), None)
+
+
+def heads_in_turns(family: Family, name: str, heads: int, kv_heads: int) -> int:
+    """Return of how many heads a tensor has the rows, where the file has the halves of each in turns; 0 elsewhere."""
+    if family.permuted and ".self_attn.q_proj." in name:
+        return heads
+    return kv_heads if family.permuted and ".self_attn.k_proj." in name else 0
+
+
+def one_more(family: Family, name: str) -> bool:
+    """Return whether the file has 1 added to a tensor's values."""
+    return family.norms_plus_one and name.endswith("norm.weight")

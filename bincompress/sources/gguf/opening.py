@@ -16,7 +16,7 @@ from bincompress.sources.fused import split
 from bincompress.sources.gguf.blocks import PLAIN, gguf_package, type_of
 from bincompress.sources.gguf.config import config_of
 from bincompress.sources.gguf.header import GgufTensor, Header, read_header
-from bincompress.sources.gguf.names import FAMILIES, ROPE, Family, name_of
+from bincompress.sources.gguf.names import FAMILIES, ROPE, Family, heads_in_turns, name_of, one_more
 from bincompress.sources.gguf.tokenizer import tokenizer_files
 from bincompress.sources.mapping import map_floats
 from bincompress.tensors.weight import Encoding, TensorSource, encoded
@@ -143,17 +143,13 @@ def _rope_factors(found: dict[str, tuple[GgufTensor, TensorSource]]) -> dict[str
 def _named(family: Family, config: dict[str, Any], tensor: GgufTensor, source: TensorSource) -> TensorSource:
     """Return a tensor under its name in a checkpoint, with what has to be done to its values."""
     name = name_of(family, tensor.name)
-    heads = 0
-    if family.permuted and ".self_attn.q_proj." in name:
-        heads = config["num_attention_heads"]
-    elif family.permuted and ".self_attn.k_proj." in name:
-        heads = config["num_key_value_heads"]
+    heads = heads_in_turns(family, name, config["num_attention_heads"], config["num_key_value_heads"])
     if heads and len(tensor.shape) == 1 and source.dtype not in PLAIN:
         raise CheckpointError(f"{tensor.name!r}: a quantized bias of heads in another order, which is not read")
     rows = tensor.shape[0] if len(tensor.shape) == 1 and heads else math.prod(tensor.shape[:-1])
     if heads and (rows % heads or rows // heads % 2):
         raise CheckpointError(f"{tensor.name!r}: {rows} rows; expected those of {heads} heads with an even number each")
-    minus = int(family.norms_plus_one and name.endswith("norm.weight"))
+    minus = int(one_more(family, name))
     if source.dtype in PLAIN and not heads and not minus:
         return TensorSource(name, source.dtype, tensor.shape, source.file, source.offset, source.nbytes)
     kind = type_of(tensor.type)

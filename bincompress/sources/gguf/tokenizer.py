@@ -19,7 +19,7 @@ from bincompress.sources.gguf.splits import DIGITS, GPT2, SPLITS
 
 _KEY = "tokenizer.ggml."
 _SPACE = "\u2581"
-_CONTROL, _USER_DEFINED = 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens (llama.h)
 _GEMMA = ("gemma", "gemma2", "gemma3")
 # Keys that are read, or that say nothing of how texts become tokens.
 TOKENIZER_KEYS = (
@@ -236,14 +236,14 @@ def _add_tokens(
     control = [
         AddedToken(token, normalized=False, special=True)
         for token, kind in zip(tokens, types, strict=True)
-        if kind == _CONTROL and token and (alphabet is None or set(token) <= alphabet)
+        if kind == CONTROL and token and (alphabet is None or set(token) <= alphabet)
     ]
     backend.add_tokens(control)
     vocab = backend.get_vocab(True)
     defined = [
         AddedToken(token, normalized=False, special=False)
         for token, kind in zip(tokens, types, strict=True)
-        if kind == _USER_DEFINED and token and token in vocab
+        if kind == USER_DEFINED and token and token in vocab
     ]
     backend.add_tokens(defined)
 

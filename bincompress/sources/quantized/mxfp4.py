@@ -7,7 +7,7 @@ BF16 has all the values exactly. Source: transformers, integrations/mxfp4.py (`_
 import numpy as np
 
 from bincompress.sources.mapping import map_items
-from bincompress.sources.quantized.rows import Fill, Floats
+from bincompress.sources.quantized.rows import Bytes, Fill, Floats
 from bincompress.tensors.weight import Encoding, TensorSource, encoded
 
 _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -38,10 +38,16 @@ def decoder(source: TensorSource) -> Fill:
             expert, low = divmod(row, inputs)
             high = min(inputs, low + stop - row)
             first, last = low // BLOCK, -(-high // BLOCK)
-            found = _PAIRS[blocks[expert, :, first:last]].reshape(blocks.shape[1], last - first, BLOCK)
-            exponents = scales[expert, :, first:last].astype(np.int32) - _BIAS
-            found = np.ldexp(found, exponents[..., None]).reshape(blocks.shape[1], -1)
+            found = values_of(blocks[expert, :, first:last], scales[expert, :, first:last])
             values[row - start : row - start + high - low] = found[:, low - first * BLOCK : high - first * BLOCK].T
             row += high - low
 
     return fill
+
+
+def values_of(blocks: Bytes, scales: Bytes) -> Floats:
+    """Return the values (n, count * 32) of blocks (n, count, 16) and scales (n, count)."""
+    rows, count, _ = blocks.shape
+    exponents = scales.astype(np.int32) - _BIAS
+    values: Floats = np.ldexp(_PAIRS[blocks].reshape(rows, count, BLOCK), exponents[..., None])
+    return values.reshape(rows, count * BLOCK)

@@ -1,0 +1,68 @@
+"""How does a file come to be under its name whole, or not at all? What a killed run left is removed by the next."""
+
+import contextlib
+import re
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from bincompress.errors import StoreError
+from bincompress.process.faults import explain
+from bincompress.process.systems import replace_held, try_lock
+from bincompress.store.files import is_local
+
+_PARTIAL = re.compile(r"\.pack-[0-9a-f]{32}\.partial")
+
+
+@contextlib.contextmanager
+def new_file(file: str) -> Iterator[Path]:
+    """Yield a file to be written, which takes its place when the block ends well, and is removed where it does not."""
+    if not is_local(file):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"new{Path(file).suffix}"
+            path.touch()
+            yield path
+            _upload(path, file)
+        return
+    target = Path(file).resolve()  # a link stays one
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(target.parent)
+    partial = target.parent / f".pack-{uuid.uuid4().hex}.partial"
+    try:
+        with open(partial, "xb") as held:
+            try_lock(held)  # so that nobody takes it for a killed run's
+            yield partial
+            replace_held(partial, target, held.close)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _upload(path: Path, url: str) -> None:
+    import fsspec
+
+    from bincompress.store.objects import options_of
+
+    fs, place = fsspec.core.url_to_fs(url, **options_of(url))
+    fs.put_file(str(path), place)
+    fs.invalidate_cache()
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what killed runs have half written here."""
+    for path in folder.iterdir():
+        if _PARTIAL.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                if try_lock(file):
+                    path.unlink()
+
+
+@contextlib.contextmanager
+def explained(place: str) -> Iterator[None]:
+    """Say in one line what cannot be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        cause = error.strerror if error.errno is not None else None
+        raise StoreError(f"{place}: cannot be written: {explain(error) or cause or error}") from None
