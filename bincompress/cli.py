@@ -35,6 +35,8 @@ _COMMANDS = {
     "run": "Answer the prompts of a file, several at once.",
     "serve": "Serve the model in a store over HTTP: OpenAI's and Ollama's interfaces, a web page.",
     "evaluate": "Measure a model's perplexity on a text, also against the unquantized model.",
+    "warmup": "Compile the kernels that run a model, before it is asked for anything.",
+    "kernels": "Export compiled kernels, or import them on a machine of the same kind.",
     "bench": "Time a model: reading a prompt and writing tokens.",
     "report": "Write one self-contained HTML page about a store.",
 }

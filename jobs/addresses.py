@@ -40,6 +40,6 @@ def _source(address: str | None) -> tuple[str, str]:
     if os.environ.get("RAY_TMPDIR") is None and not file.exists():
         file = Path("/tmp/ray/ray_current_cluster")
     try:
-        return f"the file {file}, which an earlier cluster left", file.read_text().strip()
+        return f"the file {file}, which an earlier cluster left", file.read_text("utf-8").strip()
     except (OSError, ValueError):
         return "", ""

@@ -5,10 +5,8 @@ name out; the driver adds the sums in the order of the parts, as the local runne
 """
 
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from bincompress import __version__
 from bincompress.calibration.collect import Calibration, LayerRunner, PartRunner, Sum
 from bincompress.calibration.statistics import open_unfinished
 from bincompress.errors import BincompressError
+from bincompress.process.systems import own_temporary_folder
 
 from .nodes import PATIENCE_SECONDS, death_of
 from .runner import absolute_checkpoint, absolute_url, by_value, connect, import_ray
@@ -74,7 +73,7 @@ def run_part(url: str, work: Calibration, layer: int, number: int, version: str)
             f"this node has bincompress {__version__}, the driver {version}; install the same version everywhere"
         )
     if not os.environ.get("BINCOMPRESS_CACHE"):
-        os.environ["BINCOMPRESS_CACHE"] = str(Path(tempfile.gettempdir()) / f"bincompress-{os.getuid()}")
+        os.environ["BINCOMPRESS_CACHE"] = str(own_temporary_folder())
     found = open_unfinished(url)
     stream = found.read_work(f"stream-{layer}", work.parts[number])
     if stream is None:

@@ -2,13 +2,12 @@
 
 import os
 import socket
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from bincompress import __version__
 from bincompress.compression.records import Job, JobReport
+from bincompress.process.systems import own_temporary_folder
 
 # Read by the libraries when they are loaded, so they have to be there before the worker's process begins.
 ENVIRONMENT = dict.fromkeys(
@@ -27,5 +26,5 @@ def run_task(work: Callable[[Job], JobReport], job: Job, version: str) -> JobRep
         return JobReport(job.name, "failed", 0.0, 0, error=error, fatal=True, store=job.store, node=node)
     # A home folder is often shared between nodes, and file locks on network file systems are slow or missing.
     if not os.environ.get("BINCOMPRESS_CACHE"):
-        os.environ["BINCOMPRESS_CACHE"] = str(Path(tempfile.gettempdir()) / f"bincompress-{os.getuid()}")
+        os.environ["BINCOMPRESS_CACHE"] = str(own_temporary_folder())
     return replace(work(job), node=node)

@@ -5,10 +5,8 @@ to begin with and the windows, and writes the trained layer to the work folder: 
 """
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from bincompress import __version__
@@ -16,6 +14,7 @@ from bincompress.distillation.independent import LayerJob, LayerRunner, train_jo
 from bincompress.distillation.memory import of_layers
 from bincompress.errors import BincompressError
 from bincompress.model.checkpoint_source import checkpoint_config
+from bincompress.process.systems import own_temporary_folder
 
 from .nodes import PATIENCE_SECONDS, Nodes, death_of
 from .runner import absolute_checkpoint, absolute_url, by_value, connected, import_ray
@@ -57,7 +56,7 @@ def run_layer(job: LayerJob, version: str) -> None:
             f"this node has bincompress {__version__}, the driver {version}; install the same version everywhere"
         )
     if not os.environ.get("BINCOMPRESS_CACHE"):
-        os.environ["BINCOMPRESS_CACHE"] = str(Path(tempfile.gettempdir()) / f"bincompress-{os.getuid()}")
+        os.environ["BINCOMPRESS_CACHE"] = str(own_temporary_folder())
     train_job(job)
 
 

@@ -1,7 +1,6 @@
 """Small checkpoints and settings that many tests share."""
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -18,6 +17,7 @@ from hypothesis import settings
 import bincompress
 from bincompress import cli
 from bincompress.methods import make_settings
+from bincompress.process.machine import usable_cpus
 from bincompress.tensors.weight import Weight
 
 settings.register_profile("suite", deadline=None, max_examples=60, derandomize=True)
@@ -36,7 +36,7 @@ _LONGEST = (
 
 def pytest_xdist_auto_num_workers() -> int:
     """Return a process for each core and one more, as the tests of clusters mostly wait."""
-    return len(os.sched_getaffinity(0)) + 1
+    return usable_cpus() + 1
 
 
 def pytest_configure(config: pytest.Config) -> None:

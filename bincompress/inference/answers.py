@@ -1,5 +1,6 @@
 """A file of answers: what an earlier run wrote is kept, what anyone else wrote is refused and left as it is."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bincompress.inference.prompts import PromptFileError
+from bincompress.process.systems import replace_held, try_lock
 
 
 class Answers:
@@ -31,15 +33,10 @@ class Answers:
             raise
 
     def _lock(self) -> None:
-        import fcntl
-
-        number = self._file.fileno()
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(number), self._target.stat()):
-                return  # else a run that has just ended put another file there
-        except OSError:
-            pass
+        if try_lock(self._file):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(self._file.fileno()), self._target.stat()):
+                    return  # else a run that has just ended put another file there
         raise PromptFileError(f"{self._path}: another run writes to it; wait for its end or give another --out")
 
     def _read(self) -> None:
@@ -88,10 +85,10 @@ class Answers:
         try:
             with file:
                 file.writelines(_encoded(self.done[line]) for line in sorted(self.done))
-                os.fchmod(file.fileno(), stat.S_IMODE(os.fstat(self._file.fileno()).st_mode))
+                ordered.chmod(stat.S_IMODE(os.fstat(self._file.fileno()).st_mode))
                 file.flush()
                 os.fsync(file.fileno())
-            ordered.replace(self._target)
+            replace_held(ordered, self._target, self._file.close)
         except BaseException:
             ordered.unlink(missing_ok=True)
             raise

@@ -1,6 +1,7 @@
 """Texts of a given form: which tokens may come next? llguidance knows, by a grammar compiled for a model's tokens."""
 
 import collections
+import contextlib
 import json
 import re
 import subprocess
@@ -22,6 +23,8 @@ from bincompress.model.tokenizer import Tokenizer
 _TOKEN = re.compile(r"<\[\d+\]>")  # a token by its number, as a grammar writes it
 _KEPT = 32  # compiled grammars
 _TRIAL_SECONDS = 30.0  # to wait for a trial, which has less time of a CPU
+_LOOK_SECONDS = 0.05  # between looks at its memory
+_FIRST_FAULT = 0xC0000000  # Windows: a process that ended by a fault, such as a full stack, has such a number
 _FIRST_SECONDS, _TOKEN_SECONDS = 1.0, 0.02  # of a CPU: what a text may take at once, and for each token in the mean
 
 
@@ -111,7 +114,12 @@ class Grammars:
             ends = sorted(token for token in self._tokenizer.eos_ids if token < self._vocab)
             # A vocabulary may be smaller than the tokenizer's, which then knows tokens that never come.
             size = max(self._vocab, self._tokenizer.size)
-            self._own = llguidance.LLTokenizer(self._tokenizer.as_json(), n_vocab=size, eos_token=ends or None)
+            try:
+                self._own = llguidance.LLTokenizer(self._tokenizer.as_json(), n_vocab=size, eos_token=ends or None)
+            except ValueError as error:
+                raise BincompressError(
+                    f"tokenizer.json: llguidance, which holds texts to a form, cannot read it: {_short(str(error))}"
+                ) from None
         return self._own
 
 
@@ -125,18 +133,36 @@ def _llguidance() -> Any:
     return llguidance
 
 
+def _run_bounded(program: list[str], given: bytes) -> subprocess.CompletedProcess[bytes] | None:
+    """Run a program; None where it took too much time or memory, which not every system bounds by itself."""
+    import psutil
+
+    pipe = subprocess.PIPE
+    left: bytes | None = given  # given once: it goes on being sent
+    end = time.monotonic() + _TRIAL_SECONDS
+    with subprocess.Popen(program, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        while True:
+            try:
+                output, errors = process.communicate(left, timeout=_LOOK_SECONDS)
+                return subprocess.CompletedProcess(program, process.returncode, output, errors)
+            except subprocess.TimeoutExpired:
+                left, used = None, 0
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    used = psutil.Process(process.pid).memory_info().rss
+                if time.monotonic() < end and used <= grammar_trial.MEMORY_BYTES:
+                    continue
+                process.kill()
+                process.communicate()
+                return None
+
+
 def _try_out(grammar: str) -> None:
     """Compile a grammar in a process that may be lost; raise SchemaError where it is, or the grammar is faulty."""
     program = [sys.executable, "-P", str(Path(grammar_trial.__file__))]
     # The trial's tokens are bytes: any of them stands for one of the model's, whatever its number.
     of_bytes = _TOKEN.sub("<[1]>", grammar)
-    try:
-        done = subprocess.run(
-            program, input=of_bytes.encode(), capture_output=True, timeout=_TRIAL_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        done = None
-    if done is None or done.returncode < 0:
+    done = _run_bounded(program, of_bytes.encode())
+    if done is None or done.returncode < 0 or done.returncode >= _FIRST_FAULT:
         raise SchemaError("schema: too complex: it takes too much time, memory or depth; simplify it")
     try:
         problem = json.loads(done.stdout)["problem"]

@@ -5,6 +5,7 @@ interrupted. So it is tried here first, in a process that is limited and may be 
 so that it starts at once.
 """
 
+import contextlib
 import json
 import sys
 import threading
@@ -41,16 +42,21 @@ def try_out(grammar: str) -> str:
     return str(matcher.get_error())
 
 
-def main() -> None:
-    """Read a grammar, and say what is wrong with it."""
+def _limit_itself() -> None:
+    """Bound time and memory where the system does that; whoever asks looks at both as well."""
     try:
         import resource
+    except ImportError:  # Windows
+        return
+    bounds = {"RLIMIT_CPU": CPU_SECONDS, "RLIMIT_AS": MEMORY_BYTES, "RLIMIT_CORE": 0}
+    for name, bound in bounds.items():
+        with contextlib.suppress(ValueError, OSError):  # macOS takes no bound of a process's addresses
+            resource.setrlimit(getattr(resource, name), (bound, bound))
 
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    except ImportError:  # Windows: whoever asks waits for so long and no longer
-        pass
+
+def main() -> None:
+    """Read a grammar, and say what is wrong with it."""
+    _limit_itself()
     grammar = sys.stdin.buffer.read().decode("utf-8")
     found: list[str] = []
     threading.stack_size(STACK_BYTES)

@@ -29,6 +29,7 @@ from bincompress.sources.checkpoint import Checkpoint
 from bincompress.store.store import Store, open_store
 from cpu_kernels.matmul.prepacking import kernels
 from cpu_kernels.parallel.workers import Workers
+from cpu_kernels.self_test import sound_kernel
 
 _BASE_BYTES = 200 << 20  # Python, NumPy, Numba, compiled kernels, work buffers
 _GENERATION = "generation_config.json"
@@ -175,7 +176,9 @@ def load_decoder(
     workers = Workers(checked_threads(threads))
     experts = _expert_names(config)
     residents = None if memory is None else _residents(store, config, experts, memory, workers.threads)
-    source = StoreSource(store, config, settings, workers, kernel, frozenset(experts if residents is not None else ()))
+    chosen = _sound_kernel(kernel, settings, trial=residents is not None)
+    apart = frozenset(experts if residents is not None else ())
+    source = StoreSource(store, config, settings, workers, chosen, apart)
     needed = _needed(store, config)
     check_memory(url, needed if memory is None else min(needed, memory), free_memory())
     if residents is not None:
@@ -183,7 +186,18 @@ def load_decoder(
     # The engine shares rows among its own threads; BLAS must not start more in each of them.
     with one_blas_thread():
         decoder = Decoder(config, source, workers, residents)
+        # After the matrices are laid out: the longest kernel may be compiled by another process meanwhile.
+        sound = _sound_kernel(kernel, settings, trial=True)
+        if sound != chosen:
+            del decoder, source
+            source = StoreSource(store, config, settings, workers, sound, apart)
+            decoder = Decoder(config, source, workers, residents)
     return Loaded(decoder, source.paths, source.nbytes, assets)
+
+
+def _sound_kernel(asked: str | None, settings: ActivationSettings, trial: bool) -> str | None:
+    """Return the kernel that gives right products; float32 activations are multiplied by BLAS."""
+    return asked if settings.bits == 16 else sound_kernel(asked, settings.bits, trial)
 
 
 def load_baseline(checkpoint: Checkpoint, threads: int | None) -> Decoder:

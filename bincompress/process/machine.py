@@ -110,7 +110,7 @@ def _inside_out(place: Path, path: str) -> Iterator[Path]:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text().strip()
+        return path.read_text("utf-8").strip()
     except (OSError, ValueError):
         return None
 

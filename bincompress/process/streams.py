@@ -27,7 +27,7 @@ def prepare() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
     if sys.stderr is None:  # the libraries that write progress expect one
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open as long as the process)
     codecs.register_error("bincompress", _escaped)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):

@@ -13,6 +13,7 @@ import uvicorn
 from bincompress.errors import BincompressError
 from bincompress.inference.generate import Model
 from bincompress.inference.scheduler import Limits
+from bincompress.process.systems import bind_alone
 from bincompress.serving.app import application
 from bincompress.serving.connections import bounded_protocol
 from bincompress.serving.service import Service
@@ -82,8 +83,7 @@ def _listen(settings: ServeSettings) -> socket.socket:
         family, kind, number, _, address = found[0]
         with contextlib.ExitStack() as closing:
             made = closing.enter_context(socket.socket(family, kind, number))
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            made.bind(address)
+            bind_alone(made, address)
             made.listen(_BACKLOG)
             closing.pop_all()
     except OSError as error:

@@ -9,6 +9,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from bincompress.process.systems import forget_pages
 from bincompress.store.files import Files
 from bincompress.store.layout import CHECKSUM_BYTES, ZSTD_LEVEL, ArrayLayout, array_node, layout_of
 
@@ -138,9 +139,8 @@ def let_go(values: NDArray[Any]) -> None:
     while isinstance(owner, np.ndarray):
         owner = owner.base
     mapped = owner.obj if isinstance(owner, memoryview) else None
-    # Never of an array in memory, whose contents would be lost; and not every system can.
-    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
+    if isinstance(mapped, mmap.mmap):  # never of an array in memory, whose contents would be lost
+        forget_pages(mapped)
 
 
 def first_not_finite(bits: NDArray[Any], dtype: str) -> int | None:

@@ -113,7 +113,7 @@ def _write_shards(store: Store, folder: Path, on_tensor: Callable[[str, int], No
     for path, name in zip(shards, names, strict=True):
         path.rename(folder / name)
     index = {"metadata": {"total_size": total}, "weight_map": {name: names[shard] for name, shard in where.items()}}
-    (folder / INDEX).write_text(json.dumps(index, indent=1))
+    (folder / INDEX).write_text(json.dumps(index, indent=1), "utf-8")
 
 
 def _asset(store: Store, name: str, content: bytes) -> bytes:

@@ -1,17 +1,15 @@
 """How does a file come to be under its name whole, or not at all? What a killed run left is removed by the next."""
 
 import contextlib
-import fcntl
-import os
 import re
 import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from bincompress.errors import StoreError
 from bincompress.process.faults import explain
+from bincompress.process.systems import replace_held, try_lock
 from bincompress.store.files import is_local
 
 _PARTIAL = re.compile(r"\.pack-[0-9a-f]{32}\.partial")
@@ -33,9 +31,9 @@ def new_file(file: str) -> Iterator[Path]:
     partial = target.parent / f".pack-{uuid.uuid4().hex}.partial"
     try:
         with open(partial, "xb") as held:
-            _lock(held)
+            try_lock(held)  # so that nobody takes it for a killed run's
             yield partial
-            os.replace(partial, target)
+            replace_held(partial, target, held.close)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -51,21 +49,12 @@ def _upload(path: Path, url: str) -> None:
     fs.invalidate_cache()
 
 
-def _lock(file: BinaryIO) -> bool:
-    """Lock a file that is being written, so that nobody takes it for a killed run's; returns whether it was free."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another's, or a file system without locks
-        return False
-    return True
-
-
 def _remove_stale(folder: Path) -> None:
     """Remove what killed runs have half written here."""
     for path in folder.iterdir():
         if _PARTIAL.fullmatch(path.name) and path.is_file() and not path.is_symlink():
             with contextlib.suppress(OSError), open(path, "rb") as file:
-                if _lock(file):
+                if try_lock(file):
                     path.unlink()
 
 

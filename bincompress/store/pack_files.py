@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from bincompress.errors import DamagedError, StoreError
 from bincompress.process.faults import explain
+from bincompress.process.systems import open_to_read, read_at
 from bincompress.store.files import Bytes, Files, is_local
 from bincompress.store.location import files_at
 from bincompress.store.zip_format import Entry, Window, array_of, is_metadata, read_directory
@@ -47,7 +48,7 @@ class LocalRanges:
     def __init__(self, path: str | Path) -> None:
         self.url = str(path)
         try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.descriptor = open_to_read(path)
         except OSError as error:
             raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
         weakref.finalize(self, os.close, self.descriptor)
@@ -57,7 +58,7 @@ class LocalRanges:
         """See `Ranges`."""
         parts = []
         while start < end:
-            part = os.pread(self.descriptor, end - start, start)
+            part = read_at(self.descriptor, end - start, start)
             if not part:
                 raise DamagedError(f"{self.url}: has become shorter while it was read")
             parts.append(part)

@@ -24,7 +24,7 @@ import llvmlite.binding
 import numba
 import numpy as np
 
-from cpu_kernels.jit import numba_private
+from cpu_kernels.jit import cpu_features, numba_private
 from cpu_kernels.jit.numba_settings import code_settings
 
 _logger = logging.getLogger("cpu_kernels")
@@ -164,15 +164,35 @@ def _check(folder: Path, forbidden: int) -> None:
 @functools.cache
 def _identity() -> str:
     digest = hashlib.sha256()
+    for part in (
+        sources_digest(),
+        numba.__version__,
+        llvmlite.__version__,
+        np.__version__,
+        cpu_name(),
+        *code_settings(),
+    ):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def cpu_name() -> str:
+    """Return the CPU that kernels are compiled for, with its features: LLVM's name, and what else is known."""
+    told = f"{llvmlite.binding.get_host_cpu_name()} {llvmlite.binding.get_host_cpu_features().flatten()}"
+    # Of an Arm CPU LLVM names few features.
+    return f"{told} {sorted(cpu_features.arm_features().items())}" if cpu_features.ARM else told
+
+
+@functools.cache
+def sources_digest() -> str:
+    """Return a hash of the kernels' sources; raises RuntimeError where they are not there."""
+    digest = hashlib.sha256()
     package = Path(__file__).parents[1]
     sources = sorted(package.rglob("*.py"))
     if not sources:
         raise RuntimeError("the kernels' sources, which compiled ones are known by, are not there")
     for source in sources:
         digest.update(source.relative_to(package).as_posix().encode() + b"\0" + source.read_bytes())
-    host = llvmlite.binding.get_host_cpu_name() + llvmlite.binding.get_host_cpu_features().flatten()
-    for part in (numba.__version__, llvmlite.__version__, np.__version__, host, *code_settings()):
-        digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:16]
 
 

@@ -55,6 +55,12 @@ def _expectations() -> Iterator[tuple[str, bool]]:
     yield "FunctionCache()", _parameters(kept.__init__) == ("self", "py_func")
     yield "FunctionCache._load_overload()", _parameters(kept._load_overload) == ("self", "sig", "target_context")
     yield "FunctionCache.save_overload()", _parameters(kept.save_overload) == ("self", "sig", "data")
+    yield (
+        "FunctionCache's file",
+        set(kept.__init__.__code__.co_names) >= {"_cache_path", "_cache_file", "filename_base"},
+    )
+    index = caching.IndexDataCacheFile.__init__
+    yield "IndexDataCacheFile()", _parameters(index) == ("self", "cache_path", "filename_base", "source_stamp")
     yield "FunctionCache.flush()", _parameters(kept.flush) == ("self",)
     yield "CompileResultCacheImpl.reduce()", _parameters(caching.CompileResultCacheImpl.reduce) == ("self", "cres")
     yield "CompileResult._rebuild()", _parameters(compiler.CompileResult._rebuild) == _REBUILD
@@ -168,6 +174,8 @@ def use_cache(
     lock: called before it is compiled, to wait for other processes; missed: called where it has to be compiled;
     unwritable: called with the error where it cannot be written.
     """
+    from numba.core import caching
+
     config: Any = numba.config
     before = config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES
     # Set only while the cache is made: the folder is fixed then, and other users of Numba keep theirs.
@@ -176,6 +184,11 @@ def use_cache(
         cache: Any = _KernelCache(function)
     finally:
         config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES = before
+    # Not by the path and the time of the function's file, which another installation of the same sources does not
+    # share: the folder's name holds a hash of them all.
+    cache._cache_path = str(folder)
+    cache._cache_file = caching.IndexDataCacheFile(str(folder), cache._impl.filename_base, "")
+    cache._impl.locator.ensure_cache_path = lambda: None
     cache.lock, cache.missed, cache.unwritable = lock, missed, unwritable
     dispatcher._cache = cache  # asked by compile(), which also writes to it
 

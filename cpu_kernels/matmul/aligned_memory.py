@@ -54,7 +54,10 @@ def allocate(size: int, own_pages: bool = False) -> NDArray[np.uint8]:
 
 
 def _fresh(size: int) -> NDArray[np.uint8]:
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MAP_PRIVATE"):
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:  # Windows, where no such mapping is shared with processes that are started
+        pages = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux; a hint, without which the pages are small
         with contextlib.suppress(OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)

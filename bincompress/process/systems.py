@@ -1,0 +1,100 @@
+"""What Linux, macOS and Windows do not have in common: locks on open files, reading at a place, replacing open
+files, addresses of one process alone.
+
+All of it is in this file, as far as psutil and filelock do not hide it (and cpu_kernels, which knows NumPy and Numba
+only, has what it needs in kernel_cache.py and aligned_memory.py).
+"""
+
+import contextlib
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+# Windows locks bytes, and nobody else can read them meanwhile: one that no file of ours comes to.
+_LOCKED_BYTE = 1 << 43
+_reading = threading.Lock()
+
+
+def try_lock(file: IO[Any]) -> bool:
+    """Lock an open file for as long as it is open; returns whether it was free (and the file system has locks)."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            _lock_byte(file.fileno())
+    except OSError:
+        return False
+    return True
+
+
+def _lock_byte(descriptor: int) -> None:
+    import msvcrt
+
+    library: Any = msvcrt  # mypy knows its functions on Windows alone
+    before = os.lseek(descriptor, 0, os.SEEK_CUR)
+    os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+    try:
+        library.locking(descriptor, library.LK_NBLCK, 1)
+    finally:
+        os.lseek(descriptor, before, os.SEEK_SET)
+
+
+def replace_held(partial: Path, target: Path, close: Callable[[], None]) -> None:
+    """Give a file another's name; `close` closes files that are held open for their lock.
+
+    They are held until the name is taken, except on Windows, which renames no file that is open, and replaces none.
+    """
+    try:
+        os.replace(partial, target)
+    except PermissionError:
+        close()
+        os.replace(partial, target)
+
+
+def open_to_read(path: str | Path) -> int:
+    """Return a descriptor of a file, for `read_at` and mmap; raises OSError."""
+    return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+
+
+def read_at(descriptor: int, size: int, start: int) -> bytes:
+    """Return at most `size` bytes of a file from `start` on; several threads may read one descriptor."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, start)
+    with _reading:
+        os.lseek(descriptor, start, os.SEEK_SET)
+        return os.read(descriptor, size)
+
+
+def bind_alone(made: socket.socket, address: Any) -> None:
+    """Bind a socket to an address that no other process has; raises OSError where one has it.
+
+    Windows lets two processes have one where SO_REUSEADDR is set, which elsewhere means an address whose connections
+    have just ended.
+    """
+    name = "SO_EXCLUSIVEADDRUSE" if hasattr(socket, "SO_EXCLUSIVEADDRUSE") else "SO_REUSEADDR"
+    made.setsockopt(socket.SOL_SOCKET, getattr(socket, name), 1)
+    made.bind(address)
+
+
+def own_temporary_folder() -> Path:
+    """Return a place for this user's files that are not to be in the home folder, of which other nodes may have one."""
+    user = f"-{os.getuid()}" if hasattr(os, "getuid") else ""  # Windows has one such folder for each user
+    return Path(tempfile.gettempdir()) / f"bincompress{user}"
+
+
+def forget_pages(mapped: Any) -> None:
+    """Let the system take back the memory of a mapped file, whose contents are read again when they are used."""
+    import mmap
+
+    if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        with contextlib.suppress(OSError):
+            mapped.madvise(mmap.MADV_DONTNEED)
