@@ -27,19 +27,19 @@ _ASSETS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", 
 
 def hadamard(size: int) -> Matrix:
     """Return the orthogonal Hadamard matrix of a power of two, float32 (size, size)."""
-    found = np.ones((1, 1))
+    found: Matrix = np.ones((1, 1), np.float32)
     while len(found) < size:
         found = np.block([[found, found], [found, -found]])
     if len(found) != size:
         raise SystemExit(f"--block {size}: expected a power of two")
-    return (found / np.sqrt(size)).astype(np.float32)
+    return found * np.float32(size**-0.5)
 
 
 def turn(size: int, block: int, seed: int) -> Callable[[Matrix], Matrix]:
     """Return what turns the last axis (of `size`) of a matrix: random signs, then Hadamard over blocks."""
     if size % block:
         raise SystemExit(f"--block {block}: expected a divisor of {size}")
-    signs = np.random.default_rng(seed).choice(np.float32([-1, 1]), size)
+    signs = np.random.default_rng(seed).choice(np.array([-1, 1], np.float32), size)
     square = hadamard(block)
     return lambda matrix: ((matrix * signs).reshape(-1, block) @ square).reshape(matrix.shape)
 
