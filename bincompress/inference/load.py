@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from bincompress.model.generation_fields import not_obeyed
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.model.residents import Residents
 from bincompress.model.store_source import StoreSource, store_config
-from bincompress.model.tokenizer import load_tokenizer
+from bincompress.model.tokenizer import Tokenizer, load_tokenizer
 from bincompress.process.blas import one_blas_thread
 from bincompress.process.machine import free_memory, size_text, usable_cpus
 from bincompress.sources.checkpoint import Checkpoint
@@ -102,9 +102,17 @@ def load(
     ...     print(piece, end="")
     """
     settings = ActivationSettings(activation_bits, activation_scale)  # type: ignore[arg-type]
-    loaded = load_decoder(store, threads, settings, kernel, memory)
-    if "tokenizer.json" not in loaded.assets:
-        raise StoreError(f"{store}: has no tokenizer.json, so it cannot read or write text; add it to the checkpoint")
+    tokenizers: list[Tokenizer] = []
+
+    def read_tokenizer(assets: Mapping[str, bytes]) -> None:
+        if "tokenizer.json" not in assets:
+            raise StoreError(
+                f"{store}: has no tokenizer.json, so it cannot read or write text; add it to the checkpoint"
+            )
+        tokenizers.append(load_tokenizer(assets))
+
+    # Before the matrices: reading a large vocabulary takes for a moment four times the memory that it keeps.
+    loaded = load_decoder(store, threads, settings, kernel, memory, before=read_tokenizer)
     if prompt_lookup and loaded.decoder.config.recurrent is not None:
         raise BincompressError(
             f"{store}: --prompt-lookup takes back tokens that were drafted wrongly, which this model's layers without "
@@ -113,7 +121,7 @@ def load(
     chosen = default_sampling(loaded.assets, sampling)
     return Model(
         loaded.decoder,
-        load_tokenizer(loaded.assets),
+        tokenizers[0],
         load_template(loaded.assets),
         GenerationSettings(sampling=chosen),
         notes=not_obeyed(loaded.assets),
@@ -159,8 +167,12 @@ def load_decoder(
     settings: ActivationSettings,
     kernel: str | None = None,
     memory: int | None = None,
+    before: Callable[[Mapping[str, bytes]], None] = lambda assets: None,
 ) -> Loaded:
-    """Load the decoder of a store; `load` without the tokenizer."""
+    """Load the decoder of a store; `load` without the tokenizer.
+
+    before: what is to be read of the assets before the matrices are.
+    """
     if settings.bits not in (6, 8, 16) or settings.per not in ("token", "segment"):
         raise BincompressError(
             f"activations: {settings.bits} bits per {settings.per}; expected 6, 8 or 16 bits per token or segment"
@@ -173,6 +185,7 @@ def load_decoder(
     assets = store.read_assets()
     config = store_config(store, assets)
     expect(kernels_beside_llamas(config))
+    before(assets)
     workers = Workers(checked_threads(threads))
     experts = _expert_names(config)
     residents = None if memory is None else _residents(store, config, experts, memory, workers.threads)

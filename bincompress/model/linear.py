@@ -101,6 +101,24 @@ class DenseLinear:
         return np.array(widened(self._weight[ids]))
 
 
+class KeptEmbedding:
+    """A table of token vectors, float32 or bfloat16 bit patterns (uint16), in runs of rows that may be mapped."""
+
+    def __init__(self, parts: Sequence[NDArray[Any]]) -> None:
+        self._parts = list(parts)
+        self._cols = int(parts[0].shape[1])
+
+    def rows_of(self, ids: NDArray[np.int64]) -> Floats:
+        """Return these rows, (n, cols), as float32."""
+        found = np.empty((len(ids), self._cols), np.float32)
+        first = 0
+        for part in self._parts:
+            here = (ids >= first) & (ids < first + len(part))
+            found[here] = widened(part[ids[here] - first])
+            first += len(part)
+        return found
+
+
 def write_product(x: Floats, weight: Floats, result: Floats) -> None:
     """Write x (n, cols) times the transposed weight (rows, cols) into result (n, rows), by BLAS.
 

@@ -9,6 +9,7 @@ from bincompress.model.added_tokens import NAMED, SpecialTokens, add, check_unic
 from bincompress.model.charsmap import check_charsmaps
 from bincompress.model.errors import PromptError, TokenizerError
 from bincompress.model.files import json_object, pointer
+from bincompress.process.systems import give_back_freed_memory
 
 _UNFINISHED = "\ufffd"  # what decoders give for bytes that are not yet a whole character
 _LONGEST_CHARACTER = 4  # bytes in UTF-8, so tokens at most
@@ -48,6 +49,7 @@ class Tokenizer:
         check_charsmaps(data)
         with named("tokenizer.json: cannot be read"):
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+        give_back_freed_memory()  # a large vocabulary takes a hundred MB while it is read
         # A stored limit or padding belongs to training; transformers switches both off as well.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

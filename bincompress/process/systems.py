@@ -6,6 +6,7 @@ only, has what it needs in kernel_cache.py and aligned_memory.py).
 """
 
 import contextlib
+import ctypes
 import os
 import socket
 import tempfile
@@ -98,3 +99,9 @@ def forget_pages(mapped: Any) -> None:
     if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
         with contextlib.suppress(OSError):
             mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def give_back_freed_memory() -> None:
+    """Give the system the memory that this process has freed and its allocator keeps; glibc alone keeps much."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows has no library without a name
+        ctypes.CDLL(None).malloc_trim(0)

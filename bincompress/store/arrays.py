@@ -2,7 +2,7 @@
 
 import math
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import google_crc32c
@@ -16,6 +16,7 @@ from bincompress.store.layout import CHECKSUM_BYTES, ZSTD_LEVEL, ArrayLayout, ar
 _FREE_BYTES = 32 << 20  # of a coded chunk, whatever its file's size: an all-zero plane is coded in a few bytes
 _MOST_RATIO = 1024  # of a larger one; planes and scales are far below 10
 _ZSTD_HEADER_BYTES = 18
+_RUN_BYTES = 1 << 23  # of rows that are read at a time
 _FINITE_STEP = 1 << 17  # values that are looked at in one go: they stay in the cache
 
 
@@ -123,14 +124,34 @@ def _zstd() -> Any:
 
 def map_array(files: Files, path: str, layout: ArrayLayout) -> NDArray[Any] | None:
     """Map an array of this machine, read-only and unchecked; None where it is not one uncompressed chunk."""
-    size = layout.nbytes
-    if layout.archive or layout.chunks != layout.shape or not size:
+    parts = map_parts(files, path, layout) if layout.chunks == layout.shape else None
+    return None if parts is None else parts[0]
+
+
+def map_parts(files: Files, path: str, layout: ArrayLayout) -> list[NDArray[Any]] | None:
+    """Map an array of this machine in the runs of rows that are a chunk each, read-only and unchecked.
+
+    None where chunks are coded, not local files, or cut along another axis than the first.
+    """
+    if layout.archive or layout.chunks[1:] != layout.shape[1:] or not layout.nbytes:
         return None
-    mapped = files.mapped(f"{path}/{next(layout.parts())[0]}", size + CHECKSUM_BYTES)
-    if mapped is None:
-        return None
-    values = np.frombuffer(mapped, np.dtype(layout.dtype).newbyteorder("<"), math.prod(layout.shape))
-    return values.reshape(layout.shape)
+    found, dtype = [], np.dtype(layout.dtype).newbyteorder("<")
+    for key, place in layout.parts():
+        mapped = files.mapped(f"{path}/{key}", layout.chunk_nbytes + CHECKSUM_BYTES)
+        if mapped is None:
+            return None
+        rows = len(range(*place[0].indices(layout.shape[0]))) if place else 1  # the last chunk is filled up
+        shape = (rows, *layout.shape[1:]) if layout.shape else ()
+        found.append(np.frombuffer(mapped, dtype, math.prod(shape)).reshape(shape))
+    return found
+
+
+def in_runs(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Yield an array's rows, some MB at a time; of a mapped one no more than these are in memory."""
+    step = max(1, _RUN_BYTES // max(1, values.nbytes // max(1, len(values))))
+    for start in range(0, len(values), step):
+        yield values[start : start + step]
+        let_go(values)
 
 
 def let_go(values: NDArray[Any]) -> None:

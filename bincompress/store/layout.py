@@ -7,7 +7,7 @@ compares them), and what a file claims is held against the format before it is a
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,7 +218,15 @@ def parse_layout(found: Mapping[str, Any]) -> ArrayLayout:
 
 def array_hash(values: NDArray[Any]) -> str:
     """Return the xxh3-128 hash of an array's bytes, row-major, little-endian."""
-    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+    return rows_hash([values])
+
+
+def rows_hash(runs: Iterable[NDArray[Any]]) -> str:
+    """Return the `array_hash` of an array whose rows come in runs."""
+    digest = xxhash.xxh3_128()
+    for values in runs:
+        digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def sealed(name: str, attributes: Mapping[str, Any], layouts: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from bincompress.errors import DamagedError, StoreError
 from bincompress.process.faults import hinders
 from bincompress.sources.assets import is_plain
 from bincompress.sources.checkpoint import ITEM_BYTES, OTHER_DTYPES
-from bincompress.store.arrays import first_not_finite, map_array, read_array
+from bincompress.store.arrays import first_not_finite, in_runs, map_array, map_parts, read_array
 from bincompress.store.files import Files, LocalFiles, is_local
 from bincompress.store.layout import (
     LOW_RANK_VERSION,
@@ -24,6 +24,7 @@ from bincompress.store.layout import (
     parse_array,
     parse_layout,
     parse_node,
+    rows_hash,
     seal_problem,
 )
 from bincompress.store.location import files_at
@@ -248,6 +249,21 @@ class StoreReader:
             if problem:
                 raise StoreError(f"{self.url}: {name}: {problem}; compress a sound checkpoint")
         return weight, values.shape
+
+    def plain_rows(self, name: str) -> list[Weight]:
+        """Map a matrix that was kept as it is in runs of rows, checked as by `read_plain`; read it where it cannot be.
+
+        Of what is mapped nothing is in memory until it is used.
+        """
+        path = self._path(name)
+        parts = map_parts(self.files, path, self._layout(name, path))
+        if parts is None or rows_hash(run for part in parts for run in in_runs(part)) != self.hashes(name).get("array"):
+            return [self.read_plain(name, check_hashes=True)[0]]  # which says what is wrong
+        self.check_attributes(name)
+        found = [self.read_plain(name, arrays={"array": part})[0] for part in parts]
+        if any(not_finite(Weight(run, one.dtype), run.shape) for one in found for run in in_runs(one.bits)):
+            self.read_plain(name, check_hashes=True)
+        return found
 
     def stored_arrays(self, name: str) -> Iterator[tuple[str, NDArray[Any]]]:
         """Read the arrays of a tensor, checksums included, and yield them by the name of their hash."""
