@@ -18,7 +18,7 @@ from bincompress.sources.checkpoint import open_checkpoint
 from bincompress.store.layout import MODEL, STATISTICS
 from bincompress.store.replace import clear, look, put_in_place, remove
 from bincompress.store.store import open_store
-from tests.conftest import Run
+from tests.conftest import Run, tiny_config, tiny_tensors, write_model
 from tests.runs import plan_of, problems
 from tests.s3 import s3_environment, s3_server
 
@@ -41,6 +41,12 @@ class Tree:
         self._fs.invalidate_cache()
         found = self._fs.find(self._root) if self._fs.exists(self._root) else []
         return {path.removeprefix(self._root).strip("/"): self._fs.cat_file(path) for path in found}
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> Path:
+    """A model of one layer: each object of a bucket takes milliseconds."""
+    return write_model(tmp_path / "model", tiny_tensors(layers=1), tiny_config(layers=1), shards=2)
 
 
 @pytest.fixture(scope="module")
