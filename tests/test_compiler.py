@@ -50,6 +50,7 @@ def test_many_processes_share_one_compilation(tmp_path: Path) -> None:
     assert compiled(tmp_path / "shared", 1) == []
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_compiles_in_memory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     assert "count_magnitudes" in compiled(tmp_path / "file", 1)
@@ -63,6 +64,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nbi", "nbc"])
 def test_damaged_files_of_a_cache_are_compiled_anew(cache: Path, tmp_path: Path, kind: str) -> None:
     """Each of the probe's kernels in another way: an empty file, one of something else, and one that was cut off."""

@@ -32,6 +32,8 @@ from bincompress.sources.checkpoint import open_checkpoint
 from cpu_kernels.parallel.workers import Workers
 from tests.forked import Forked
 
+pytestmark = pytest.mark.slow  # many texts, by threads and processes
+
 PROMPTS = ("The kernel", "A scheduler decides which", "Memory is", "The file system " * 40)
 TOKENS = 24
 BOUND = 60  # seconds; what waits longer hangs
