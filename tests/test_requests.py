@@ -47,7 +47,7 @@ def counted(requests: list[str], what: Callable[[], Any]) -> tuple[int, Counter[
 
 @pytest.mark.slow
 def test_requests_for_each_tensor(requests: list[str], tmp_path: Path) -> None:
-    url, count = "s3://bucket/store", 12
+    url, count = "s3://bucket/requests", 12
     tiny_model = write_model(tmp_path / "model", tiny_tensors(layers=1), tiny_config(layers=1), shards=2)
     total, each = counted(requests, lambda: run(tiny_model, url))
     # A listing, two for each array, its attributes, its log and a look at them; the holder of the store is asked for.
