@@ -13,7 +13,6 @@ import pytest
 from bincompress.inference.load import load_decoder
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.store.store import Store, open_store
-from tests.conftest import tiny_config, tiny_tensors, write_model
 from tests.runs import problems, run
 from tests.s3 import s3_environment, s3_server
 
@@ -46,9 +45,8 @@ def counted(requests: list[str], what: Callable[[], Any]) -> tuple[int, Counter[
 
 
 @pytest.mark.slow
-def test_requests_for_each_tensor(requests: list[str], tmp_path: Path) -> None:
-    url, count = "s3://bucket/requests", 12
-    tiny_model = write_model(tmp_path / "model", tiny_tensors(layers=1), tiny_config(layers=1), shards=2)
+def test_requests_for_each_tensor(requests: list[str], tiny_model: Path, tmp_path: Path) -> None:
+    url, count = "s3://bucket/requests", 21
     total, each = counted(requests, lambda: run(tiny_model, url))
     # A listing, two for each array, its attributes, its log and a look at them; the holder of the store is asked for.
     assert max(each.values()) <= 8
