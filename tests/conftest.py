@@ -3,8 +3,9 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from hypothesis import settings
 
 import bincompress
 from bincompress import cli
+from bincompress.compression.runner import Processes
 from bincompress.methods import make_settings
 from bincompress.process.machine import usable_cpus
 from bincompress.tensors.weight import Weight
+from tests.forked import Forked
 
 settings.register_profile("suite", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("suite")
@@ -207,6 +210,37 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return int(str(code or 0)), captured.out, "".join(errors)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """Two worker processes for all tests that need no new ones: each takes a second to begin."""
+    with Processes(2) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Forked]:
+    """Runs the command line, or some code, in a process of its own, where that is the point of a test."""
+    with Forked() as made:
+        yield made
+
+
+RunWithHub = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run_with_hub(forked: Forked, tmp_path: Path) -> RunWithHub:
+    """Runs the command line with the Hub at a port of this machine and a cache of its own."""
+
+    def run(port: int, *arguments: object, code: str = "", **more: str) -> "subprocess.CompletedProcess[str]":
+        environment = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }  # fmt: skip
+        return forked(*arguments, code=code, environment=environment | more)
+
+    return run
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bincompress.exporting.gguf import writer_of
+
 Tensors = dict[str, NDArray[np.float32]]
 GLOBAL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 LAYER = {
@@ -91,20 +93,7 @@ def write_gguf(path: Path, metadata: dict[str, Any], tensors: Tensors, kinds: di
     """Write a file by the gguf package; kinds: the type of each tensor that is not F32."""
     import gguf
 
-    writer = gguf.GGUFWriter(str(path), metadata["general.architecture"])
-    for key, value in metadata.items():
-        if key == "general.architecture":
-            continue
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        else:
-            writer.add_string(key, value)
+    writer = writer_of(path, metadata)
     for name, value in tensors.items():
         kind = gguf.GGMLQuantizationType[(kinds or {}).get(name, "F32")]
         if kind.name == "F16":
@@ -155,3 +144,12 @@ def raw(
     own = counts or (len(tensors), len(entries))
     head = b"GGUF" + struct.pack("<IQQ", version, *own) + b"".join(entries) + b"".join(tensors)
     return head + bytes(-len(head) % 32) + bytes(data)
+
+
+def numbers(arch: str, **changes: Any) -> list[bytes]:
+    """The entries that every model has; a changed one has __ for the dots of its key."""
+    own = {
+        "context_length": 128, "embedding_length": 256, "block_count": 1, "feed_forward_length": 256,
+        "attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-5,
+    }  # fmt: skip
+    return [entry(f"{arch}.{key.replace('__', '.')}", value) for key, value in (own | changes).items()]

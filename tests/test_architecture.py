@@ -63,6 +63,7 @@ class Import:
     when: When
 
 
+@cache
 def modules() -> dict[str, Path]:
     found = {}
     for top in TOP_PACKAGES:
@@ -77,8 +78,9 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imports_of(name: str, path: Path) -> Iterator[Import]:
-    """Yield what a module imports of this repository."""
+@cache
+def imports_of(name: str, path: Path) -> list[Import]:
+    """Return what a module imports of this repository."""
     known = modules()
 
     def visit(node: ast.AST, when: When) -> Iterator[Import]:
@@ -99,8 +101,7 @@ def imports_of(name: str, path: Path) -> Iterator[Import]:
                     yield Import(name, full if full in known else module, when)
             yield from visit(child, inner)
 
-    of_ours = (found for found in visit(tree_of(path), "import") if found.of.split(".")[0] in TOP_PACKAGES)
-    yield from of_ours
+    return [found for found in visit(tree_of(path), "import") if found.of.split(".")[0] in TOP_PACKAGES]
 
 
 @cache

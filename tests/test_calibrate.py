@@ -17,7 +17,7 @@ from bincompress.compression.allocation import trials_of as trials_with_errors
 from bincompress.compression.plan import Plan, make_plan
 from bincompress.compression.recipe import load_recipe
 from bincompress.compression.run import compress
-from bincompress.compression.runner import run_local
+from bincompress.compression.runner import Processes, run_local
 from bincompress.errors import BincompressError, DamagedError, RecipeError, StoreError, TensorError
 from bincompress.inference.load import load_decoder
 from bincompress.methods import dbellquant
@@ -195,11 +195,16 @@ EVERY = [
 @pytest.mark.slow
 @pytest.mark.parametrize("options", EVERY)
 def test_stores_are_complete_equal_and_run(
-    tiny_model: Path, tmp_path: Path, statistics: Statistics, tree: Tree, options: dict[str, object]
+    tiny_model: Path,
+    tmp_path: Path,
+    statistics: Statistics,
+    tree: Tree,
+    processes: Processes,
+    options: dict[str, object],
 ) -> None:
     plan = planned(tiny_model, statistics, **options)
     assert compress(plan, str(tmp_path / "one")).complete
-    two = compress(plan, str(tmp_path / "two"), runner=lambda jobs: run_local(jobs, workers=2))
+    two = compress(plan, str(tmp_path / "two"), runner=lambda jobs: run_local(jobs, workers=2, processes=processes))
     assert (two.complete, compress(plan, str(tmp_path / "one")).unchanged) == (True, 21)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
     assert problems(tmp_path / "one") == {}

@@ -20,6 +20,7 @@ from bincompress.store.lock import exclusive
 from bincompress.store.objects import ObjectFiles
 from bincompress.store.store import begin_store, open_store
 from tests.conftest import Run, tiny_config, tiny_tensors, write_model
+from tests.forked import Forked
 from tests.runs import Tree, plan_of, problems, run
 
 # Begins a store (or statistics) in a child that is killed at its N-th write, half of which is done; then goes on.
@@ -93,9 +94,8 @@ for number in range(1, 100):
 
 @pytest.mark.parametrize(("what", "least"), [("store", 22), ("statistics", 6)])
 @pytest.mark.parametrize("old", ["", "old"])
-def test_a_kill_at_any_write_of_a_beginning(tmp_path: Path, what: str, least: int, old: str) -> None:
-    arguments = [sys.executable, "-c", KILLED, what, str(tmp_path), old]
-    found = subprocess.run(arguments, check=False, capture_output=True, text=True, timeout=120)
+def test_a_kill_at_any_write_of_a_beginning(forked: Forked, tmp_path: Path, what: str, least: int, old: str) -> None:
+    found = forked(what, tmp_path, old, code=KILLED)
     assert found.returncode == 0, found.stderr
     assert int(found.stdout) >= least
 
@@ -253,7 +253,7 @@ export(open_store(place), Path(sys.argv[2]))
 """
 
 
-def test_a_writable_folder_below_one_that_is_not() -> None:
+def test_a_writable_folder_below_one_that_is_not(forked: Forked) -> None:
     if os.geteuid():
         pytest.skip("acting as another user needs root")
     above = Path(tempfile.mkdtemp())  # which others may enter, as they may not `tmp_path`
@@ -263,8 +263,7 @@ def test_a_writable_folder_below_one_that_is_not() -> None:
             (above / name).mkdir()
             os.chown(above / name, 65534, 65534)
         (above / "store" / "lost+found").mkdir()
-        arguments = [sys.executable, "-c", AS_NOBODY, str(above / "store"), str(above / "out")]
-        found = subprocess.run(arguments, check=False, capture_output=True, text=True)
+        found = forked(above / "store", above / "out", code=AS_NOBODY)
         assert found.returncode == 0, found.stderr
         assert open_store(str(above / "store")).attributes["status"] == "complete"
         assert (above / "out" / "config.json").read_bytes() == b"{}"

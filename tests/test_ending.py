@@ -14,6 +14,8 @@ import pytest
 from tests.conftest import Run
 from tests.gates import end_at_once, wait_for
 
+pytestmark = pytest.mark.slow  # processes that start others
+
 ROOT = Path(__file__).parents[1]
 BOUND = 30  # seconds in which everything has to have ended
 KEPT = "completed work is kept: run the same command again to resume"

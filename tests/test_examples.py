@@ -1,25 +1,32 @@
 """Do the examples do what they say, on the small model that ships with the package?"""
 
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import DEMO_MODEL
+from tests.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 _LONGEST = 40
 
 
-def run(name: str, *arguments: object) -> str:
-    """Run an example as a user does, and return what it prints."""
-    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+Example = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def run(forked: Forked) -> Example:
+    """Returns a function that runs an example as a user does, and returns what it prints."""
+
+    def call(name: str, *arguments: object) -> str:
+        done = forked(*arguments, code=(ROOT / "examples" / name).read_text("utf-8"), cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return call
 
 
 def test_every_example_is_short_and_tested_here() -> None:
@@ -30,13 +37,13 @@ def test_every_example_is_short_and_tested_here() -> None:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def written(run: Example, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What the first example prints, and its store."""
     store = tmp_path_factory.mktemp("examples") / "store"
     return run("compress_and_write.py", DEMO_MODEL, store), store
 
 
-def test_compress_and_write(written: tuple[str, Path]) -> None:
+def test_compress_and_write(run: Example, written: tuple[str, Path]) -> None:
     out, store = written
     assert f"{store}: 38 tensors done, 0 already complete" in out
     text = out.split("already complete\n")[1]
@@ -45,7 +52,7 @@ def test_compress_and_write(written: tuple[str, Path]) -> None:
 
 
 @pytest.mark.slow
-def test_evaluate_store(written: tuple[str, Path]) -> None:
+def test_evaluate_store(run: Example, written: tuple[str, Path]) -> None:
     out = run("evaluate_store.py", written[1], DEMO_MODEL, ROOT / "docs" / "format.md")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
     assert [row[0] for row in rows[2:]] == ["8 bits", "6 bits"]
@@ -57,7 +64,7 @@ def test_evaluate_store(written: tuple[str, Path]) -> None:
 
 
 @pytest.mark.slow
-def test_calibrate_and_choose_bits(tmp_path: Path) -> None:
+def test_calibrate_and_choose_bits(run: Example, tmp_path: Path) -> None:
     out = run("calibrate_and_choose_bits.py", DEMO_MODEL, ROOT / "docs" / "methods.md", tmp_path, 8)
     found = re.search(r"38 tensors done, ([\d.]+) stored bits", out)
     assert found is not None

@@ -1,10 +1,7 @@
 """A store as a GGUF file: what our reader, and the gguf package's, find in it is what the store holds."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,7 @@ from bincompress.sources.hub import open_source
 from bincompress.store.store import Store, open_store
 from bincompress.tensors.dequantize import dequantize
 from tests.conftest import Run, tiny_config, write_model
+from tests.forked import Forked
 from tests.test_gguf import IDS, NOT_IN_GGUF, fused, tiny
 
 gguf = pytest.importorskip("gguf")
@@ -321,11 +319,11 @@ export_gguf(open_store(sys.argv[1]), sys.argv[2], overwrite=True, on_tensor=stop
 """
 
 
-def test_a_killed_export_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+def test_a_killed_export_leaves_the_file_as_it_was(forked: Forked, tmp_path: Path) -> None:
     store, file = made_store(tmp_path, "LlamaForCausalLM"), tmp_path / "out" / "m.gguf"
     file.parent.mkdir()
     file.write_bytes(b"mine")
-    done = subprocess.run([sys.executable, "-c", KILLED, store.url, file], env=os.environ, timeout=120, check=False)
+    done = forked(store.url, file, code=KILLED)
     assert done.returncode == -signal.SIGKILL
     assert file.read_bytes() == b"mine"
     assert len(list(file.parent.iterdir())) == 2

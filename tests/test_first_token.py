@@ -45,17 +45,20 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store
 
 
+@pytest.mark.slow
 def test_generate_from_a_local_store_imports_no_zarr_and_uses_the_kernels_compiled_ahead(demo: Path) -> None:
     found = generated(demo)
     assert found["others"] == found["imported"] == ""
     assert int(found["used"]) > 10
 
 
+@pytest.mark.slow
 def test_kernels_are_loaded_without_what_compiling_them_takes(demo: Path) -> None:
     generated(demo)  # whatever is not in the cache yet is compiled here
     assert generated(demo)["to compile"] == ""
 
 
+@pytest.mark.slow
 def test_no_garbage_is_looked_for_among_modules_when_the_process_ends(demo: Path) -> None:
     assert generated(demo)["frozen"] == "True"
 
@@ -88,6 +91,7 @@ def test_nothing_is_compiled_ahead_where_no_cache_can_be_written(
         assert psutil.Process().children() == before
 
 
+@pytest.mark.slow
 def test_what_compiles_ahead_finds_its_modules_anywhere(tmp_path: Path) -> None:
     # A file in the user's folder must not take the place of a library.
     (tmp_path / "numpy.py").write_text("raise SystemExit('imported from the current folder')")

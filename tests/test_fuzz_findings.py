@@ -122,6 +122,7 @@ LARGE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("template", ENDLESS)
 def test_a_template_without_end(template: str) -> None:
@@ -129,6 +130,7 @@ def test_a_template_without_end(template: str) -> None:
         ChatTemplate({"default": template}).render(TALK)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("template", LARGE)
 def test_a_template_that_would_fill_the_memory(template: str) -> None:

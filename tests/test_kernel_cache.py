@@ -190,6 +190,7 @@ def used(tmp_path: Path, **settings: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", USE], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -207,12 +208,14 @@ def test_settings_that_cannot_work_get_one_line(tmp_path: Path, settings: dict[s
     assert line.startswith(told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"NUMBA_ENABLE_AVX": "0"}, {"NUMBA_OPT": "0"}, {"NUMBA_NUM_THREADS": "999"}])
 def test_other_settings_work_and_say_nothing(tmp_path: Path, settings: dict[str, str]) -> None:
     done = used(tmp_path, **settings)
     assert (done.returncode, done.stderr, done.stdout.split()) == (0, "", ["bfloat16_rows", "2.0"])
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_costs_a_compilation_and_a_line(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("not a folder")
     for _ in range(2):

@@ -121,6 +121,7 @@ def test_bfloat16_patterns_multiply_like_their_values(monkeypatch: pytest.Monkey
     assert np.array_equal(dense.rows_of(np.array([6, 0])), packed.rows_of(np.array([6, 0])))
 
 
+@pytest.mark.slow
 @pytest.mark.needs_shared
 @pytest.mark.parametrize(("name", "windows", "expected"), [("doclm-4m", 16, 6.201), ("doclm-29m", 2, 5.114)])
 def test_perplexity_of_the_trained_models(name: str, windows: int, expected: float) -> None:

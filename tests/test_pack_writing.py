@@ -3,8 +3,7 @@
 import fcntl
 import os
 import shutil
-import subprocess
-import sys
+import signal
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from bincompress.store.location import files_at
 from bincompress.store.replace import mark_beginning
 from bincompress.store.store import open_store
 from tests.conftest import Run
+from tests.forked import Forked
 from tests.packs import UP, everything, logits, write_zip
 
 
@@ -136,13 +136,13 @@ def test_a_full_disk_or_an_interrupt_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_a_killed_pack_is_cleared_away_and_a_running_one_is_not(store: Path, tmp_path: Path) -> None:
+def test_a_killed_pack_is_cleared_away_and_a_running_one_is_not(forked: Forked, store: Path, tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from bincompress.store import pack\n"
         "pack.directory = lambda entries: os.kill(os.getpid(), signal.SIGKILL)\npack.pack(*sys.argv[1:])"
     )
     folder = tmp_path / "files"
-    subprocess.run([sys.executable, "-c", code, store, folder / "m.zip"], check=False)
+    assert forked(store, folder / "m.zip", code=code).returncode == -signal.SIGKILL
     assert [path.name[:6] for path in folder.iterdir()] == [".pack-"]
     running = folder / f".pack-{'1' * 32}.partial"
     with open(running, "wb") as held:

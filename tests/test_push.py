@@ -21,9 +21,8 @@ from bincompress.errors import BincompressError, DamagedError, StoreError
 from bincompress.reporting.card import read_evaluation, recipe_toml
 from bincompress.store.hub import CARD, FILE, _check, located, upload
 from bincompress.store.store import open_store
-from tests.conftest import tiny_config, tiny_tensors, write_model
+from tests.conftest import RunWithHub, tiny_config, tiny_tensors, write_model
 from tests.hostile_packs import hostile_packs
-from tests.test_hub import bincompress as run_with_hub
 
 BASE = "team/base"
 
@@ -187,9 +186,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_store_goes_to_the_hub_and_runs_from_there(hub: UploadHub, store: Path, tmp_path: Path) -> None:
+def test_a_store_goes_to_the_hub_and_runs_from_there(
+    hub: UploadHub, run_with_hub: RunWithHub, store: Path, tmp_path: Path
+) -> None:
     def call(*arguments: object, code: int = 0, **more: str) -> str:
-        done = run_with_hub(tmp_path, hub.server_port, *map(str, arguments), HF_TOKEN="hf_x", **more)
+        done = run_with_hub(hub.server_port, *arguments, HF_TOKEN="hf_x", **more)
         assert done.returncode == code, done.stderr
         return done.stdout if code == 0 else done.stderr
 
@@ -230,9 +231,9 @@ def test_a_store_goes_to_the_hub_and_runs_from_there(hub: UploadHub, store: Path
 
 
 @pytest.mark.slow
-def test_what_is_refused(hub: UploadHub, store: Path, tmp_path: Path) -> None:
+def test_what_is_refused(hub: UploadHub, run_with_hub: RunWithHub, store: Path, tmp_path: Path) -> None:
     def refused(*arguments: object) -> str:
-        done = run_with_hub(tmp_path, hub.server_port, *map(str, arguments), HF_TOKEN="hf_x")
+        done = run_with_hub(hub.server_port, *arguments, HF_TOKEN="hf_x")
         assert (done.returncode, [line for line in done.stderr.splitlines() if "error: " in line]) != (0, [])
         return done.stderr.splitlines()[-1]
 

@@ -46,7 +46,7 @@ def counted(requests: list[str], what: Callable[[], Any]) -> tuple[int, Counter[
 
 @pytest.mark.slow
 def test_requests_for_each_tensor(requests: list[str], tiny_model: Path, tmp_path: Path) -> None:
-    url, count = "s3://bucket/store", 21
+    url, count = "s3://bucket/requests", 21
     total, each = counted(requests, lambda: run(tiny_model, url))
     # A listing, two for each array, its attributes, its log and a look at them; the holder of the store is asked for.
     assert max(each.values()) <= 8

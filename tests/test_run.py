@@ -5,8 +5,6 @@ import functools
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from bincompress.errors import StoreError
 from bincompress.reporting.inspection import inspect
 from bincompress.store.store import open_store
 from tests.conftest import tiny_config, tiny_tensors, write_model
+from tests.forked import Forked
 from tests.gates import dies_when_done
 from tests.runs import Tree, plan_of, problems, run
 
@@ -36,11 +35,12 @@ def test_a_store_is_complete_and_verifies(tiny_model: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("options", [{"embeddings": "8bit"}, {"groups": 5, "block": "matrix"}, {"method": "xnor"}])
 def test_bytes_do_not_depend_on_workers_or_chance(
-    tiny_model: Path, tmp_path: Path, tree: Tree, options: dict[str, Any]
+    tiny_model: Path, tmp_path: Path, tree: Tree, processes: Processes, options: dict[str, Any]
 ) -> None:
     run(tiny_model, tmp_path / "one", **options)
     plan = plan_of(tiny_model, **options)
-    compress(plan, str(tmp_path / "two"), runner=lambda jobs: run_local(list(reversed(jobs)), workers=2))
+    runner = functools.partial(run_local, workers=2, processes=processes)
+    compress(plan, str(tmp_path / "two"), runner=lambda jobs: runner(list(reversed(jobs))))
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
@@ -78,9 +78,9 @@ run(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
-def test_kill_in_the_middle_and_resume(tiny_model: Path, tmp_path: Path, tree: Tree) -> None:
+def test_kill_in_the_middle_and_resume(forked: Forked, tiny_model: Path, tmp_path: Path, tree: Tree) -> None:
     store = tmp_path / "store"
-    killed = subprocess.run([sys.executable, "-c", KILLED, tiny_model, store], check=False)
+    killed = forked(tiny_model, store, code=KILLED)
     assert killed.returncode == -9
     assert open_store(str(store)).attributes["status"] == "incomplete"
     (store / "tensors" / ".0123.partial").write_bytes(b"what a killed writer leaves")
@@ -176,7 +176,8 @@ def test_a_dead_worker_is_retried_and_given_up_by_name(tiny_model: Path, tmp_pat
 
     compress(plan_of(tiny_model), str(tmp_path / "store"), runner=collect)  # type: ignore[arg-type]
     deadly = Job(str(tmp_path / "store"), jobs[0].name, jobs[0].source, _Deadly())  # type: ignore[arg-type]
-    reports = {report.name: report for report in run_local([deadly, *jobs[1:]], workers=2)}
+    with Processes(1) as alone:  # one at a time, as each that a death takes along is begun anew
+        reports = {report.name: report for report in run_local([deadly, *jobs[1:]], workers=2, processes=alone)}
     assert len(reports) == 21
     assert "worker process died twice" in reports[deadly.name].error
     assert {report.status for report in reports.values() if report.name != deadly.name} == {"done"}
@@ -187,7 +188,9 @@ def test_what_a_dead_worker_had_done_counts_as_done_by_this_run_alone(tiny_model
     name = "model.layers.1.mlp.up_proj.weight"
 
     def runner(jobs: Sequence[Job]) -> Iterator[JobReport]:
-        return run_local(jobs, workers=2, work=functools.partial(dies_when_done, name))
+        with Processes(1) as alone:
+            work = functools.partial(dies_when_done, name)
+            yield from run_local(jobs, workers=2, work=work, processes=alone)
 
     for done, unchanged in ((21, 0), (0, 21)):  # a fresh store, and one that an earlier run has completed
         outcome = compress(plan_of(tiny_model), str(tmp_path / "store"), runner=runner)  # type: ignore[arg-type]

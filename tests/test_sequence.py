@@ -49,12 +49,12 @@ def planned(model: Path, **options: object) -> Plan:
 
 
 def run(
-    model: Path, store: Path, threads: int = 1, workers: int = 1, plan: Plan | None = None, **others: Any
-) -> Outcome:
-    with Processes(workers) as processes:
-        runner = functools.partial(run_local, workers=workers, processes=processes)
-        chain = in_sequence(open_checkpoint(model), SAMPLES, str(store), runner, threads=threads)
-        return compress(plan or planned(model), str(store), runner=chain, **others)
+    model: Path, store: Path, threads: int = 1, processes: Processes | None = None, plan: Plan | None = None,
+    **others: Any,
+) -> Outcome:  # fmt: skip
+    runner = functools.partial(run_local, workers=2 if processes else 1, processes=processes)
+    chain = in_sequence(open_checkpoint(model), SAMPLES, str(store), runner, threads=threads)
+    return compress(plan or planned(model), str(store), runner=chain, **others)
 
 
 def seen(decoder: Any, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -137,13 +137,14 @@ def test_the_aim_is_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("options", [ONE_PLANE, BELLS, {"compensate": True}])
 def test_bytes_do_not_depend_on_threads_and_workers(
-    tiny_model: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
+    tiny_model: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch, processes: Processes,
+    options: dict[str, Any],
+) -> None:  # fmt: skip
     monkeypatch.setattr("bincompress.calibration.collect._PART_TOKENS", 64)
     plan = planned(tiny_model, **options)
     first = run(tiny_model, tmp_path / "one", plan=plan)
     assert (first.done, first.complete) == (21, True)
-    assert run(tiny_model, tmp_path / "two", threads=3, workers=2, plan=plan).complete
+    assert run(tiny_model, tmp_path / "two", threads=3, processes=processes, plan=plan).complete
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
     assert problems(tmp_path / "one") == {}
     assert run(tiny_model, tmp_path / "one", plan=plan).unchanged == 21

@@ -1,9 +1,6 @@
 """Several recipes from one reading: the bytes of single runs, each tensor read once, resumed after a kill."""
 
-import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +17,7 @@ from bincompress.store.store import open_store
 from bincompress.tensors.weight import TensorSource, Weight
 from jobs.runner import absolute
 from tests.conftest import Run
+from tests.forked import Forked
 
 Tree = Callable[[Path], dict[str, bytes]]
 
@@ -102,10 +100,12 @@ bincompress.compress_several(sys.argv[1], stores)
 """
 
 
-def test_a_killed_run_is_resumed(tiny_model: Path, tmp_path: Path, recipes: list[Path], tree: Tree) -> None:
+def test_a_killed_run_is_resumed(
+    forked: Forked, tiny_model: Path, tmp_path: Path, recipes: list[Path], tree: Tree
+) -> None:
     stores = {str(tmp_path / recipe.stem): recipe for recipe in recipes}
     pairs = [f"{store}={recipe}" for store, recipe in stores.items()]
-    ended = subprocess.run([sys.executable, "-c", KILLED, tiny_model, *pairs], env=os.environ, timeout=120, check=False)
+    ended = forked(tiny_model, *pairs, code=KILLED)
     assert ended.returncode == -signal.SIGKILL
     done = bincompress.compress_several(tiny_model, stores)
     assert [result.unchanged for result in done.values()] == [5, 4]

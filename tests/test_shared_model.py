@@ -5,7 +5,6 @@ import functools
 import gc
 import os
 import queue
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -31,6 +30,9 @@ from bincompress.inference.sampling import Sampling
 from bincompress.process.blas import one_blas_thread
 from bincompress.sources.checkpoint import open_checkpoint
 from cpu_kernels.parallel.workers import Workers
+from tests.forked import Forked
+
+pytestmark = pytest.mark.slow  # many texts, by threads and processes
 
 PROMPTS = ("The kernel", "A scheduler decides which", "Memory is", "The file system " * 40)
 TOKENS = 24
@@ -161,10 +163,8 @@ print(repr([write(prompt) for prompt in prompts]), flush=True)
 
 
 @pytest.mark.parametrize("state", ["cold", "warm", "held"])
-def test_a_forked_process_writes_the_same_text(store: str, state: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FORKED, store, state], capture_output=True, text=True, timeout=BOUND, check=False
-    )
+def test_a_forked_process_writes_the_same_text(forked: Forked, store: str, state: str) -> None:
+    done = forked(store, state, code=FORKED)
     assert done.returncode == 0, done.stderr
     child, parent = done.stdout.splitlines()
     assert child == parent

@@ -97,6 +97,7 @@ def written(grammars: Grammars, tokenizer: Tokenizer, grammar: str, settings: Sa
     return text + stream.finish()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["byte_level", "with_byte_fallback"])
 def test_every_text_validates(kind: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(kind)

@@ -134,10 +134,9 @@ def _name(store: Store) -> str:
     return found.rstrip("/").rpartition("/")[2] or Path(store.url).name
 
 
-def _write_header(path: Path, metadata: Mapping[str, Any], tensors: list[Tensor]) -> None:
-    """Write all but the tensors' bytes, by the gguf package."""
-    gguf = gguf_package()
-    writer = gguf.GGUFWriter(str(path), metadata["general.architecture"])
+def writer_of(path: Path, metadata: Mapping[str, Any]) -> Any:
+    """Return the gguf package's writer of a file, which has been given the metadata."""
+    writer = gguf_package().GGUFWriter(str(path), metadata["general.architecture"])
     for key, value in metadata.items():
         if key == "general.architecture":
             continue
@@ -146,6 +145,12 @@ def _write_header(path: Path, metadata: Mapping[str, Any], tensors: list[Tensor]
         else:
             add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
             add[type(value)](key, value)
+    return writer
+
+
+def _write_header(path: Path, metadata: Mapping[str, Any], tensors: list[Tensor]) -> None:
+    """Write all but the tensors' bytes, by the gguf package."""
+    gguf, writer = gguf_package(), writer_of(path, metadata)
     for tensor in tensors:
         kind = gguf.GGMLQuantizationType[tensor.type]
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)

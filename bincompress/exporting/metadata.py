@@ -14,8 +14,9 @@ from bincompress.model.config import ModelConfig, parse
 from bincompress.model.fields import LARGEST_POSITION, size
 from bincompress.model.rope import Rope, rotated
 from bincompress.sources.gguf import keys
-from bincompress.sources.gguf.config import GEMMA_27B, config_of, llama3_factors
+from bincompress.sources.gguf.config import GEMMA_27B, config_of
 from bincompress.sources.gguf.names import FAMILIES, Family, arch_of
+from bincompress.sources.gguf.rope import llama3_factors
 
 Factors = dict[str, NDArray[np.float32]]  # of rotary embeddings, by the tensor that holds them
 _USUAL_WINDOWS = 6  # Gemma 3: every so many layers see all positions

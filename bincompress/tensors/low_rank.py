@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bincompress.tensors.packed import check_listed, whole_number
+from bincompress.tensors.packed import MOST, check_listed, shape_and_exponent, whole_number
 from cpu_kernels.quantize.packing import words_for
 
-_EXPONENTS = 500  # as of other packed tensors
-_MOST = (1 << 31) - 1  # rows, columns, rank
 _FEWEST = 16  # weights for which there is at least a bit: the weights take up to 512 times the memory of the bits
 _RANKS_AT_ONCE = 512  # whose ±1 vectors are float32 at a time
 SCALES = ("row_scale", "rank_scale", "column_scale")
@@ -121,9 +119,8 @@ def assemble_low_rank(attributes: Mapping[str, Any], arrays: Mapping[str, NDArra
     Raises ValueError where they do not fit together or to the format, KeyError or TypeError where an attribute is
     missing or of another kind.
     """
-    rows, cols = (whole_number("shape", size, 1, _MOST) for size in attributes["shape"])
-    rank = whole_number("rank", attributes["rank"], 1, _MOST)
-    exponent = whole_number("coef_exponent", attributes["coef_exponent"], -_EXPONENTS, _EXPONENTS)
+    rows, cols, exponent = shape_and_exponent(attributes)
+    rank = whole_number("rank", attributes["rank"], 1, MOST)
     wanted = {
         "left_planes": (np.uint64, (rank, words_for(rows))), "right_planes": (np.uint64, (rank, words_for(cols))),
         "row_scale": (np.float16, (rows,)), "rank_scale": (np.float16, (rank,)), "column_scale": (np.float16, (cols,)),

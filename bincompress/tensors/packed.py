@@ -18,7 +18,7 @@ LISTED = ("listed_index", "listed_value")  # of a tensor of any form
 
 _SCALED_BY_KERNEL = 1 << 16  # coefficients: NumPy takes 4 ns each, but a small model should not wait for a compiler
 _EXPONENTS = 500  # more than float32 has, and well within float64's
-_MOST = (1 << 31) - 1  # rows, columns
+MOST = (1 << 31) - 1  # rows, columns, rank
 _MOST_PLANES = 16
 _LOOKED_UP = 256  # terms; more are quicker looked up than added
 _LARGEST_FACTOR = 1e30  # within float32's
@@ -109,9 +109,8 @@ def assemble(attributes: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) 
     Raises ValueError where they do not fit together or to the format, KeyError or TypeError where an attribute is
     missing or of another kind.
     """
-    rows, cols = (whole_number("shape", size, 1, _MOST) for size in attributes["shape"])
-    block = whole_number("block", attributes["block"], 1, _MOST)
-    exponent = whole_number("coef_exponent", attributes["coef_exponent"], -_EXPONENTS, _EXPONENTS)
+    rows, cols, exponent = shape_and_exponent(attributes)
+    block = whole_number("block", attributes["block"], 1, MOST)
     planes, numbers = arrays["planes"], arrays["coef"]
     if block % BLOCK_STEP and block < cols:
         raise ValueError(f"block {block} is no multiple of {BLOCK_STEP} and less than the {cols} columns")
@@ -151,6 +150,12 @@ def check_listed(index: NDArray[Any], value: NDArray[Any], weights: int) -> None
         raise ValueError("listed weights are not in ascending order")
     if index.size and int(index[-1]) >= weights:
         raise ValueError("listed weights lie outside the matrix")
+
+
+def shape_and_exponent(attributes: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return the rows, columns and exponent that a tensor of any form has; raises ValueError where one cannot be."""
+    rows, cols = (whole_number("shape", size, 1, MOST) for size in attributes["shape"])
+    return rows, cols, whole_number("coef_exponent", attributes["coef_exponent"], -_EXPONENTS, _EXPONENTS)
 
 
 def whole_number(name: str, value: Any, least: int, most: int) -> int:

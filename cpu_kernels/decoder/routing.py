@@ -116,6 +116,19 @@ def _largest_first(keys: Any, ids: Any, count: Any) -> None:
     _insertion_sort(keys, ids, first, last)
 
 
+@inline
+def _choose(values: Any, count: Any, keys: Any, ids: Any) -> None:
+    """Move the ids of the `count` largest values, none of them a negative zero, to the front by ascending number."""
+    bits = values.view(np.int32)
+    for e in range(values.size):
+        # With their other bits turned, negative numbers too have the order of their bits.
+        key = bits[e] if bits[e] >= 0 else np.int32(bits[e] ^ _NAN)
+        keys[e] = key if values[e] == values[e] else _NAN
+        ids[e] = e
+    _largest_first(keys, ids, count)
+    ids[:count].sort()
+
+
 @kernel(types.void(view(_F4, 2), types.int64, _SIZE, _SIZE, out(types.int64, 2), out(_F4, 2)))
 def choose_experts(logits: Any, normalized: Any, start: Any, stop: Any, chosen: Any, weights: Any) -> None:
     """For tokens start .. stop - 1: write the experts that they go to, by ascending number, and their weights.
@@ -127,7 +140,6 @@ def choose_experts(logits: Any, normalized: Any, start: Any, stop: Any, chosen: 
     probabilities = np.empty(experts, np.float32)
     keys = np.empty(experts, np.int32)
     ids = np.empty(experts, np.int64)
-    bits = probabilities.view(np.int32)
     for token in range(start, stop):
         largest = logits[token, 0]
         for e in range(experts):
@@ -138,11 +150,7 @@ def choose_experts(logits: Any, normalized: Any, start: Any, stop: Any, chosen: 
             total += probabilities[e]
         for e in range(experts):
             probabilities[e] /= total
-            # What is not negative has the order of its bits.
-            keys[e] = bits[e] if probabilities[e] == probabilities[e] else _NAN
-            ids[e] = e
-        _largest_first(keys, ids, count)
-        ids[:count].sort()
+        _choose(probabilities, count, keys, ids)
         total = np.float32(0)
         for i in range(count):
             chosen[token, i] = ids[i]
@@ -151,14 +159,6 @@ def choose_experts(logits: Any, normalized: Any, start: Any, stop: Any, chosen: 
         if normalized:
             for i in range(count):
                 weights[token, i] /= total
-
-
-@inline
-def _ordered(value: Any, bits: Any) -> Any:
-    """Return an integer that has the order of a float32, of which these are the bits."""
-    # With their other bits turned, negative numbers too have the order of their bits.
-    key = bits if bits >= 0 else np.int32(bits ^ _NAN)
-    return key if value == value else _NAN
 
 
 @kernel(types.void(view(_F4, 2), view(_F4, 1), types.int64, _F4, _SIZE, _SIZE, out(types.int64, 2), out(_F4, 2)))
@@ -175,15 +175,11 @@ def choose_by_sigmoid(
     row = np.empty(experts, np.float32)
     keys = np.empty(experts, np.int32)
     ids = np.empty(experts, np.int64)
-    bits = row.view(np.int32)
     for token in range(start, stop):
         for e in range(experts):
             sigmoids[e] = np.float32(1) / (np.float32(1) + np.exp(-logits[token, e]))
             row[e] = sigmoids[e] + offsets[e] + np.float32(0)  # no negative zero
-            keys[e] = _ordered(row[e], bits[e])
-            ids[e] = e
-        _largest_first(keys, ids, count)
-        ids[:count].sort()
+        _choose(row, count, keys, ids)
         total = np.float32(1e-6)
         for i in range(count):
             chosen[token, i] = ids[i]
@@ -200,14 +196,10 @@ def choose_by_logits(logits: Any, start: Any, stop: Any, chosen: Any, weights: A
     row = np.empty(experts, np.float32)
     keys = np.empty(experts, np.int32)
     ids = np.empty(experts, np.int64)
-    bits = row.view(np.int32)
     for token in range(start, stop):
         for e in range(experts):
             row[e] = logits[token, e] + np.float32(0)  # no negative zero
-            keys[e] = _ordered(row[e], bits[e])
-            ids[e] = e
-        _largest_first(keys, ids, count)
-        ids[:count].sort()
+        _choose(row, count, keys, ids)
         largest = row[ids[0]]
         for i in range(count):
             chosen[token, i] = ids[i]

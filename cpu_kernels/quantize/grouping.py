@@ -24,6 +24,18 @@ def group_cost(count, first, second, lam, start, end):
 
 
 @inline
+def push_halves(stack, depth, begin, middle, end, left, start, right):
+    """Push what is left and right of `middle`, each with its bounds of best starts; return the new depth."""
+    if begin < middle:
+        stack[depth, 0], stack[depth, 1], stack[depth, 2], stack[depth, 3] = begin, middle - 1, left, start
+        depth += 1
+    if middle < end:
+        stack[depth, 0], stack[depth, 1], stack[depth, 2], stack[depth, 3] = middle + 1, end, start, right
+        depth += 1
+    return depth
+
+
+@inline
 def next_row(count, first, second, lam, groups, low, high, best, row, choice, stack):
     """Extend the least costs of `groups - 1` groups (best) by one group more (row), over atoms low .. high.
 
@@ -50,12 +62,7 @@ def next_row(count, first, second, lam, groups, low, high, best, row, choice, st
                 start = i
         row[middle] = least
         choice[middle] = start
-        if begin < middle:
-            stack[depth, 0], stack[depth, 1], stack[depth, 2], stack[depth, 3] = begin, middle - 1, left, start
-            depth += 1
-        if middle < end:
-            stack[depth, 0], stack[depth, 1], stack[depth, 2], stack[depth, 3] = middle + 1, end, start, right
-            depth += 1
+        depth = push_halves(stack, depth, begin, middle, end, left, start, right)
 
 
 @inline

@@ -9,6 +9,7 @@ import numba
 import numpy as np
 
 from cpu_kernels.jit.compiler import inline, kernel, out, view
+from cpu_kernels.quantize.grouping import push_halves
 from cpu_kernels.quantize.intrinsics import above, lowest_bit
 
 F4, F8, I4, I8 = numba.float32, numba.float64, numba.int32, numba.int64
@@ -168,12 +169,7 @@ def window_rows(count, first, second, low, high, empty, less, costs, choices):
                     start = i
             costs[r, middle - low[r]] = least - less[r, middle - low[r]]
             choices[r, middle - low[r]] = start
-            if begin < middle:
-                stack[depth, 0], stack[depth, 1], stack[depth, 2], stack[depth, 3] = begin, middle - 1, left, start
-                depth += 1
-            if middle < end:
-                stack[depth, 0], stack[depth, 1], stack[depth, 2], stack[depth, 3] = middle + 1, end, start, right
-                depth += 1
+            depth = push_halves(stack, depth, begin, middle, end, left, start, right)
 
 
 @kernel(numba.void(view(U4, 1), view(U4, 1), U1, out(U1, 1)))
