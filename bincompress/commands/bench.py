@@ -28,6 +28,7 @@ def command(store: str, prompt: int, tokens: int, repeats: int, verbose: bool, a
 
     from bincompress.inference.benchmark import measure
     from bincompress.inference.load import load_decoder
+    from bincompress.model.cache import cache_type
     from bincompress.model.packed_linear import ActivationSettings
 
     settings = ActivationSettings(int(options["activation_bits"]), options["activation_scale"])
@@ -40,7 +41,7 @@ def command(store: str, prompt: int, tokens: int, repeats: int, verbose: bool, a
                 bar.set_postfix_str(test)
                 bar.update()
 
-            speeds = measure(loaded.decoder, prompt, tokens, repeats, on_test)
+            speeds = measure(loaded.decoder, prompt, tokens, repeats, on_test, cache_type(int(options["kv_bits"])))
     threads, residents, config = loaded.decoder.workers.threads, loaded.decoder.residents, loaded.decoder.config
     activations = "float32" if settings.bits == 16 else f"{settings.bits} bits per {settings.per}"
     if as_json:

@@ -65,6 +65,7 @@ def command(store: str, as_json: bool, baseline: str | None, **options: Any) -> 
         options["activation_scale"],
         options["kernel"],
         options["memory"],
+        int(options["kv_bits"]),
     )
     engine.settings(store)
     manager = check_tasks(harness) if harness is not None else None

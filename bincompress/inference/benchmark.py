@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bincompress.model.cache import CacheType
 from bincompress.model.decoder import Decoder
 
 
@@ -19,7 +20,12 @@ class Speed:
 
 
 def measure(
-    decoder: Decoder, prompt: int, tokens: int, repeats: int, on_test: Callable[[str], None] = lambda test: None
+    decoder: Decoder,
+    prompt: int,
+    tokens: int,
+    repeats: int,
+    on_test: Callable[[str], None] = lambda test: None,
+    cache_type: CacheType = "float16",
 ) -> list[Speed]:
     """Return the speeds of reading `prompt` tokens and of writing `tokens` after one, random ids, no sampling."""
     ids = np.random.default_rng(0).integers(0, decoder.config.vocab, max(prompt, tokens, 1))
@@ -30,7 +36,7 @@ def measure(
         seen = []
         for _ in range(repeats + 1):  # the first warms caches and compiles
             on_test(f"{test}{count}")
-            cache = decoder.new_cache(count, "float16")
+            cache = decoder.new_cache(count, cache_type)
             begin = time.perf_counter()
             if test == "pp":
                 decoder.next_logits(ids[:count], cache)
