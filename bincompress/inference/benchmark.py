@@ -16,9 +16,8 @@ from bincompress.process.energy import EnergyMeter
 class Speed:
     """Tokens per second of one test over its repetitions."""
 
-    test: (
-        str  # "pp128": a prompt of 128 tokens; "tg64": 64 tokens one after the other; "tg64 @ d512": behind 512 others
-    )
+    # "pp128": a prompt of 128 tokens; "tg64": 64 tokens one after the other; "tg64 @ d512": behind 512 others
+    test: str
     mean: float
     spread: float  # standard deviation
     joules: float | None  # a token, of the whole CPU; None where that cannot be read
