@@ -65,6 +65,7 @@ def command(store: str, as_json: bool, baseline: str | None, **options: Any) -> 
         options["activation_scale"],
         options["kernel"],
         options["memory"],
+        int(options["kv_bits"]),
     )
     engine.settings(store)
     manager = check_tasks(harness) if harness is not None else None
@@ -116,6 +117,8 @@ def _harness(options: dict[str, Any], baseline: str | None) -> "HarnessTasks | N
         return None
     if baseline is not None:
         raise BincompressError("--baseline is for --text and --task; evaluate the checkpoint with --tasks by itself")
+    if options["kv_bits"] != "16":
+        raise BincompressError("--kv-bits 8 is for --text and --task; --tasks runs with 16-bit keys and values")
     names = [name.strip() for name in options["tasks"].split(",") if name.strip()]
     return HarnessTasks(
         names, options["num_fewshot"], options["limit"], options["include_path"], options["apply_chat_template"]

@@ -27,7 +27,7 @@ class SeveralBits(click.ParamType[tuple[int, ...]]):
 
 
 def engine_options(command: Command) -> Command:
-    """Add --threads, --memory, --activation-bits, --activation-scale and --kernel."""
+    """Add --threads, --memory, --kv-bits, --activation-bits, --activation-scale and --kernel."""
     return _engine_options(
         command,
         click.option(
@@ -65,6 +65,13 @@ def _engine_options(command: Command, activation_bits: Command) -> Command:
             help="One scale per token, or per token and 128 columns.",
         ),
         activation_bits,
+        click.option(
+            "--kv-bits",
+            type=click.Choice(["16", "8"]),
+            default="16",
+            show_default=True,
+            help="Bits of the keys and values that are kept of each token. 8: half the memory of long contexts.",
+        ),
         click.option(
             "--memory",
             type=Size(),
@@ -150,6 +157,7 @@ def load_with(store: str, options: dict[str, Any]) -> Any:
         memory=options["memory"],
         sampling=_sampling_given(options),
         prompt_lookup=options.get("prompt_lookup", False),
+        kv_bits=int(options["kv_bits"]),
     )
     for note in model.notes:
         click.echo(f"note: {note}", err=True)

@@ -40,7 +40,9 @@ class PromptCacheFile:
         from bincompress.inference.engine import engine_of
         from bincompress.inference.prompt_cache import load_prefix
 
-        self._engine = engine_of(store, int(options["activation_bits"]), options["activation_scale"])
+        self._engine = engine_of(
+            store, int(options["activation_bits"]), options["activation_scale"], int(options["kv_bits"])
+        )
         load_prefix(path, prefixes, model.decoder, self._engine)
 
     def save(self) -> None:

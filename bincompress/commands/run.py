@@ -49,7 +49,7 @@ def command(store: str, prompts: Path, out: Path, parallel: int, context: int, *
         if out.exists() and out.samefile(prompts):
             raise BincompressError(f"--out {out}: is the file of prompts; give another one")
         model = load_with(store, options)
-        engine = engine_of(store, int(options["activation_bits"]), options["activation_scale"])
+        engine = engine_of(store, int(options["activation_bits"]), options["activation_scale"], int(options["kv_bits"]))
         limits = Limits(parallel, 2 * parallel, context)
         settings = replace(settings_from(model, options), context=min(context, model.decoder.config.context))
         with tqdm(desc="run", unit="answer", total=len(asked), disable=None) as bar:

@@ -36,7 +36,9 @@ def command(store: str | None, as_json: bool, **options: Any) -> None:
                 kernel.compile()
         else:
             settings = ActivationSettings(int(options["activation_bits"]), options["activation_scale"])
-            compile_for(store, options["threads"], settings, options["kernel"], options["memory"])
+            compile_for(
+                store, options["threads"], settings, options["kernel"], options["memory"], int(options["kv_bits"])
+            )
     folder = cache_folder()
     if as_json:
         print_json({"store": store, "compiled": sorted(set(compiled)), "folder": folder and str(folder)})

@@ -12,7 +12,7 @@ from bincompress.inference.generate import GenerationSettings, Model
 from bincompress.inference.model_kernels import kernels_beside_llamas
 from bincompress.inference.sampling import Sampling
 from bincompress.inference.warmup import expect
-from bincompress.model.cache import cache_bytes
+from bincompress.model.cache import cache_bytes, cache_type
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.config import ModelConfig
 from bincompress.model.decoder import Decoder
@@ -79,6 +79,7 @@ def load(
     memory: int | None = None,
     sampling: Mapping[str, Any] | None = None,
     prompt_lookup: bool = False,
+    kv_bits: int = 16,
 ) -> Model:
     """Load a finished store as a model.
 
@@ -95,6 +96,7 @@ def load(
     the others are read from the store when a token chooses them. sampling: values by name ("temperature", "top_k", ...)
     that come before those of generation_config.json. prompt_lookup: what followed the last tokens when they came before
     is drafted, and checked in one pass; the text is the same, sooner where it repeats what it has read or written.
+    kv_bits: of keys and values, 16 or 8; 8 halves their memory.
     Raises StoreError, DamagedError, UnsupportedModelError, TokenizerError or TooLittleMemoryError.
 
     >>> model = load("store")  # doctest: +SKIP
@@ -102,6 +104,7 @@ def load(
     ...     print(piece, end="")
     """
     settings = ActivationSettings(activation_bits, activation_scale)  # type: ignore[arg-type]
+    kept = cache_type(kv_bits)
     tokenizers: list[Tokenizer] = []
 
     def read_tokenizer(assets: Mapping[str, bytes]) -> None:
@@ -123,7 +126,7 @@ def load(
         loaded.decoder,
         tokenizers[0],
         load_template(loaded.assets),
-        GenerationSettings(sampling=chosen),
+        GenerationSettings(sampling=chosen, cache=kept),
         notes=not_obeyed(loaded.assets),
         prompt_lookup=prompt_lookup,
     )

@@ -3,14 +3,19 @@
 import numpy as np
 
 from bincompress.inference.load import load_decoder
-from bincompress.model.cache import CacheType
+from bincompress.model.cache import CacheType, cache_type
 from bincompress.model.packed_linear import ActivationSettings
 
 _PROMPT = 9  # tokens: some are multiplied four at a time, one is left
 
 
 def compile_for(
-    store: str, threads: int | None, settings: ActivationSettings, kernel: str | None, memory: int | None
+    store: str,
+    threads: int | None,
+    settings: ActivationSettings,
+    kernel: str | None,
+    memory: int | None,
+    kv_bits: int = 16,
 ) -> None:
     """Compile (or load) what generating, serving and evaluating with a store use: the model reads and writes a little.
 
@@ -19,7 +24,7 @@ def compile_for(
     decoder = load_decoder(store, threads, settings, kernel, memory).decoder
     count = min(_PROMPT, decoder.config.context - 1)
     prompt = np.arange(count) % decoder.config.vocab
-    kinds: tuple[CacheType, ...] = ("float16", "float32")  # of generating and of evaluating
+    kinds: tuple[CacheType, ...] = (cache_type(kv_bits), "float32")  # of generating and of evaluating
     for kind in kinds:
         first, second = (decoder.new_cache(count + 1, kind) for _ in range(2))
         decoder.logits(prompt, first)

@@ -97,7 +97,7 @@ def _read(
     return tokens, cache
 
 
-_DTYPES = {"uint16": "U16", "float32": "F32"}
+_DTYPES = {"uint16": "U16", "float32": "F32", "int8": "I8"}
 
 
 def _parts(cache: KvCache, length: int) -> dict[str, NDArray[Any]]:

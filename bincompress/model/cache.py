@@ -1,5 +1,7 @@
 """The key-value cache: allocated once for a number of positions, filled by the decoder, rewound for the next text."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,13 +13,22 @@ from bincompress.model.config import ModelConfig
 from bincompress.model.errors import PromptError
 from bincompress.model.recurrence_fields import Recurrent
 from cpu_kernels.decoder.attention import BLOCK, padded
+from cpu_kernels.decoder.quantized_cache import SCALE_ROWS, set_factors
 
-CacheType = Literal["float32", "float16"]
+CacheType = Literal["float32", "float16", "int8"]
 
 _FIRST_POSITIONS = 512  # of the rotation table when it is first needed; it doubles from there
 
 # float16 patterns are uint16 here, as the kernels take them.
-_ITEMS: dict[CacheType, type[Any]] = {"float32": np.float32, "float16": np.uint16}
+_ITEMS: dict[CacheType, type[Any]] = {"float32": np.float32, "float16": np.uint16, "int8": np.int8}
+_OF_BITS: dict[int, CacheType] = {16: "float16", 8: "int8"}
+
+
+def cache_type(kv_bits: int) -> CacheType:
+    """Return how keys and values of so many bits are kept; raises PromptError for other numbers."""
+    if kv_bits not in _OF_BITS:
+        raise PromptError(f"kv bits: expected {' or '.join(map(str, _OF_BITS))}, found {kv_bits!r:.40}")
+    return _OF_BITS[kv_bits]
 
 
 class State:
@@ -48,10 +59,18 @@ class KvCache:
     pass. Such a cache can be rewound to these, or to nothing (`reusable`).
 
     float16 halves the memory and the reading: decoding one token at 512 and 4096 positions (32 heads of 64, 8 of keys,
-    one core) took 0.086 and 0.83 ms a layer against 0.15 and 2.2 ms with float32; float32 is exact.
+    one core) took 0.086 and 0.83 ms a layer against 0.15 and 2.2 ms with float32; float32 is exact. int8 has one scale
+    per token and head, and takes 0.53 of float16's memory with heads of 64.
     """
 
-    def __init__(self, config: ModelConfig, capacity: int, kind: CacheType = "float32") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        capacity: int,
+        kind: CacheType = "float32",
+        factors: Sequence[NDArray[np.float32]] | None = None,
+    ) -> None:
+        """factors: of int8 keys' columns, (kv heads, head_dim) for each layer; without them all are 1."""
         if not 0 < capacity <= config.context:
             raise PromptError(
                 f"context: expected 1 to {config.context} tokens ({config.context_limit}), found {capacity}"
@@ -66,7 +85,7 @@ class KvCache:
         # Zeros are handed out by the system page by page, so what a short text does not reach costs no memory.
         try:
             heads = [0 if config.is_recurrent(layer) else config.kv_heads for layer in range(config.layers)]
-            self.keys: list[NDArray[Any]] = [np.zeros((own, blocks, config.head_dim, BLOCK), item) for own in heads]
+            self.keys: list[NDArray[Any]] = [np.zeros((own, *_key_shape(config, blocks, kind)), item) for own in heads]
             self.values: list[NDArray[Any]] = [
                 np.zeros((own, blocks * BLOCK, padded(config.head_dim)), item) for own in heads
             ]
@@ -78,6 +97,10 @@ class KvCache:
                 f"context: {capacity:,} tokens need {cache_bytes(config, capacity, kind) / 1e9:,.1f} GB for their keys "
                 "and values, more than there are; give a smaller --max-tokens"
             ) from None
+        if kind == "int8":
+            for layer, own in enumerate(self.keys):
+                given = np.ones((len(own), config.head_dim), np.float32) if factors is None else factors[layer]
+                set_factors(own, given[: len(own)])
         self._head_dim = config.head_dim
         self._ropes = _distinct(config)
         self._of_layer = [self._ropes.index(own) for own in config.ropes]
@@ -188,10 +211,16 @@ def cache_bytes(config: ModelConfig, capacity: int, kind: CacheType = "float32")
     """Return the bytes that a cache of this capacity takes, before one is made."""
     positions = -(-capacity // BLOCK) * BLOCK
     with_attention = sum(not config.is_recurrent(layer) for layer in range(config.layers))
-    per_position = with_attention * config.kv_heads * (config.head_dim + padded(config.head_dim))
+    heads = with_attention * config.kv_heads
+    items = heads * (math.prod(_key_shape(config, positions // BLOCK, kind)) + positions * padded(config.head_dim))
     states = (config.layers - with_attention) * config.recurrent.state_bytes if config.recurrent is not None else 0
     tables = _table_bytes(_distinct(config), config.head_dim, capacity)
-    return positions * per_position * np.dtype(_ITEMS[kind]).itemsize + states + tables
+    return items * np.dtype(_ITEMS[kind]).itemsize + states + tables
+
+
+def _key_shape(config: ModelConfig, blocks: int, kind: CacheType) -> tuple[int, int, int]:
+    """Return the shape of a head's keys: of int8 with scales in every block, and a block for the columns' factors."""
+    return (blocks + 1, config.head_dim + SCALE_ROWS, BLOCK) if kind == "int8" else (blocks, config.head_dim, BLOCK)
 
 
 def _distinct(config: ModelConfig) -> list[rope.Rope]:

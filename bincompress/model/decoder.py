@@ -1,6 +1,7 @@
 """The decoder: tokens in, final states and logits out, over any form of matrices."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from bincompress.model.cache import CacheType, KvCache
 from bincompress.model.config import ModelConfig
 from bincompress.model.errors import NotFiniteError, PromptError
 from bincompress.model.experts import read_experts
+from bincompress.model.kv_factors import key_factors
 from bincompress.model.linear import FEW_TOKENS, Embedding, Linear, WeightSource
 from bincompress.model.recurrent import read_recurrent_layer
 from bincompress.model.residents import Residents
@@ -52,7 +54,12 @@ class Decoder:
 
     def new_cache(self, capacity: int | None = None, kind: CacheType = "float32") -> KvCache:
         """Return an empty cache for `capacity` positions (the model's whole context if not given)."""
-        return KvCache(self.config, capacity or self.config.context, kind)
+        factors = self._key_factors if kind == "int8" else None
+        return KvCache(self.config, capacity or self.config.context, kind, factors)
+
+    @functools.cached_property
+    def _key_factors(self) -> list[Floats]:
+        return [key_factors(self.config, layer, number) for number, layer in enumerate(self.layers)]
 
     def next_logits(self, ids: Sequence[int] | NDArray[np.int64], cache: KvCache) -> Floats:
         """Run these tokens after those in the cache and return the logits that follow the last, (vocab,)."""

@@ -42,6 +42,7 @@ class Engine:
     activation_scale: Literal["token", "segment"] = "segment"
     kernel: str | None = None
     memory: int | None = None
+    kv_bits: int = 16  # a text's perplexity with 16 is that with float32 keys and values
 
     def settings(self, place: str) -> list[ActivationSettings]:
         """Return the settings of each run."""
@@ -49,6 +50,10 @@ class Engine:
             raise BincompressError(
                 f"{place}: an unquantized checkpoint runs in float32 alone; --activation-bits with several numbers is "
                 "for a store"
+            )
+        if self.kv_bits != 16 and is_checkpoint(place):
+            raise BincompressError(
+                f"{place}: an unquantized checkpoint runs in float32 alone; --kv-bits is for a store"
             )
         return [ActivationSettings(bits, self.activation_scale) for bits in self.activation_bits]
 
@@ -96,7 +101,7 @@ def measure(
     other = None if baseline is None else load_scored(baseline, engine.threads, baseline=True)
     other_tasks = {} if other is None else dict(_accuracies(other, wanted, "baseline ", progress))
     for settings in runs:
-        scored = load_scored(place, engine.threads, settings, engine.kernel, engine.memory)
+        scored = load_scored(place, engine.threads, settings, engine.kernel, engine.memory, kv_bits=engine.kv_bits)
         label = f"{scored.activations}: " if len(runs) > 1 else ""
         found = []
         for name, content in wanted.texts.items():
@@ -106,7 +111,7 @@ def measure(
             found.append(
                 evaluate(
                     scored.model.decoder, tokens, wanted.context, wanted.windows, other_decoder, told,
-                    stride=wanted.stride,
+                    cache="int8" if engine.kv_bits == 8 else "float32", stride=wanted.stride,
                 )
             )  # fmt: skip
             yield TextRow(name, scored.activations, found[-1])

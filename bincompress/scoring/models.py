@@ -8,6 +8,7 @@ from bincompress.inference.chat import load_template
 from bincompress.inference.generate import GenerationSettings, Model
 from bincompress.inference.load import default_sampling, load_baseline, load_decoder
 from bincompress.model.added_tokens import special_tokens
+from bincompress.model.cache import cache_type
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.model.tokenizer import Tokenizer, load_tokenizer
 from bincompress.sources.hub import is_checkpoint, open_source
@@ -29,22 +30,24 @@ def load_scored(
     kernel: str | None = None,
     memory: int | None = None,
     baseline: bool = False,
+    kv_bits: int = 16,
 ) -> Scored:
     """Load a store, or an unquantized checkpoint folder or GGUF file, which runs in float32.
 
     threads, settings, kernel, memory: as for `load`. Keys and values of a store are kept as `generate` and `serve` keep
-    them, in float16. baseline: only an unquantized checkpoint will do, also a Hub id. Raises the errors of `load`, or
-    CheckpointError.
+    them, in so many bits. baseline: only an unquantized checkpoint will do, also a Hub id. Raises the errors of `load`,
+    or CheckpointError.
     """
     if baseline or is_checkpoint(place):
         source = open_source(place)
         assets, decoder = source.assets(), load_baseline(source, threads)
         activations, defaults = "float32", GenerationSettings(sampling=default_sampling(assets), cache="float32")
     else:
+        kept = cache_type(kv_bits)
         loaded = load_decoder(place, threads, settings, kernel, memory)
         assets, decoder = loaded.assets, loaded.decoder
-        activations = activations_of(settings)
-        defaults = GenerationSettings(sampling=default_sampling(assets))
+        activations = activations_of(settings) + ("" if kv_bits == 16 else f", keys and values {kv_bits} bits")
+        defaults = GenerationSettings(sampling=default_sampling(assets), cache=kept)
     if "tokenizer.json" not in assets:
         raise BincompressError(f"{place}: has no tokenizer.json, so it cannot read text; add it to the checkpoint")
     tokenizer = load_tokenizer(assets)

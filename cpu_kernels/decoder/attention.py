@@ -2,7 +2,7 @@
 
 Layout of one layer's cache: keys (kv heads, blocks, head_dim, 32), so that 32 scores come from one product without
 a horizontal sum; values (kv heads, positions, padded head_dim), padded to a multiple of 32 columns. Both hold
-float32, or float16 bit patterns as uint16.
+float32, or float16 bit patterns as uint16, or int8 with scales (quantized_cache.py).
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ from numba import types
 from numpy import float32
 
 from cpu_kernels.decoder.exponential import exponential
+from cpu_kernels.decoder.quantized_cache import float_at, scale_rows
 from cpu_kernels.decoder.tiles import TILE_COLUMNS, TILE_ROWS, largest, multiply_tile, total
 from cpu_kernels.jit.compiler import Kernel, inline, kernel, out, view
 
@@ -54,6 +55,16 @@ def _begin_row_at_sink(scratch: Any, top: Any, mass: Any, sink: Any) -> None:
     scratch[mass] = _ONE
 
 
+@inline
+def _multiply_by_scales(scratch: Any, first: int, rows: int, keys: Any, byte: int) -> None:
+    """Multiply the scores of a block's positions, or their weights, by the scales that begin at a byte of int8 keys."""
+    for row in range(rows):
+        at = first + row * KEY_TILE
+        scores = scratch[at : at + BLOCK]
+        for j in range(scores.size):
+            scores[j] *= float_at(keys, byte + 4 * j)
+
+
 def _attend(
     qkv: Any, heads: int, keys: Any, values: Any, first: int, window: int, start: int, stop: int, scratch: Any,
     result: Any,
@@ -64,7 +75,8 @@ def _attend(
     its own. scratch (scratch_size,), behind which the heads' sinks lie where there are any. result
     (n, heads * head_dim) float32.
     """
-    kv_heads, blocks, dim = keys.shape[0], keys.shape[1], keys.shape[2]
+    kv_heads, blocks, block_rows = keys.shape[0], keys.shape[1], keys.shape[2]
+    dim = block_rows - scale_rows(keys)
     positions, wide = values.shape[1], values.shape[2]
     group = heads // kv_heads
     rows_in_all = qkv.shape[0] * group
@@ -100,10 +112,12 @@ def _attend(
             width = min(KEY_TILE, end - key)
             whole = -(-width // BLOCK) * BLOCK
             for offset in range(0, whole, BLOCK):
-                block = (head * blocks + (key + offset) // BLOCK) * dim * BLOCK
+                block = (head * blocks + (key + offset) // BLOCK) * block_rows * BLOCK
                 for row in range(0, tile_rows, TILE_ROWS):
                     target = score_at + row * KEY_TILE + offset
                     multiply_tile(scratch, row * dim, dim, keys, block, BLOCK, dim, scratch, target, KEY_TILE, False)
+                if dim < block_rows:
+                    _multiply_by_scales(scratch, score_at + offset, rows, keys, block + dim * BLOCK)
             for row in range(rows):
                 at = score_at + row * KEY_TILE
                 position = first + (first_row + row) // group
@@ -133,6 +147,10 @@ def _attend(
                 for j in range(scores.size):
                     scores[j] = exponential(scores[j] - top)
                 scratch[mass_at + row] += total(scratch, at, whole)
+            if dim < block_rows:
+                for offset in range(0, whole, BLOCK):
+                    block = (head * blocks + (key + offset) // BLOCK) * block_rows * BLOCK
+                    _multiply_by_scales(scratch, score_at + offset, rows, keys, block + (dim + block_rows) // 2 * BLOCK)
             source = (head * positions + key) * wide
             for row in range(0, tile_rows, TILE_ROWS):
                 for d in range(0, wide, TILE_COLUMNS):
@@ -159,8 +177,9 @@ def _signature(cached: Any) -> Any:
 ATTEND: dict[np.dtype[Any], Kernel] = {
     np.dtype(np.float32): kernel(_signature(types.float32))(_attend),
     np.dtype(np.uint16): kernel(_signature(types.uint16))(_attend),
+    np.dtype(np.int8): kernel(_signature(types.int8), "attend_quantized")(_attend),
 }
 ATTEND_WITH_SINKS: dict[np.dtype[Any], Kernel] = {
     np.dtype(item): kernel(_signature(kind), "attend_with_sinks", _begin_row=_begin_row_at_sink)(_attend)
-    for item, kind in ((np.float32, types.float32), (np.uint16, types.uint16))
+    for item, kind in ((np.float32, types.float32), (np.uint16, types.uint16), (np.int8, types.int8))
 }

@@ -8,6 +8,7 @@ from numpy import float32
 
 from cpu_kernels.decoder.attention import BLOCK
 from cpu_kernels.decoder.exponential import exponential
+from cpu_kernels.decoder.quantized_cache import finish_query, put_token, scale_rows
 from cpu_kernels.decoder.tiles import LANES, square_total, stored_as
 from cpu_kernels.jit.compiler import Kernel, inline, kernel, out, view
 
@@ -175,6 +176,19 @@ def _finish_head(
         rest[i] *= scale
 
 
+@inline
+def _finish_query(query: Any, keys: Any, head: int) -> None:
+    """Leave a query as it is: a cache of floats needs nothing more."""
+
+
+@inline
+def _put_token(key: Any, value: Any, keys: Any, values: Any, head: int, position: int) -> None:
+    """Write a head's key and value (dim,) of one token to a cache of floats."""
+    for d in range(key.size):
+        keys[head, position // BLOCK, d, position % BLOCK] = stored_as(key[d], keys)
+        values[head, position, d] = stored_as(value[d], values)
+
+
 def _place(
     qkv: Any, bias: Any, q_norm: Any, k_norm: Any, epsilon: Any, scale: Any, cosines: Any, sines: Any,
     first: int, heads: int, start: int, stop: int, keys: Any, values: Any,
@@ -185,7 +199,8 @@ def _place(
     multiplies queries by `scale`. qkv (n, (heads + 2 kv heads) * head_dim), cosines and sines (positions, rotated / 2),
     of which a head has as many items or more; the cache's layout is that of the attention kernel.
     """
-    kv_heads, dim = keys.shape[0], keys.shape[2]
+    kv_heads, dim = keys.shape[0], keys.shape[2] - scale_rows(keys)
+    group = heads // kv_heads
     normalise = q_norm.size > 0
     for token in range(start, stop):
         position = first + token
@@ -196,14 +211,13 @@ def _place(
             own = row[head * dim : (head + 1) * dim]
             if head < heads:
                 _finish_head(own, q_norm, normalise, epsilon, cosines[position], sines[position], scale)
+                _finish_query(own, keys, head // group)
             else:
                 _finish_head(own, k_norm, normalise, epsilon, cosines[position], sines[position], _ONE)
         for head in range(kv_heads):
             key = row[(heads + head) * dim : (heads + head + 1) * dim]
             value = row[(heads + kv_heads + head) * dim : (heads + kv_heads + head + 1) * dim]
-            for d in range(dim):
-                keys[head, position // BLOCK, d, position % BLOCK] = stored_as(key[d], keys)
-                values[head, position, d] = stored_as(value[d], values)
+            _put_token(key, value, keys, values, head, position)
 
 
 def _placing(cached: Any) -> Any:
@@ -217,4 +231,7 @@ def _placing(cached: Any) -> Any:
 PLACE: dict[np.dtype[Any], Kernel] = {
     np.dtype(np.float32): kernel(_placing(types.float32))(_place),
     np.dtype(np.uint16): kernel(_placing(types.uint16))(_place),
+    np.dtype(np.int8): kernel(
+        _placing(types.int8), "place_quantized", _finish_query=finish_query, _put_token=put_token
+    )(_place),
 }

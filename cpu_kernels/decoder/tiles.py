@@ -29,9 +29,12 @@ def intrinsic(function: Callable[..., Any]) -> Any:
 
 
 def _load(builder: Any, pointer: Any) -> Any:
-    """Load LANES floats, or as many float16 bit patterns (uint16 items) widened to float32."""
+    """Load LANES floats, or as many float16 bit patterns (uint16 items) or int8 widened to float32."""
     if pointer.type.pointee == llvm.F32:
         return llvm.load(builder, pointer, llvm.F32, LANES, 4)
+    if pointer.type.pointee == llvm.I8:
+        wide = builder.sext(llvm.load(builder, pointer, llvm.I8, LANES, 1), ir.VectorType(llvm.I32, LANES))
+        return builder.sitofp(wide, _VECTOR)
     return llvm.load_float16(builder, pointer, LANES)
 
 
@@ -48,7 +51,7 @@ def multiply_tile(
     """Set (or, with `add`, increase) a 4 x 32 tile of c by a (4 x depth) times b (depth x 32).
 
     Arrays are addressed by flat item index: the tile's first item and the step from one row to the next.
-    a and c hold float32; b holds float32 or float16 bit patterns as uint16.
+    a and c hold float32; b holds float32, float16 bit patterns as uint16, or int8.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

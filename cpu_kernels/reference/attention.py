@@ -74,3 +74,10 @@ def attend(
             mass = mass + np.exp(np.minimum(sinks[head] - top, 700.0))
         result[:, head] = (scores / mass) @ values[:, head // group]
     return result
+
+
+def quantize_rows(x: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """Return x (..., dim) as int8 and a float32 scale for each row, (...,): keys and values in a cache of 8 bits."""
+    largest = np.abs(x).max(axis=-1)
+    by = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    return np.rint(x * by[..., None]).astype(np.int8), largest / np.float32(127)
