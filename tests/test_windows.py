@@ -40,7 +40,7 @@ def test_best_edges_have_the_least_cost_of_all_within_the_windows(seed: int, siz
     limits = np.empty(low.size + 2, np.int64)
     cost = best_edges(*sums, low, high, limits)
     assert cost == pytest.approx(reference.best_cost(sums, low, high), rel=1e-9, abs=1e-9)
-    groups = [reference.spread(sums, a, b) for a, b in itertools.pairwise(limits)]
+    groups = [reference.spread(sums, a, b) for a, b in itertools.pairwise(limits.tolist())]
     assert cost == pytest.approx(sum(groups), rel=1e-9, abs=1e-9)
     assert (limits[0], limits[-1]) == (0, size)
     assert np.all((low <= limits[1:-1]) & (limits[1:-1] <= high) & (limits[:-2] < limits[1:-1]))
