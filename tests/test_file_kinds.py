@@ -1,18 +1,22 @@
 """Is a file that is not what its name says called what it is, and are bytes that no tensor has refused?"""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bincompress.errors import CheckpointError
+from bincompress.errors import CheckpointError, DamagedError
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.errors import TokenizerError
 from bincompress.model.files import json_object
 from bincompress.model.generation_fields import not_obeyed
+from bincompress.reporting.inspection import inspect
 from bincompress.sources.checkpoint import open_checkpoint
 from bincompress.sources.hub import open_source
+from bincompress.store.layout import SEAL, sealed
+from bincompress.store.store import open_store
 from tests.conftest import Run, tiny_config, tiny_tensors, write_model
 
 _KINDS = [
@@ -105,3 +109,29 @@ def test_a_dtype_that_is_not_read_is_refused_where_the_folder_itself_is_run(mode
         folder = write_model(tmp_path / str(tied), tensors, tiny_config(1, 64, 64) | {"tie_word_embeddings": tied})
         with pytest.raises(CheckpointError, match=r"lm_head\.weight: dtype F64, and the decoder needs it"):
             load_checkpoint(folder)
+
+
+def test_a_report_replaces_a_report_and_no_other_file(run: Run, demo_store: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    for content in (b"my notes", b"<!doctype html><title>mine</title>"):
+        page.write_bytes(content)
+        code, _, errors = run("report", demo_store, "--out", page)
+        assert (code, page.read_bytes()) == (2, content)
+        assert errors == (
+            f"error: {page}: is there, and is not a report of bincompress; nothing was changed: give another --out\n"
+        )
+    page.write_bytes(b"")  # as mktemp makes it
+    assert run("report", demo_store, "--out", page)[0] == 0
+    assert run("report", demo_store, "--out", page)[0] == 0
+    assert b"<title>bincompress: " in page.read_bytes()[:4096]
+
+
+def test_a_root_without_a_source_is_damaged(tiny_stores: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(tiny_stores / "store", store)
+    node = json.loads((store / "zarr.json").read_text())
+    del node["attributes"]["source"]
+    node["attributes"] = sealed("", node["attributes"], node["attributes"][SEAL].get("arrays"))
+    (store / "zarr.json").write_text(json.dumps(node))
+    with pytest.raises(DamagedError, match=r"zarr\.json: source: missing; expected an object"):
+        inspect(open_store(str(store)))
