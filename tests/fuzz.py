@@ -8,6 +8,7 @@ with a BincompressError of one line. Everything else is a finding: another excep
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -90,6 +91,7 @@ class Worker:
 
     def __init__(self, kind: str, seeds: list[Files], seed: int, numbers: list[int]) -> None:
         self.folder = tempfile.TemporaryDirectory()
+        self.following = dict(itertools.pairwise(numbers))
         # Copies of a process that has imported everything: each is as new as one that was begun for it.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.fuzz"])
@@ -135,6 +137,7 @@ class Worker:
                 if outcome == "begin":
                     begun, limit = number, WAITING
                 elif outcome != "ready":
+                    begun = self.following.get(number, number)  # what happens until it begins is its making
                     yield outcome, number, seconds, memory
         finally:
             self.process.kill()

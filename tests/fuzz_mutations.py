@@ -203,7 +203,7 @@ def mutated_template(chance: random.Random, template: str) -> str:
             case 5:
                 pieces.insert(place, f"{{{{ {chance.choice(_NAMES)} | {chance.choice(_FILTERS)} }}}}")
             case 6 if piece:
-                pieces[place] = mutated_bytes(chance, piece.encode()).decode("utf-8", "replace")
+                pieces[place] = mutated_bytes(chance, piece.encode("utf-8", "replace")).decode("utf-8", "replace")
             case _:
                 pieces.insert(place, chance.choice(_HOSTILE))
     return "".join(pieces)

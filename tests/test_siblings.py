@@ -121,7 +121,7 @@ def test_a_window_is_as_long_as_the_model_takes(run: Run, tiny_model: Path, tmp_
         ({"do_sample": True, "typical_p": 0.5}, "typical_p"),
         ({"typical_p": 0.5}, ""),  # of drawing alone
         ({"num_beams": 1, "min_length": 0, "typical_p": 1.0, "do_sample": True, "suppress_tokens": None}, ""),
-        ({"temperature": 0.5, "eos_token_id": 1, "max_new_tokens": 5}, ""),
+        ({"temperature": 0.5, "eos_token_id": 1, "max_length": 20}, ""),
     ],
 )  # fmt: skip
 def test_fields_of_generation_config_that_are_not_obeyed_are_named(given: dict[str, Any], named: str) -> None:

@@ -7,6 +7,8 @@ import click
 
 from bincompress.commands.shared import kernels_announced
 
+_MARKED = 4096  # bytes, among which the title of such a page is
+
 
 @click.command()
 @click.argument("store")
@@ -29,6 +31,7 @@ def command(store: str, out: Path, tensor: str | None) -> None:
     from bincompress.reporting.page import report_page
     from bincompress.store.store import open_store
 
+    refuse_foreign(out)
     # A notebook names its own way of drawing here, which matplotlib refuses to start with outside of it.
     os.environ.pop("MPLBACKEND", None)
     with kernels_announced():
@@ -38,6 +41,23 @@ def command(store: str, out: Path, tensor: str | None) -> None:
     except OSError as error:
         raise BincompressError(f"{out}: cannot be written: {error.strerror}") from None
     click.echo(f"{out}: written, {len(page):,} bytes")
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise BincompressError where a file is there that is not a page of this command, before any work."""
+    from bincompress.errors import BincompressError
+
+    if not path.is_file():
+        return
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(_MARKED)
+    except OSError as error:
+        raise BincompressError(f"{path}: cannot be read: {error.strerror}") from None
+    if begin and not (begin.lower().startswith(b"<!doctype html") and b"<title>bincompress: " in begin):
+        raise BincompressError(
+            f"{path}: is there, and is not a report of bincompress; nothing was changed: give another --out"
+        )
 
 
 def _replace(path: Path, text: str) -> None:

@@ -106,16 +106,10 @@ def load(
     settings = ActivationSettings(activation_bits, activation_scale)  # type: ignore[arg-type]
     kept = cache_type(kv_bits)
     tokenizers: list[Tokenizer] = []
-
-    def read_tokenizer(assets: Mapping[str, bytes]) -> None:
-        if "tokenizer.json" not in assets:
-            raise StoreError(
-                f"{store}: has no tokenizer.json, so it cannot read or write text; add it to the checkpoint"
-            )
-        tokenizers.append(load_tokenizer(assets))
-
     # Before the matrices: reading a large vocabulary takes for a moment four times the memory that it keeps.
-    loaded = load_decoder(store, threads, settings, kernel, memory, before=read_tokenizer)
+    loaded = load_decoder(
+        store, threads, settings, kernel, memory, before=lambda assets: tokenizers.append(_tokenizer(store, assets))
+    )
     if prompt_lookup and loaded.decoder.config.recurrent is not None:
         raise BincompressError(
             f"{store}: --prompt-lookup takes back tokens that were drafted wrongly, which this model's layers without "
@@ -130,6 +124,12 @@ def load(
         notes=not_obeyed(loaded.assets),
         prompt_lookup=prompt_lookup,
     )
+
+
+def _tokenizer(store: str, assets: Mapping[str, bytes]) -> Tokenizer:
+    if "tokenizer.json" not in assets:
+        raise StoreError(f"{store}: has no tokenizer.json, so it cannot read or write text; add it to the checkpoint")
+    return load_tokenizer(assets)
 
 
 def default_sampling(assets: Mapping[str, bytes], given: Mapping[str, Any] | None = None) -> Sampling:

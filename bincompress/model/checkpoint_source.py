@@ -10,7 +10,8 @@ from bincompress.model.config import ModelConfig, parse
 from bincompress.model.decoder import Decoder
 from bincompress.model.layout import settle
 from bincompress.model.linear import DenseLinear, Floats
-from bincompress.sources.checkpoint import Checkpoint, open_checkpoint, read_weight
+from bincompress.sources.checkpoint import ITEM_BYTES, Checkpoint, open_checkpoint, read_weight
+from bincompress.tensors.weight import TensorSource
 from cpu_kernels.parallel.workers import Workers
 
 _WIDENED_AT_ONCE = 1 << 22  # items: 16 MB
@@ -27,6 +28,7 @@ class CheckpointSource:
             found = checkpoint.tensors[name].shape
             if found != shape:
                 raise CheckpointError(f"{name}: expected shape {shape}, as config.json gives it, found {found}")
+            refuse_dtype(checkpoint.tensors[name])
         self._tensors = checkpoint.tensors
         self._workers = workers
         self._embedding: dict[str, DenseLinear] = {}
@@ -59,15 +61,26 @@ class CheckpointSource:
         return self._embedding[name]
 
 
+def refuse_dtype(tensor: TensorSource) -> None:
+    """Raise CheckpointError where a tensor that the decoder needs has a dtype that is not read."""
+    if tensor.dtype not in ITEM_BYTES:
+        raise CheckpointError(
+            f"{tensor.name}: dtype {tensor.dtype}, and the decoder needs it; expected {', '.join(ITEM_BYTES)}: convert "
+            "the checkpoint first (transformers: from_pretrained with dtype=torch.bfloat16, then save_pretrained)"
+        )
+
+
 def checkpoint_config(checkpoint: Checkpoint) -> ModelConfig:
     """Return config.json checked, with the names and the output head that the checkpoint's tensors have.
 
-    Raises UnsupportedModelError or ConfigError.
+    Raises UnsupportedModelError, ConfigError or CheckpointError.
     """
 
     def same(one: str, other: str) -> bool:
         if not Path(tensors[one].file).is_file():
             return True  # a plan of headers alone cannot know; the run that reads the weights decides
+        for name in (one, other):
+            refuse_dtype(tensors[name])
         first, second = read_weight(tensors[one]), read_weight(tensors[other])
         if first.dtype == second.dtype:
             return np.array_equal(first.bits, second.bits)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bincompress.model.errors import TokenizerError
-from bincompress.sources.json_files import POINTER, begins_a_pointer
+from bincompress.sources.json_files import other_kind
 
 
 def json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any] | None:
@@ -22,5 +22,5 @@ def json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any] | None:
 
 
 def pointer(content: bytes) -> str:
-    """Return what to say of a file that is a Git LFS pointer, empty where it is none."""
-    return POINTER if begins_a_pointer(content) else ""
+    """Return what to say of a file that is a Git LFS pointer, a page of HTML or the like, empty where it is none."""
+    return other_kind(content)

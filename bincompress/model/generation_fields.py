@@ -14,7 +14,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "forced_bos_token_id": (), "forced_eos_token_id": (),
     "min_length": (0,), "min_new_tokens": (0,), "stop_strings": ([], ""), "guidance_scale": (1,),
     "exponential_decay_length_penalty": ([],), "watermarking_config": ({},), "dola_layers": (),
-    "token_healing": (False,),
+    "token_healing": (False,), "max_new_tokens": (), "max_length": (20,), "max_time": (), "num_return_sequences": (1,),
+    "forced_decoder_ids": ([],),
 }  # fmt: skip
 _OF_DRAWING: dict[str, tuple[Any, ...]] = {"typical_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,), "top_h": ()}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bincompress.errors import BincompressError, CheckpointError, RecipeError
-from bincompress.model.checkpoint_source import checkpoint_config
+from bincompress.model.checkpoint_source import checkpoint_config, refuse_dtype
 from bincompress.model.config import ModelConfig
 from bincompress.model.generation_fields import not_obeyed
 from bincompress.model.roles import Roles, declared_roles
@@ -124,11 +124,8 @@ def _decoder_faults(checkpoint: Checkpoint, config: ModelConfig) -> list[str]:
             missing.append(name)
         elif tensor.shape != shape:
             raise CheckpointError(_contradiction(name, tensor.shape, shape))
-        elif tensor.dtype not in ITEM_BYTES:
-            raise CheckpointError(
-                f"{name}: dtype {tensor.dtype}, and the decoder needs it; expected {', '.join(ITEM_BYTES)}: convert "
-                "the checkpoint first (transformers: from_pretrained with dtype=torch.bfloat16, then save_pretrained)"
-            )
+        else:
+            refuse_dtype(tensor)
     if not missing:
         return []
     more = f" and {len(missing) - 1} more tensors are" if len(missing) > 1 else " is"

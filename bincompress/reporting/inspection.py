@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from bincompress.errors import DamagedError
 from bincompress.methods import KEEP, METHODS
 from bincompress.reporting.experts import by_kind
 from bincompress.store.store import Store
@@ -42,6 +43,8 @@ def _total(store: Store, reports: list[dict[str, Any]]) -> dict[str, Any]:
     others = {method.name for method in METHODS if not method.binary}
     linear = [report for report in packed if report["method"] not in others]
     attributes = store.attributes
+    if "source" not in attributes:
+        raise DamagedError(f"{store.url}: zarr.json: source: missing; expected an object")
     return {
         "status": attributes["status"],
         "source": attributes["source"],

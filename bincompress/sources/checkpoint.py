@@ -22,13 +22,14 @@ from bincompress.sources.files import ADAPTER, FILE_NAME, index_notes, weight_fi
 from bincompress.sources.files import INDEX as INDEX
 from bincompress.sources.fused import split
 from bincompress.sources.json_files import read_json as read_json
-from bincompress.sources.json_files import refuse_pointer
+from bincompress.sources.json_files import refuse_other_kind, refuse_pointer
 from bincompress.sources.mapping import ITEM_BYTES as ITEM_BYTES
 from bincompress.sources.mapping import OTHER_DTYPES as OTHER_DTYPES
 from bincompress.sources.quantized.finding import unquantized
 from bincompress.sources.reading import read_weight as read_weight
 from bincompress.tensors.weight import TensorSource
 
+_DAMAGED = "the safetensors library refuses such a file too: download or save it again"
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
 _COMPARED_AT_ONCE = 1 << 24  # bytes
 
@@ -141,6 +142,7 @@ def read_header(path: Path) -> list[TensorSource]:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, _HEADER_LIMIT):
+                refuse_other_kind(path)
                 raise CheckpointError(
                     f"{path}: truncated or not safetensors: header of {length:,} bytes in a file of {size:,}"
                 )
@@ -151,11 +153,17 @@ def read_header(path: Path) -> list[TensorSource]:
         raise CheckpointError(f"{path}: expected a JSON object as header, found {type(header).__name__}")
     header.pop("__metadata__", None)
     tensors = [_tensor(path, 8 + length, size, name, entry) for name, entry in header.items()]
-    end = 8 + length
+    end, gap = 8 + length, ""
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
         if tensor.offset < end:
             raise CheckpointError(f"{path}: {tensor.name} overlaps the tensor before it")
+        if tensor.offset > end and not gap:
+            gap = f"{tensor.offset - end:,} bytes before {tensor.name}"
         end = tensor.offset + tensor.nbytes
+    if end < size and not gap:
+        gap = f"{size - end:,} bytes after the last tensor"
+    if gap:
+        raise CheckpointError(f"{path}: {gap} are no tensor's; {_DAMAGED}")
     return tensors
 
 

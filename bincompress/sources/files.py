@@ -13,6 +13,7 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,254}")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_OTHERS = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.npz", "*.bin.index.json")
 _MOST_NAMED = 3  # of a list in a message
 
 
@@ -83,7 +84,7 @@ def _nothing(folder: Path) -> str:
     gguf = sorted(path.name for path in folder.glob("*.gguf"))
     if gguf:
         return f"{folder}: no .safetensors file; give the GGUF file itself: {folder / gguf[0]}"
-    others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
+    others = sorted(path.name for pattern in _OTHERS for path in folder.glob(pattern))
     found = f"; found {_named(others)}" if others else ""
     return f"{folder}: no .safetensors file; other formats (.bin, .pth) are not read{found}"
 

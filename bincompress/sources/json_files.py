@@ -3,6 +3,7 @@
 import json
 import math
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: missing; expected a Hugging Face checkpoint (config.json, *.safetensors)"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        refuse_pointer(path)
+        refuse_other_kind(path)
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -50,6 +51,29 @@ def _finite(value: Any) -> Any:
     return value
 
 
+_PAGE = "a page of HTML, not the file; download the file again (on the Hub: from its resolve/ address)"
+_KINDS = (  # how files begin that have another name than what they hold
+    (b"PK\x03\x04", "a zip file, as torch.save and archives make it"),
+    (b"\x80\x02", "a pickle of PyTorch"),
+    (b"GGUF", "a GGUF file; name it .gguf"),
+    (b"\x1f\x8b", "a gzip file; unpack it"),
+    (
+        b"<!doctype html",
+        _PAGE,
+    ),
+    (b"<html", _PAGE),
+    (b"<?xml", "an XML page, such as a server's refusal; download the file again"),
+)
+
+
+def other_kind(content: bytes) -> str:
+    """Return what a file is that begins with these bytes and is no JSON or safetensors; empty where it is not known."""
+    if begins_a_pointer(content):
+        return POINTER
+    begin = content[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return next((says for mark, says in _KINDS if content.startswith(mark) or begin.startswith(mark)), "")
+
+
 def begins_a_pointer(content: bytes) -> bool:
     """Return whether these first bytes are those of a Git LFS pointer, as a clone without git-lfs leaves them."""
     return content.startswith(_LFS)
@@ -57,10 +81,19 @@ def begins_a_pointer(content: bytes) -> bool:
 
 def refuse_pointer(path: Path) -> None:
     """Raise CheckpointError where a file is a Git LFS pointer."""
+    _refuse(path, lambda begin: POINTER if begins_a_pointer(begin) else "")
+
+
+def refuse_other_kind(path: Path) -> None:
+    """Raise CheckpointError where a file that cannot be read is a page of HTML, a zip file or another known kind."""
+    _refuse(path, other_kind)
+
+
+def _refuse(path: Path, kind: Callable[[bytes], str]) -> None:
     try:
         with open(path, "rb") as file:
-            begin = file.read(len(_LFS))
+            begin = file.read(64)
     except OSError:
         return
-    if begins_a_pointer(begin):
-        raise CheckpointError(f"{path}: {POINTER}")
+    if says := kind(begin):
+        raise CheckpointError(f"{path}: {says}")

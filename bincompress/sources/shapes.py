@@ -4,14 +4,18 @@ import math
 from pathlib import Path
 
 from bincompress.sources.checkpoint import ITEM_BYTES, Checkpoint, read_json
+from bincompress.sources.files import ADAPTER
 from bincompress.tensors.weight import TensorSource
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+# In other formats, which a run refuses: a plan of config.json alone would not tell.
+_WEIGHTS = (".bin", ".bin.index.json", ".gguf", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".npz", ADAPTER)
 
 
 def has_only_config(folder: Path) -> bool:
     """Return whether a folder describes a model without holding any of its weights."""
-    return (folder / "config.json").is_file() and not any(folder.glob("*.safetensors*"))
+    weights = any(path.name.endswith(_WEIGHTS) or ".safetensors" in path.name for path in folder.iterdir())
+    return (folder / "config.json").is_file() and not weights
 
 
 def open_shapes(folder: Path) -> Checkpoint:

@@ -9,7 +9,6 @@ import numba
 import numpy as np
 
 from cpu_kernels.jit.compiler import inline, kernel, out, view
-from cpu_kernels.quantize.grouping import push_halves
 from cpu_kernels.quantize.intrinsics import above, lowest_bit
 
 F4, F8, I4, I8 = numba.float32, numba.float64, numba.int32, numba.int64
@@ -125,51 +124,6 @@ def split_again(keys, parts, slots, shift, table):
             parts[found] = _part(key, slot, shift, table)
             found += 1
     return found
-
-
-@inline
-def _spread(count, first, second, start, end):
-    """Return the sum of squared distances to their mean of atoms start .. end - 1; 0 where there are none."""
-    if end <= start:
-        return 0.0
-    total = first[end] - first[start]
-    return max(0.0, (second[end] - second[start]) - total * total / (count[end] - count[start]))
-
-
-@kernel(
-    numba.void(
-        view(F8, 1), view(F8, 1), view(F8, 1), view(I8, 1), view(I8, 1), I8, view(F8, 2), out(F8, 2), out(I4, 2)
-    )
-)  # fmt: skip
-def window_rows(count, first, second, low, high, empty, less, costs, choices):
-    """Find the least cost of the groups left of each limit that lies in its window of edges between atoms.
-
-    low, high: int64 (limits), the first and the last edge of each limit. empty: 1 where groups may be empty, else 0.
-    less, costs, choices: (limits, widest window). less[r, j]: how much less it costs to have limit r at low[r] + j.
-    costs, choices: become the least cost of all groups to the left, and the edge of limit r - 1 for it.
-    The cost obeys the quadrangle inequality whatever `less` is, so that the best edge of the limit before never moves
-    left: divide and conquer, as in `grouping.next_row`.
-    """
-    stack = np.empty((128, 4), np.int64)
-    for j in range(low[0], high[0] + 1):
-        costs[0, j - low[0]] = _spread(count, first, second, 0, j) - less[0, j - low[0]]
-    for r in range(1, low.size):
-        stack[0, 0], stack[0, 1], stack[0, 2], stack[0, 3] = low[r], high[r], low[r - 1], high[r - 1]
-        depth = 1
-        while depth > 0:
-            depth -= 1
-            begin, end, left, right = stack[depth, 0], stack[depth, 1], stack[depth, 2], stack[depth, 3]
-            middle = (begin + end) // 2
-            least = np.inf
-            start = left
-            for i in range(left, min(right, middle - 1 + empty) + 1):
-                cost = costs[r - 1, i - low[r - 1]] + _spread(count, first, second, i, middle)
-                if cost < least:
-                    least = cost
-                    start = i
-            costs[r, middle - low[r]] = least - less[r, middle - low[r]]
-            choices[r, middle - low[r]] = start
-            depth = push_halves(stack, depth, begin, middle, end, left, start, right)
 
 
 @kernel(numba.void(view(U4, 1), view(U4, 1), U1, out(U1, 1)))

@@ -117,6 +117,46 @@ def pack_codes(codes, cols, planes):
                 planes[plane, row, cols // 64] = bit_plane(buffer, 0, plane)
 
 
+@kernel(numba.void(view(U4, 1), numba.int64, view(U4, 1), numba.int64, out(U8, 3)))
+def pack_by_limits(bits, cols, upper, zero_code, planes):
+    """Write bit p of the number of limits that a float32 magnitude is above to plane p; of `zero_code` for zeros.
+
+    bits: uint32 (rows * cols); upper: uint32 (limits), ascending: the greatest pattern of each group but the last;
+    zero_code: -1 where no weight is zero; planes: uint64 (planes, rows, words), which spell every code, overwritten.
+    """
+    # Limit n changes bit p of the number where n is a multiple of 2 ** p, up to its lowest bit: 0.4 ns a weight for 7
+    # limits, 0.8 for 15; by `codes_by_limits` and `pack_codes` 1.0 for any number (Xeon with AVX-512).
+    buffer = np.zeros(64, np.uint32)
+    magnitude = np.uint32(0x7FFFFFFF)
+    words = planes.shape[2]
+    for row in range(planes.shape[1]):
+        for word in range(words):
+            start = row * cols + 64 * word
+            source = bits
+            if 64 * (word + 1) > cols:
+                _copy_tail(bits, start, cols - 64 * word, np.uint32(0), buffer)
+                source, start = buffer, 0
+            for plane in range(planes.shape[0]):
+                planes[plane, row, word] = np.uint64(0)
+            for limit in range(upper.size):
+                large = above(source, start, magnitude, upper[limit])
+                plane, number = 0, limit + 1
+                while True:
+                    planes[plane, row, word] ^= large
+                    if number & 1:
+                        break
+                    plane, number = plane + 1, number >> 1
+            if zero_code >= 0:
+                other = above(source, start, magnitude, np.uint32(0))
+                inside = np.uint64(0xFFFFFFFFFFFFFFFF)
+                if 64 * (word + 1) > cols:
+                    inside >>= np.uint64(64 * (word + 1) - cols)
+                for plane in range(planes.shape[0]):
+                    planes[plane, row, word] &= other
+                    if zero_code >> plane & 1:
+                        planes[plane, row, word] |= ~other & inside
+
+
 @kernel(numba.void(view(U2, 1), numba.int64, view(U1, 1), out(U8, 3)))
 def pack_by_table(bits, cols, table, planes):
     """Write bit p of table[magnitude] to plane p for 16-bit weights, without an array of codes in between.

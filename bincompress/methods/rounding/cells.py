@@ -42,10 +42,12 @@ def first_cells(bits: NDArray[np.uint32], shift: int) -> tuple[Cells, int] | Non
     for begin in range(0, bits.size, MOST_COUNTED):
         number = count_cells(bits[begin : begin + MOST_COUNTED], np.uint32(shift), scratch, cells, sums)
         found.append((cells[:number].astype(np.uint32), sums[:, :number].copy()))
-    row = np.unique(np.concatenate([own for own, _ in found]))
-    total = np.zeros((2, row.size))
-    for own, part in found:
-        total[:, np.searchsorted(row, own)] += part
+    row, total = found[0]
+    if len(found) > 1:
+        row = np.unique(np.concatenate([own for own, _ in found]))
+        total = np.zeros((2, row.size))
+        for own, part in found:
+            total[:, np.searchsorted(row, own)] += part
     if row[-1] >= _INFINITY >> shift:
         return None
     zeros = int(find_zeros(bits, np.empty(0, np.uint64))) if row[0] == 0 else 0

@@ -20,13 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bincompress.methods.rounding.cells import EPSILON, Cells, Finest, among, first_cells, merged, refined
-from cpu_kernels.quantize.narrowing import PARTS_SHIFT, sum_of_squares, window_rows
+from cpu_kernels.quantize.narrowing import PARTS_SHIFT, sum_of_squares
+from cpu_kernels.quantize.windows import best_edges, possible_windows
 
 _SHRINKS = 0.7
 # Of cells: from the widest of which there are enough, to those that the magnitudes are counted in.
 _SHIFTS = (18, 16, 13)
 _FEW_GROUPS = 4  # for which those of the last shift but one are narrow enough
 _CELLS_A_GROUP = 8
+_NEAR = 24  # cells
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,11 @@ def narrowed_groups(bits: NDArray[np.uint32], groups: int) -> Narrowed | None:
     shift, *finer_shifts = [*shifts, possible[-1]]
     cells = merged(first, shift) if finer_shifts else first
     low, high = np.zeros(groups - 1, np.int64), np.full(groups - 1, cells.base.size)
+    limits = np.zeros(groups + 1, np.int64)
+    _best_edges(cells.prefixes(), low, high, limits)
     finest = Finest(bits, shift if not finer_shifts else finer_shifts[-1])
-    while True:
-        limits, cost = _best_edges(cells, low, high)
-        if shift == 0 or groups == 1:
-            return Narrowed(cells, limits, zeros, float(sum_of_squares(bits.view(np.float32))))
-        low, high = _narrowest(cells, low, high, cost)
+    while shift > 0 and groups > 1:
+        low, high = _narrowest(cells, low, high, limits)
         low, high = np.maximum(low - 1, 0), np.minimum(high, cells.base.size - 1)  # the cells beside these edges
         split = _inside(low, high, cells.base.size) & (cells.row >= 0)
         if finer_shifts:
@@ -70,20 +71,14 @@ def narrowed_groups(bits: NDArray[np.uint32], groups: int) -> Narrowed | None:
         finer = refined(cells, split, parts)
         low = np.searchsorted(finer.base, cells.base[low])
         high = np.searchsorted(finer.base, cells.top[high], side="right")
+        limits[1:-1] = np.searchsorted(finer.base, cells.base[limits[1:-1]])
+        limits[-1] = finer.base.size
         cells = finer
-        if shift == 0 and 2 * np.count_nonzero(cells.row >= 0) < finest.keys.size:
-            return None  # many equal magnitudes: few atoms, and costs that tie
-
-
-def _narrowest(
-    cells: Cells, low: NDArray[np.int64], high: NDArray[np.int64], cost: float
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the windows of `_windows`, again while they shrink: narrower ones bound the distances of means better."""
-    while True:
-        width = np.sum(high - low)
-        low, high = _windows(cells, low, high, cost)
-        if np.sum(high - low) >= _SHRINKS * width or np.sum(high - low) <= low.size:
-            return low, high
+        if shift == 0:
+            if 2 * np.count_nonzero(cells.row >= 0) < finest.keys.size:
+                return None  # many equal magnitudes: few atoms, and costs that tie
+            _best_edges(cells.prefixes(), low, high, limits)
+    return Narrowed(cells, limits, zeros, float(sum_of_squares(bits.view(np.float32))))
 
 
 def _inside(low: NDArray[np.int64], high: NDArray[np.int64], size: int) -> NDArray[np.bool_]:
@@ -94,75 +89,39 @@ def _inside(low: NDArray[np.int64], high: NDArray[np.int64], size: int) -> NDArr
     return np.cumsum(ends[:-1]) > 0
 
 
-def _rows(
-    sums: tuple[NDArray[np.float64], ...], low: NDArray[np.int64], high: NDArray[np.int64], less: Any = None
-) -> Any:
-    shape = low.size, int(np.max(high - low)) + 1
-    costs, choices = np.full(shape, np.inf), np.zeros(shape, np.int32)
-    window_rows(*sums, low, high, int(less is not None), np.zeros(shape) if less is None else less, costs, choices)
-    return costs, choices
-
-
-def _best_edges(cells: Cells, low: NDArray[np.int64], high: NDArray[np.int64]) -> tuple[NDArray[np.int64], float]:
-    """Return the limits of the best groups with every limit at an edge in its window, and their cost."""
-    sums, last, number = cells.prefixes(), cells.base.size, low.size
-    limits = np.zeros(number + 2, np.int64)
-    limits[-1] = last
+def _best_edges(sums: Any, low: NDArray[np.int64], high: NDArray[np.int64], limits: NDArray[np.int64]) -> float:
+    """Fill limits (groups + 1) with those of the best groups with every limit in its window; return their cost."""
+    last, number = sums[0].size - 1, low.size
+    limits[0], limits[-1] = 0, last
     if number == 0:
-        return limits, 0.0
+        return 0.0
     order = np.arange(1, number + 1)
-    low, high = np.maximum(low, order), np.minimum(high, last - number - 1 + order)
-    costs, choices = _rows(sums, low, high)
-    edges = np.arange(low[-1], high[-1] + 1)
-    count, first, second = (part[-1] - part[edges] for part in sums)
-    whole = costs[-1, : edges.size] + second - first**2 / count
-    limits[-2] = edges[np.argmin(whole)]
-    for r in range(number - 1, 0, -1):
-        limits[r] = choices[r, limits[r + 1] - low[r]]
-    return limits, float(np.min(whole))
+    return float(best_edges(*sums, np.maximum(low, order), np.minimum(high, last - number - 1 + order), limits))
 
 
-def _apart(
-    cells: Cells, sums: Any, edges: NDArray[np.int64], before: NDArray[np.int64], after: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """Return how far apart the means beside each limit can be at each of its edges, (limits, edges).
-
-    A limit lies in a cell beside its edge; before, after (limits, 1): the first and the last edge that the limits
-    beside it can lie at.
-    """
-    size = cells.base.size
-    count, first, _ = sums
-    bottom, top = (part.view(np.float32).astype(np.float64) for part in (cells.base, cells.top))
-    least, most = bottom[np.clip(edges - 1, 0, size - 1)], top[np.clip(edges, 0, size - 1)]
-    left, right = np.maximum(edges - 1, 0), np.minimum(edges + 1, size)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        below = (first[left] - first[before]) / (count[left] - count[before])
-        above = (first[after] - first[right]) / (count[after] - count[right])
-    below = np.where(edges - 1 > before, below, bottom[np.minimum(before, size - 1)])
-    above = np.where(edges + 1 < after, above, top[np.maximum(after - 1, 0)])
-    return np.asarray(2 * np.maximum(np.minimum(most - below, above - least), 0.0))
-
-
-def _windows(
-    cells: Cells, low: NDArray[np.int64], high: NDArray[np.int64], cost: float
+def _narrowest(
+    cells: Cells, low: NDArray[np.int64], high: NDArray[np.int64], limits: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the first and the last edge beside which each limit of groups of no more than this cost can lie."""
+    """Return the first and the last edge beside which each limit of the best groups can lie.
+
+    limits: good ones; become the best with limits at edges. Windows are narrowed first by what is the least cost near
+    the good limits, then by the least cost of all, and again while they shrink, as narrower ones bound the distances of
+    means better.
+    """
     sums, size, number = cells.prefixes(), cells.base.size, low.size
-    width = np.concatenate([[0.0], np.sqrt(cells.counts * cells.spread), [0.0]])
-    width = np.maximum(width[:-1], width[1:])  # of the cells beside an edge
-    begin, end = np.maximum(low - 1, 0), np.minimum(high + 1, size)
-    before, after = np.append(0, begin[:-1])[:, None], np.append(end[1:], size)[:, None]
-    steps = np.arange(int(np.max(high - low)) + 1)
-    edges = low[:, None] + steps
-    there = edges <= high[:, None]
-    edges = np.minimum(edges, high[:, None])
-    less = np.where(there, _apart(cells, sums, edges, before, after) * width[edges], 0.0)
-    back = np.maximum((high - low)[:, None] - steps, 0)  # the same edges from the last on
-    mirrored_less = np.where(there, np.take_along_axis(less, back, axis=1), 0.0)[::-1]
-    left, _ = _rows(sums, low, high, less)
-    mirrored: Any = tuple(np.ascontiguousarray(part[-1] - part[::-1]) for part in sums)
-    right, _ = _rows(mirrored, size - high[::-1], size - low[::-1], np.ascontiguousarray(mirrored_less))
     # Rounding: of each prefix sum a share of EPSILON an addition, of each group's cost a few of the whole sum.
-    allowed = cost + 4 * (size + 4 * number) * EPSILON * float(sums[2][-1])
-    possible = there & (left + np.take_along_axis(right[::-1], back, axis=1) + less <= allowed)
-    return low + possible.argmax(axis=1), low + steps.size - 1 - possible[:, ::-1].argmax(axis=1)
+    rounding = 4 * (size + 4 * number) * EPSILON * float(sums[2][-1])
+    near = np.maximum(low, limits[1:-1] - _NEAR), np.minimum(high, limits[1:-1] + _NEAR)
+    cost = _best_edges(sums, *near, limits)
+    width = np.sqrt(cells.counts * cells.spread)
+    bottom, top = (part.view(np.float32).astype(np.float64) for part in (cells.base, cells.top))
+    least = False
+    while True:
+        found = np.empty((2, number), np.int64)
+        possible_windows(*sums, width, bottom, top, cost + rounding, low, high, found)
+        before, after = np.sum(high - low), np.sum(found[1] - found[0])
+        low, high = found
+        if after <= number or (least and after >= _SHRINKS * before):
+            return low, high
+        if not least:
+            cost, least = _best_edges(sums, low, high, limits), True

@@ -21,12 +21,13 @@ from cpu_kernels.quantize.counting import MAGNITUDES, count_magnitudes, find_zer
 from cpu_kernels.quantize.group_units import assign_groups
 from cpu_kernels.quantize.grouping import cost_rows, exact_groups, merged_groups
 from cpu_kernels.quantize.narrowing import codes_by_limits
-from cpu_kernels.quantize.packing import pack_by_table, pack_codes, pack_signs, pack_two, words_for
+from cpu_kernels.quantize.packing import pack_by_limits, pack_by_table, pack_codes, pack_signs, pack_two, words_for
 
 _CHUNK = 1 << 21  # weights whose codes exist at once
 _TABLE_LIMIT = 1 << 28  # bytes of the exact solver's table of choices; past it, limits are found by halving
 _FEW_GROUPS = 256  # whose codes are a byte
 _WIDE_TABLE_LIMIT = 1 << 25  # in place of _TABLE_LIMIT for more groups: 16-bit weights need no memory beside it
+_FEW_LIMITS = 16  # that a weight is compared with sooner than looked up
 _MOST_DEPTH = 15  # index planes: with the signs as many planes as a term selects from
 _NARROWED = 1 << 16  # float32 weights from which on not all of them are sorted
 _LISTED_BYTES = 12  # of a weight kept in a list: its index and its value
@@ -267,6 +268,9 @@ def _pack_codes(weight: Weight, seen: Magnitudes, groups: Groups, zero_code: int
             pack_by_table(weight.flat, cols, (table >> first).astype(np.uint8), planes[first : first + 8])
         return
     upper = seen.keys[last]
+    if weight.dtype == "F32" and not parted and upper.size <= _FEW_LIMITS:
+        pack_by_limits(weight.flat, cols, upper[:-1].astype(np.uint32), zero_code if seen.zeros else -1, planes)
+        return
     begins = np.maximum(groups.positions[:-1], ends[last] - seen.counts[last])
     quota = groups.positions[1:] - begins
     quota[-1] = weight.bits.size

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bincompress.errors import CheckpointError
-from bincompress.sources.json_files import refuse_pointer
+from bincompress.sources.json_files import other_kind, refuse_pointer
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -60,7 +60,11 @@ def read_header(path: Path) -> Header:
             begin = file.read(24)
             size = file.seek(0, 2)
             if not begin.startswith(_MAGIC):
-                raise CheckpointError(f"{path}: not a GGUF file: it begins with {begin[:4]!r}, expected {_MAGIC!r}")
+                says = other_kind(begin)
+                raise CheckpointError(
+                    f"{path}: not a GGUF file: it begins with {begin[:4]!r}, expected {_MAGIC!r}"
+                    + (f"; it is {says}" if says else "")
+                )
             if len(begin) < 24:
                 raise CheckpointError(f"{path}: truncated: {size} bytes; expected a GGUF header (incomplete download?)")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
