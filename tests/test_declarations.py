@@ -51,6 +51,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 40,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "GemmaForCausalLM": {},
+    "SeedOssForCausalLM": {"attention_out_bias": False},
+    "CwmForCausalLM": {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
     "SmolLM3ForCausalLM": {"no_rope_layers": [1, 0]},
     "Olmo2ForCausalLM": {},
     "Olmo3ForCausalLM": {

@@ -9,6 +9,7 @@ from bincompress.calibration.collect import SAMPLES, choose_samples, run_in_thre
 from bincompress.calibration.collect import calibrate as collect
 from bincompress.calibration.expert_tokens import expert_tokens, few_tokens
 from bincompress.calibration.statistics import Statistics
+from bincompress.compression.text_only import language_model
 from bincompress.errors import BincompressError
 from bincompress.inference.load import usable_threads
 from bincompress.model.checkpoint_source import checkpoint_config
@@ -37,14 +38,16 @@ def calibrate(
     runner: Literal["local", "ray"] = "local",
     threads: int | None = None,
     address: str | None = None,
+    text_only: bool = False,
     overwrite: bool = False,
     progress: OnCount = uncounted,
 ) -> CalibrationResult:
     """Collect the statistics of what a model's linear layers read on a text, for error-compensated quantization.
 
     text: a UTF-8 file like what the model is for, and not the one that it is evaluated on. samples: windows spread
-    evenly over it, of `context` tokens each (512, or as many as the model takes). The same call resumes after the last
-    completed layer of an interrupted one. Raises StoreError, CheckpointError, UnsupportedModelError or TensorError.
+    evenly over it, of `context` tokens each (512, or as many as the model takes). text_only: for a `compress` that is
+    text_only too. The same call resumes after the last completed layer of an interrupted one. Raises StoreError,
+    CheckpointError, UnsupportedModelError, RecipeError or TensorError.
     """
     if runner == "local":
         if address is not None:
@@ -57,6 +60,7 @@ def calibrate(
 
         run_layer = own_jobs("calibration").run_on_ray(address, stats)
     checkpoint = open_source(str(source))
+    checkpoint = language_model(checkpoint) if text_only else checkpoint
     tokens = choose_samples(checkpoint, read_text(Path(text)), samples, context)
     found: Statistics = collect(checkpoint, tokens, stats, runner=run_layer, overwrite=overwrite, progress=progress)
     config = checkpoint_config(checkpoint)

@@ -59,6 +59,7 @@ def compress(
     train: str | Path | None = None,
     archive: bool = False,
     export_only: bool = False,
+    text_only: bool = False,
     pack: bool = False,
     overwrite: bool = False,
     placement: Placement = Placement(),
@@ -75,15 +76,16 @@ def compress(
     text on which each layer is calibrated as those before it have become, in `samples` windows of `context` tokens.
     target_bits: stored bits a weight that are spread over the matrices by what errors cost. train: a text on which the
     planes and scales are then trained, layer after layer, as `train` does by default; needs PyTorch. archive: arrays
-    are compressed with zstd. export_only: a store that would not run here is made all the same, to be exported. pack:
-    the finished store is also written as one file beside it, STORE.bincompress.zip. overwrite: a store made with other
-    settings is replaced.
+    are compressed with zstd. export_only: a store that would not run here is made all the same, to be exported.
+    text_only: of a model that also sees or hears, the language model alone, as a model of its own. pack: the finished
+    store is also written as one file beside it, STORE.bincompress.zip. overwrite: a store made with other settings is
+    replaced.
     Raises RecipeError, CheckpointError or StoreError before work begins; tensors that fail are in `failures`.
     """
     made = plan(
         source, recipe=recipe, keep=keep, keep_weights=keep_weights, stats=stats, sequential=sequential,
         samples=samples, context=context, target_bits=target_bits, archive=archive, export_only=export_only,
-        headers_only=False, placement=placement, progress=progress, **settings,
+        text_only=text_only, headers_only=False, placement=placement, progress=progress, **settings,
     )  # fmt: skip
     return carry_out(
         made, str(store), train=train, pack=pack, overwrite=overwrite, placement=placement, progress=progress

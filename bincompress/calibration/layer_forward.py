@@ -70,8 +70,13 @@ class Walk:
             self._steps.norm_in_place(self.x, weights.inner_norm)
         else:
             made = weights.down(self.x) if self._routed is None else self._routed.down(self.x, len(stream))
-            self._add(stream, made, weights.down_bias, weights.down_norm)
-            self.x, self._routed = _NONE, None
+            self.end(made, weights)
+
+    def end(self, made: Floats, weights: Layer) -> Floats:
+        """End the layer with what the MLP gave (tokens, hidden; overwritten); return the stream, which is its own."""
+        self._add(self.stream.reshape(-1, self.stream.shape[2]), made, weights.down_bias, weights.down_norm)
+        self.x, self._routed = _NONE, None
+        return self.stream
 
     def _add(self, stream: Floats, delta: Floats, bias: Floats, delta_norm: Floats) -> None:
         """Add to the stream what a matrix gave."""

@@ -16,7 +16,7 @@ from bincompress.calibration.layer_forward import INPUTS, Walk
 from bincompress.errors import TensorError
 from bincompress.model.checkpoint_source import CheckpointSource, checkpoint_config
 from bincompress.model.config import ModelConfig
-from bincompress.model.decoder import read_layer
+from bincompress.model.decoder import embedded, finished_logits, read_layer, read_norm
 from bincompress.model.linear import Floats, Linear
 from bincompress.model.steps import Layer
 from bincompress.model.tokenizer import load_tokenizer
@@ -69,43 +69,46 @@ def try_super_weights(
     source = CheckpointSource(checkpoint, config, Workers(threads))
     names = config.declaration.names
     embedding = source.embedding(names.embedding)
-    streams = embedding.rows_of(tokens)[None]  # (models, tokens, hidden), the unchanged one first
+    streams = embedded(config, embedding, tokens)[None]  # (models, tokens, hidden), the unchanged one first
     tried: list[tuple[str, int, int, float]] = []
     for layer in range(config.layers):
         weights = read_layer(config, source, layer)
-        x, after = _through(config, layer, weights, streams[:1])
+        walk = _to_down(config, layer, weights, streams[:1])
+        x, before = walk.x, walk.stream.copy()
+        made = weights.down(x)
+        after = walk.end(made.copy(), weights)
         rest = [
-            _through(config, layer, weights, streams[start : start + _STREAMS_AT_ONCE])[1]
+            walk.end(weights.down(walk.x), weights)
             for start in range(1, len(streams), _STREAMS_AT_ONCE)
+            for walk in [_to_down(config, layer, weights, streams[start : start + _STREAMS_AT_ONCE])]
         ]
         name = names.of_layer(layer, f"{names.down}.weight")
         if not np.isfinite(after).all():
             raise TensorError(f"{name}: what comes out of its layer is not finite; is the checkpoint damaged?")
         new = []
         for row, col, value in _spikes(read_weight(checkpoint.tensors[name]), x, weights.down) if packed(name) else ():
-            without = after.copy()
-            without[0, :, row] -= value * x[:, col]
-            new.append(without)
+            without = made.copy()
+            without[:, row] -= value * x[:, col]
+            walk.stream = before.copy()
+            new.append(walk.end(without, weights))
             tried.append((name, row, col, value))
         streams = np.concatenate([after, *rest, *new])
         progress(layer + 1, config.layers)
     head = embedding if config.tied else source.linear([names.head])
-    norm = source.vector([names.norm])
-    predictions = (_log_probabilities(stream, norm, config.norm_epsilon, head) for stream in streams)
+    norm = read_norm(config, source, names.norm)
+    predictions = (_log_probabilities(config, stream, norm, head) for stream in streams)
     usual = next(predictions)
     effects = [float(np.mean(np.sum(np.exp(usual) * (usual - other), axis=1))) for other in predictions]
     found = [TriedWeight(*weight, effect) for weight, effect in zip(tried, effects, strict=True)]
     return sorted(found, key=lambda weight: (-weight.effect, weight.name, weight.row, weight.col))
 
 
-def _through(config: ModelConfig, layer: int, weights: Layer, streams: Floats) -> tuple[Floats, Floats]:
-    """Return what down_proj reads of some streams, (models * tokens, inner), and the streams after the layer."""
+def _to_down(config: ModelConfig, layer: int, weights: Layer, streams: Floats) -> Walk:
+    """Return some streams on their way through a layer, where down_proj reads them."""
     walk = Walk(config, layer, streams)
     for number in range(INPUTS):
         walk.go_on(number, weights)
-    x = walk.x
-    walk.go_on(INPUTS, weights)
-    return x, walk.stream
+    return walk
 
 
 def _spikes(weight: Weight, x: Floats, down: Linear) -> list[tuple[int, int, float]]:
@@ -125,9 +128,10 @@ def _spikes(weight: Weight, x: Floats, down: Linear) -> list[tuple[int, int, flo
     return [(row, col, value) for added, row, col, value in found[:_OF_A_LAYER] if added > _SPIKE * typical]
 
 
-def _log_probabilities(stream: Floats, norm: Floats, epsilon: float, head: Linear) -> NDArray[np.float64]:
+def _log_probabilities(config: ModelConfig, stream: Floats, norm: Floats, head: Linear) -> NDArray[np.float64]:
     """Return log probabilities (tokens, vocab) of the stream (tokens, hidden) after the last layer."""
-    scale = 1.0 / np.sqrt(np.mean(np.square(stream), axis=1, keepdims=True) + np.float32(epsilon))
-    logits = head(np.ascontiguousarray(stream * scale * norm, np.float32)).astype(np.float64)
+    scale = 1.0 / np.sqrt(np.mean(np.square(stream), axis=1, keepdims=True) + np.float32(config.norm_epsilon))
+    states = np.ascontiguousarray(stream * scale * norm, np.float32)
+    logits = finished_logits(config, head(states)).astype(np.float64)
     logits -= logits.max(axis=1, keepdims=True)
     return np.asarray(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))

@@ -30,11 +30,13 @@ from bincompress.commands.shared import address_option, kernels_announced, print
     help="Where the samples run: on this machine or on a Ray cluster.",
 )
 @address_option
+@click.option("--text-only", is_flag=True, help="For a `bincompress compress` with --text-only.")
 @click.option("--overwrite", is_flag=True, help="Replace statistics made with other settings: they are removed first.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     source: str, stats: str, text: Path, samples: int, context: int | None, threads: int | None,
-    runner: Literal["local", "ray"], address: str | None, overwrite: bool, as_json: bool,
+    runner: Literal["local", "ray"], address: str | None, text_only: bool, overwrite: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Run SOURCE over a text and collect the statistics of its linear layers' inputs into STATS.
 
@@ -58,7 +60,7 @@ def command(
 
         found = api.calibrate(
             source, stats, text, samples=samples, context=context, runner=runner, threads=threads, address=address,
-            overwrite=overwrite, progress=on_part,
+            text_only=text_only, overwrite=overwrite, progress=on_part,
         )  # fmt: skip
     if as_json:
         record = {"stats": stats, "tokens": found.tokens, "tensors": len(found.inputs), "inputs": found.inputs}

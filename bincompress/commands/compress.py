@@ -65,6 +65,10 @@ _SAMPLES, _CONTEXT = 64, 512  # of --sequential; calibration.collect has the sam
     help="Then train the planes and scales on this text, layer after layer. Needs PyTorch.",
 )  # fmt: skip
 @click.option(
+    "--text-only", is_flag=True,
+    help="Of a model that also sees or hears: the language model alone, without the towers beside it.",
+)  # fmt: skip
+@click.option(
     "--pack", is_flag=True, help="Also write the finished store as one file beside it: STORE.bincompress.zip."
 )
 @run_options

@@ -20,6 +20,7 @@ from bincompress.compression.progress import OnProgress, Tracker, ignore
 from bincompress.compression.recipe import Recipe, load_recipe
 from bincompress.compression.recognition import few_levels, refuse_lossy, taken, with_fallbacks, with_methods
 from bincompress.compression.recognition import remarks as few_remarks
+from bincompress.compression.text_only import language_model
 from bincompress.errors import BincompressError
 from bincompress.model.checkpoint_source import checkpoint_config
 from bincompress.sources.checkpoint import Checkpoint
@@ -61,6 +62,7 @@ def plan(
     target_bits: float | None = None,
     archive: bool = False,
     export_only: bool = False,
+    text_only: bool = False,
     headers_only: bool = True,
     placement: Placement = Placement(),
     progress: OnProgress = ignore,
@@ -75,7 +77,7 @@ def plan(
     chosen = _recipe(recipe, settings, keep)
     statistics = open_statistics(stats) if stats is not None else None
     _check_sequential(sequential, samples, context, stats, target_bits)
-    checkpoint = open_source(str(source), headers_only=headers_only)
+    checkpoint = _opened(str(source), headers_only, text_only)
     sequence: dict[str, Any] | None = None if sequential is None else {}
     asked, few = chosen, few_levels(checkpoint)
     exact = taken(chosen, few) if sequential is None and target_bits is None else {}
@@ -107,6 +109,11 @@ def plan(
         return replace(found, sequential_tokens=(samples or SAMPLES) * (context or CONTEXT), kept_weights=remarks)
     notes = (*found.notes, *_few_tokens(checkpoint, tokens))
     return replace(found, samples=tokens, sequential_tokens=tokens.size, notes=notes, kept_weights=remarks)
+
+
+def _opened(source: str, headers_only: bool, text_only: bool) -> Checkpoint:
+    found = open_source(source, headers_only=headers_only)
+    return language_model(found) if text_only else found
 
 
 def plan_several(source: str | Path, recipes: Mapping[str, Recipe | str | Path], **options: Any) -> dict[str, Planned]:

@@ -107,6 +107,7 @@ def _refuse_with_rounded_inputs(config: ModelConfig) -> None:
 
 def _activation(raw: Mapping[str, Any], declared: Architecture) -> Activation:
     found = raw.get(declared.activation_field, declared.activation)
+    found = declared.activation_names.get(found, found) if isinstance(found, str) else found
     if not isinstance(found, str) or found not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise UnsupportedModelError(
@@ -146,7 +147,8 @@ def _tied(raw: Mapping[str, Any], declared: Architecture) -> bool:
 
 
 def _bias(raw: Mapping[str, Any], declared: Architecture, rule: Biases) -> bool:
-    return rule == "always" or (rule != "never" and flag(raw, rule, declared.bias_default))
+    default = declared.bias_default and rule != "attention_out_bias"
+    return rule == "always" or (rule != "never" and flag(raw, rule, default))
 
 
 def _head_dim(raw: Mapping[str, Any], declared: Architecture, hidden: int, heads: int) -> int | None:

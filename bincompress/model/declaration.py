@@ -8,7 +8,7 @@ from typing import Literal
 # use_sliding_window), those from max_window_layers on (if use_sliding_window), all but every so many-th (`pattern`), or
 # those without rotary embedding (if use_sliding_window).
 Windows = Literal["never", "every layer", "every layer if used", "by layer_types", "by pattern", "without rope"]
-Biases = Literal["never", "always", "attention_bias", "qkv_bias"]
+Biases = Literal["never", "always", "attention_bias", "attention_out_bias", "qkv_bias"]
 # By what experts are chosen, and what their weights are: the softmax over all, logits and the softmax over the chosen
 # ones alone, or the sigmoid of each.
 Choice = Literal["softmax", "logits", "sigmoid"]
@@ -130,12 +130,13 @@ class Architecture:
     inner_field: str = "intermediate_size"  # which field has the rows of a dense layer's gate
     qkv_bias: Biases = "never"
     out_bias: Biases = "never"
-    bias_default: bool = False  # the field of biases where absent
+    bias_default: bool = False  # the field of biases where absent, unless they are of the output alone
     mlp_bias: bool = False  # whether the field mlp_bias is obeyed
     norm_offset: float = 0.0  # what is added to every stored weight of a norm
     qk_norm: QkNorm = ""
     activation: str = "silu"  # of the gate, where absent
     activation_field: str = "hidden_act"
+    activation_names: Mapping[str, str] = field(default_factory=dict)  # activations by other names
     embedding_scaled: bool = False  # by the square root of hidden_size
     rope_theta: float = 10000.0  # where absent
     original_context: int | None = None  # where absent, before what rope_scaling says; None: that, or the context

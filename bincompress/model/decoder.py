@@ -120,11 +120,7 @@ class Decoder:
                 found = self.head(states)
             finally:
                 workers.busy = False
-        if self.config.logit_divisor != 1:
-            found /= np.float32(self.config.logit_divisor)
-        if self.config.logit_cap is not None:
-            cap = np.float32(self.config.logit_cap)
-            found = np.tanh(found / cap) * cap
+        found = finished_logits(self.config, found)
         # The states too: quantizing them for the head could make numbers of NaN.
         if not (np.isfinite(states).all() and np.isfinite(found).all()):
             raise NotFiniteError(
@@ -214,6 +210,16 @@ def embedded(config: ModelConfig, table: Embedding, ids: NDArray[np.int64]) -> F
     if config.embedding_multiplier != 1:
         vectors *= np.float32(config.embedding_multiplier)
     return vectors
+
+
+def finished_logits(config: ModelConfig, found: Floats) -> Floats:
+    """Return the logits (n, vocab) of what the head gave, which may be overwritten: divided and capped."""
+    if config.logit_divisor != 1:
+        found /= np.float32(config.logit_divisor)
+    if config.logit_cap is None:
+        return found
+    cap = np.float32(config.logit_cap)
+    return np.asarray(np.tanh(found / cap) * cap)
 
 
 def read_norm(config: ModelConfig, source: WeightSource, name: str) -> Floats:

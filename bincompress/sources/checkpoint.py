@@ -55,10 +55,12 @@ class Checkpoint:
         return self.folder if self.file is None else self.file
 
     fused: tuple[str, ...] = ()  # 3-D tensors of which `tensors` has the experts' matrices
+    omitted: tuple[str, ...] = ()  # small files of the folder that do not come along
 
     def assets(self) -> dict[str, bytes]:
         """Return the small files that belong to the model (config, tokenizer, templates) by name."""
-        return {**(read_assets(self.folder) if self.file is None else {}), **self.made}
+        found = read_assets(self.folder) if self.file is None else {}
+        return {**{name: content for name, content in found.items() if name not in self.omitted}, **self.made}
 
 
 def open_checkpoint(folder: Path, name: str = "", revision: str = "") -> Checkpoint:

@@ -18,6 +18,7 @@ from cpu_kernels.jit import cpu_features
 from cpu_kernels.jit.addresses import NATIVE_CALLS, address
 from cpu_kernels.jit.compiler import Kernel, kernel, out, view
 from cpu_kernels.matmul import stream as layout
+from cpu_kernels.matmul import token_lanes
 from cpu_kernels.matmul.activations import (
     QUANTIZING,
     Activations,
@@ -51,6 +52,8 @@ def product_kernels(bits: int = 8) -> list[Kernel]:
     sharing: list[Any] = [_set_operands]  # how threads share a product
     if NATIVE_CALLS:
         sharing += [spin_wait.work, spin_wait.run_shared, spin_wait.stop_workers]
+    if code == token_lanes.CODE:
+        sharing += [token_lanes.block_kernel(2, 1, lanes) for lanes in token_lanes.SIZES]
     return [product_kernel(code, bits, 2, 1), quantize_tokens, *sharing, pack]
 
 
@@ -68,6 +71,13 @@ def multiply(
         out = np.empty((tokens, matrix.rows), np.float32)
     elif out.shape != (tokens, matrix.rows):
         raise ValueError(f"out: {out.shape}; expected {(tokens, matrix.rows)}")
+    if tokens >= token_lanes.FEWEST and token_lanes.fits(matrix):
+        done = _multiply_blocks(matrix, activations, out, pool)
+        if done == tokens:
+            return out
+        activations, tokens, whole, out = activations.after(done), tokens - done, out, out[done:]
+    else:
+        whole = out
     bits = activations.bits
     run = product_kernel(matrix.code, bits, matrix.k_tile_words, matrix.half)
     block = min(tokens, MOST_TOKENS[bits], max(FEWEST_TOKENS, TABLES_IN_CACHE // _table_bytes(matrix, bits)))
@@ -88,7 +98,21 @@ def multiply(
         # Few tokens: their tables are made once and serve every matrix with this input and all threads.
         work(0, 0)
     share(work, 0, matrix.tiles, pool)
-    return out
+    return whole
+
+
+def _multiply_blocks(
+    matrix: PackedMatrix, activations: Activations, out: NDArray[np.float32], pool: Pool | None
+) -> int:
+    """Multiply tokens, from the first on, in the blocks that `token_lanes` is faster with; return how many."""
+    blocks = token_lanes.blocks(len(out))
+
+    def work(first: int, last: int) -> None:
+        for start, stop in blocks:
+            token_lanes.multiply_block(matrix, activations, start, stop, first, last, out)
+
+    share(work, 0, matrix.tiles, pool)
+    return blocks[-1][1]
 
 
 class TokenProduct:
