@@ -92,6 +92,11 @@ class Grammars:
         self._own: Any = None  # llguidance's view of the tokenizer
         self._lock = threading.Lock()  # one is compiled at a time, so that they take one CPU at most
 
+    def prepare(self) -> None:
+        """Make llguidance's view of the tokenizer now, not at the first grammar."""
+        with self._lock:
+            self._tokens(_llguidance())
+
     def compiled(self, grammar: str) -> Grammar:
         """Return a grammar that llguidance reads, compiled; raise SchemaError where it is faulty or too complex."""
         with self._lock:

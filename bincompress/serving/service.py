@@ -1,6 +1,7 @@
 """The model that is served, from before it is loaded until the server ends."""
 
 import asyncio
+import importlib.util
 import logging
 import threading
 import time
@@ -48,7 +49,11 @@ class Service:
         def run() -> None:
             begin = time.monotonic()
             try:
-                self.scheduler = Scheduler(load(), self.limits)
+                model = load()
+                self._grammars = Grammars(model.tokenizer, model.decoder.config.vocab)
+                if importlib.util.find_spec("llguidance") is not None:
+                    self._grammars.prepare()  # before anyone is answered
+                self.scheduler = Scheduler(model, self.limits)
                 self.load_seconds = time.monotonic() - begin
                 log.info("the model is loaded: %.1f s", self.load_seconds)
             except BaseException as error:
@@ -77,8 +82,8 @@ class Service:
     @property
     def grammars(self) -> Grammars:
         """What compiles grammars for the model's tokens; raises RequestError while there is no model."""
-        if self._grammars is None:
-            self._grammars = Grammars(self.model.tokenizer, self.model.decoder.config.vocab)
+        self.ready()
+        assert self._grammars is not None
         return self._grammars
 
     def unknown_model(self, name: str) -> NoReturn:
