@@ -314,7 +314,8 @@ def test_a_report_that_fails_leaves_the_old_page(
     run: Run, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = tmp_path / "report.html"
-    page.write_text("old")
+    old = "<!doctype html><title>bincompress: old</title>"
+    page.write_text(old)
 
     def full(self: Path, text: str, *rest: Any) -> int:
         with open(self, "w") as file:
@@ -323,7 +324,7 @@ def test_a_report_that_fails_leaves_the_old_page(
 
     monkeypatch.setattr(Path, "write_text", full)
     code, _, errors = run("report", demo, "--out", page)
-    assert (code, page.read_text(), list(tmp_path.iterdir())) == (2, "old", [page])
+    assert (code, page.read_text(), list(tmp_path.iterdir())) == (2, old, [page])
     assert "No space left on device" in errors
 
 

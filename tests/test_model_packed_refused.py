@@ -34,7 +34,7 @@ def test_stores_that_cannot_run(tiny_model: Path, tmp_path: Path, monkeypatch: p
         "bincompress.process.machine.psutil.virtual_memory", lambda: type("Memory", (), {"available": 10_000_000})
     )
     with pytest.raises(TooLittleMemoryError, match=r"needs about \d+ MB of memory, 10 MB are free"):
-        load(store)
+        load_decoder(store, 1, ActivationSettings())
     monkeypatch.undo()
     name = "model.layers.1.mlp.up_proj.weight"
     chunk = tmp_path / "store" / "tensors" / name / "planes" / "c" / "0" / "0" / "0"
