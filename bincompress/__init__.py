@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         distill,
         evaluate,
         export,
+        fit,
         inspect,
         load,
         pack,
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "__version__", "batch", "calibrate", "compress", "compress_several", "distill", "evaluate", "export", "inspect",
-    "load", "pack", "plan", "push", "train", "unpack", "verify",
+    "__version__", "batch", "calibrate", "compress", "compress_several", "distill", "evaluate", "export", "fit",
+    "inspect", "load", "pack", "plan", "push", "train", "unpack", "verify",
 ]  # fmt: skip
 
 

@@ -27,14 +27,17 @@ if TYPE_CHECKING:
     from bincompress.api.sharing import export, pack, push, unpack
     from bincompress.api.training import distill, train
     from bincompress.api.verification import VerifyResult, inspect, prove, verify
+    from bincompress.compression.fit import Fit, fit
     from bincompress.compression.placement import Placement
     from bincompress.compression.planning import plan, plan_batch, plan_several
     from bincompress.inference.load import load
     from bincompress.store.pack import Packed
 
 __all__ = [
-    "CalibrationResult", "CompressionResult", "Packed", "Placement", "VerifyResult", "batch", "calibrate", "carry_out",
-    "carry_out_all", "carry_out_several", "compress", "compress_several", "distill", "evaluate", "export", "inspect",
+    "CalibrationResult", "CompressionResult", "Fit",
+    "Packed", "Placement", "VerifyResult", "batch", "calibrate", "carry_out",
+    "carry_out_all", "carry_out_several", "compress", "compress_several", "distill", "evaluate", "export", "fit",
+    "inspect",
     "load", "pack", "plan", "plan_batch",
     "plan_several", "prove", "push", "train", "unpack", "verify",
 ]  # fmt: skip
@@ -54,6 +57,7 @@ _MODULES = {
     "bincompress.api.sharing": ("export", "pack", "push", "unpack"),
     "bincompress.api.training": ("distill", "train"),
     "bincompress.api.verification": ("VerifyResult", "inspect", "prove", "verify"),
+    "bincompress.compression.fit": ("Fit", "fit"),
     "bincompress.compression.placement": ("Placement",),
     "bincompress.compression.planning": ("plan", "plan_batch", "plan_several"),
     "bincompress.inference.load": ("load",),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bincompress.commands.method_options import method_options, method_settings
-from bincompress.commands.running import finish, run_bar, run_options, say_notes
+from bincompress.commands.running import Size, finish, run_bar, run_options, say_notes
 from bincompress.commands.shared import kernels_announced, print_json
 
 if TYPE_CHECKING:
@@ -53,7 +53,11 @@ _SAMPLES, _CONTEXT = 64, 512  # of --sequential; calibration.collect has the sam
 @click.option(
     "--context",
     type=click.IntRange(min=2),
-    help=f"sequential: tokens of a window.  [default: {_CONTEXT}, or the model's limit]",
+    help=f"sequential: tokens of a window.  [default: {_CONTEXT}, or the model's limit]  "
+    "fit: tokens that the process holds.  [default: 2048, or the model's limit]",
+)
+@click.option(
+    "--fit", type=Size(), help="Choose planes and embeddings so that running the model stays under this, such as 600MB."
 )
 @click.option(
     "--target-bits",
@@ -74,7 +78,7 @@ _SAMPLES, _CONTEXT = 64, 512  # of --sequential; calibration.collect has the sam
 @run_options
 def command(
     source: str, store: str, recipe: tuple[Path, ...], placement: Placement, dry_run: bool, rate: int | None,
-    overwrite: bool, verbose: bool, as_json: bool, train: Path | None, pack: bool, **options: Any,
+    overwrite: bool, verbose: bool, as_json: bool, train: Path | None, pack: bool, fit: int | None, **options: Any,
 ) -> None:  # fmt: skip
     """Pack the weight matrices of SOURCE into STORE.
 
@@ -92,6 +96,7 @@ def command(
       bincompress compress ./Llama-3.2-1B ./store --sequential wiki.txt --method xnor --compensate --refine 4
       bincompress compress ./model-Q8_0.gguf ./store --embeddings 4bit
       bincompress compress ./Llama-3.2-1B ./store --train wiki.txt
+      bincompress compress ./Llama-3.2-1B ./store --fit 1.5GB --context 4096
       bincompress compress ./Llama-3.2-1B ./store --pack
       bincompress compress ./Llama-3.2-1B ./stores/{recipe} --recipe one.toml --recipe two.toml
       bincompress compress meta-llama/Llama-3.2-1B ./store --embeddings 8bit --dry-run
@@ -102,6 +107,8 @@ def command(
     from bincompress.errors import BincompressError
 
     chosen = {**method_settings(options), **options}
+    if fit is not None:
+        chosen |= _fitting(source, fit, recipe, chosen, dry_run)
     stores: dict[str, Any] = dict(stores_of(store, recipe)) if recipe else {store: None}
     several = len(stores) > 1
     if train is not None and several:
@@ -122,6 +129,23 @@ def command(
             _say_training(next(iter(planned.values())))
         return
     _show_results(done, pack, as_json)
+
+
+def _fitting(source: str, size: int, recipe: tuple[Path, ...], chosen: dict[str, Any], dry_run: bool) -> dict[str, Any]:
+    """Return the settings that fit, and say them; --context is of the process that runs the model then."""
+    from bincompress import api
+    from bincompress.errors import BincompressError
+
+    for option, given in (
+        ("--recipe", recipe),
+        *((f"--{name}", chosen[name]) for name in ("sequential", "target_bits")),
+    ):
+        if given:
+            raise BincompressError(f"--fit chooses the settings of all matrices; leave out {option.replace('_', '-')}")
+    others = {name: value for name, value in chosen.items() if name not in ("sequential", "target_bits", "samples")}
+    found = api.fit(source, size, headers_only=dry_run, **others)
+    click.echo(found.line(size), err=True)
+    return {**found.settings, "context": None}
 
 
 def _show_results(done: dict[str, CompressionResult], pack: bool, as_json: bool) -> None:

@@ -25,6 +25,7 @@ from bincompress.model.store_source import StoreSource, store_config
 from bincompress.model.tokenizer import Tokenizer, load_tokenizer
 from bincompress.process.blas import one_blas_thread
 from bincompress.process.machine import free_memory, size_text, usable_cpus
+from bincompress.process.systems import give_back_freed_memory
 from bincompress.sources.checkpoint import Checkpoint
 from bincompress.store.store import Store, open_store
 from cpu_kernels.matmul.prepacking import kernels
@@ -208,6 +209,7 @@ def load_decoder(
             del decoder, source
             source = StoreSource(store, config, settings, workers, sound, apart)
             decoder = Decoder(config, source, workers, residents)
+    give_back_freed_memory()
     return Loaded(decoder, source.paths, source.nbytes, assets)
 
 

@@ -33,8 +33,8 @@ def method_named(name: str, where: str = "") -> Method:
 
 
 def of_planes(planes: int) -> dict[str, Any]:
-    """Return the method, and its settings, that gives a matrix one plane or two without calibration."""
-    return {"method": xnor.METHOD.name} if planes == 1 else {"method": wgm.METHOD.name, "groups": planes}
+    """Return the method, and its settings, that gives a matrix 1 to 4 planes without calibration."""
+    return {"method": xnor.METHOD.name} if planes == 1 else {"method": wgm.METHOD.name, "groups": 1 << (planes - 1)}
 
 
 def options() -> dict[str, list[tuple[Method, Option]]]:

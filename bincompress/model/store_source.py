@@ -41,6 +41,7 @@ Entry = tuple[str, Stored | None, Lowered | None]  # a tensor's name, how it is 
 _Matrix = PackedLinear | ScaledLinear | LowRankLinear | DecodedLinear | DecodedLowRank | DenseLinear
 _LOW_RANK = "low rank"  # what neighbours of that form share
 
+_TOKENS_MAPPED = 16  # single tokens whose rows of a table stay mapped: a page brings up to 2 MB around it
 _ROWS_AT_ONCE = 256  # whose planes are decoded to find what listed weights differ by
 
 
@@ -110,12 +111,13 @@ class StoreSource:
                 if isinstance(packed, LowRankTensor):
                     self._tables[name] = LowRankEmbedding(packed)
                 else:
-                    let_go(packed.planes)
-                    self._tables[name] = PackedEmbedding(packed)
+                    self._tables[name] = _InFiles(PackedEmbedding(packed), [packed.planes])
             elif name == self._tied:
                 self._tables[name] = self._kept(name)
             else:
-                self._tables[name] = KeptEmbedding([_values(rows) for rows in self._store.plain_rows(name)])
+                parts = self._store.plain_rows(name)
+                table = KeptEmbedding([_values(part) for part in parts])
+                self._tables[name] = _InFiles(table, [part.bits for part in parts])
         return self._tables[name]
 
     def _forms(self, names: Sequence[str]) -> Iterator[Linear]:
@@ -191,6 +193,26 @@ class StoreSource:
             self.paths |= dict.fromkeys(names, linear.path)
             self.nbytes += 0 if names[0] in self._apart else linear.nbytes
         return linear
+
+
+class _InFiles:
+    """A table that lies in the store's files. What its rows took of them is let go of, so that memory does not grow."""
+
+    def __init__(self, table: Embedding, mapped: Sequence[NDArray[Any]]) -> None:
+        self._table, self._mapped, self._calls = table, mapped, 0
+        self._let_go()
+
+    def rows_of(self, ids: NDArray[np.int64]) -> Floats:
+        """Return the vectors of these tokens, (n, hidden), in a new array."""
+        found = self._table.rows_of(ids)
+        self._calls += 1
+        if len(ids) > 1 or self._calls % _TOKENS_MAPPED == 0:
+            self._let_go()
+        return found
+
+    def _let_go(self) -> None:
+        for values in self._mapped:
+            let_go(values)
 
 
 def _values(weight: Weight) -> NDArray[Any]:

@@ -1,0 +1,75 @@
+"""Does --fit choose what fits, say what it chose, and does the process then stay under the size?"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bincompress.api import fit
+from bincompress.errors import RecipeError
+from tests.conftest import DEMO_MODEL, Run
+
+_PEAK = """
+import resource, sys
+from bincompress import cli
+sys.argv = ["bincompress", "generate", sys.argv[1], "The kernel", "--max-tokens", "200", "--threads", "2"]
+cli.main()
+print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_more_bytes_buy_planes_first_and_then_embeddings() -> None:
+    most = fit(DEMO_MODEL, 1 << 40)
+    assert (most.planes, most.settings["embeddings"]) == (4, "keep")
+    found, order = most, []
+    for _ in range(11):  # one byte less than each takes
+        size = found.needed - 1
+        found = fit(DEMO_MODEL, size)
+        assert found.needed <= size
+        order.append((found.planes, found.settings["embeddings"]))
+        if order[-1] == (1, "4bit"):
+            break
+    assert order[:2] == [(4, "8bit"), (4, "4bit")]
+    assert order == sorted(order, key=lambda one: (-one[0], ["keep", "8bit", "4bit"].index(one[1])))
+    assert order[-1] == (1, "4bit")
+
+
+def test_a_longer_context_takes_more() -> None:
+    assert fit(DEMO_MODEL, 1 << 40, context=512).needed < fit(DEMO_MODEL, 1 << 40, context=1024).needed
+
+
+def test_what_cannot_fit_is_refused_with_the_least(run: Run, tmp_path: Path) -> None:
+    code, _, errors = run("compress", DEMO_MODEL, tmp_path / "store", "--fit", "10MB")
+    assert code == 2
+    assert (
+        "--fit 10 MB: with one plane and 4bit embeddings, the least there is, running the model takes about" in errors
+    )
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [("--groups", "4"), ("--embeddings", "8bit"), ("--target-bits", "2"), ("--method", "xnor"),
+                ("--export-only",), ("--context", "999999")],
+)  # fmt: skip
+def test_what_it_chooses_cannot_be_given_too(run: Run, tmp_path: Path, options: tuple[str, ...]) -> None:
+    code, _, errors = run("compress", DEMO_MODEL, tmp_path / "store", "--fit", "400MB", *options)
+    assert (code, "--fit" in errors or "--context 999,999" in errors) == (2, True)
+    assert not (tmp_path / "store").exists()
+
+
+def test_settings_of_a_method_stay_possible() -> None:
+    with pytest.raises(RecipeError, match="compensation"):
+        fit(DEMO_MODEL, 1 << 40, refine=4)
+
+
+@pytest.mark.slow
+def test_the_process_stays_under_the_size(run: Run, tmp_path: Path) -> None:
+    size = fit(DEMO_MODEL, 1 << 40, context=256).needed + 10_000_000  # libraries of tests are there, too
+    code, _, errors = run("compress", DEMO_MODEL, tmp_path / "store", "--fit", f"{size}B", "--context", "256")
+    assert code == 0
+    assert "4 planes, 16-bit embeddings" in errors
+    command = [sys.executable, "-c", _PEAK, str(tmp_path / "store")]
+    subprocess.run(command, capture_output=True, check=True)  # compiles what is not compiled yet
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout.split("PEAK")[1]) < size
