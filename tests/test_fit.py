@@ -10,12 +10,14 @@ from bincompress.api import fit
 from bincompress.errors import RecipeError
 from tests.conftest import DEMO_MODEL, Run
 
-_PEAK = """
-import resource, sys
+_PEAK = r"""
+import re, sys
+from pathlib import Path
 from bincompress import cli
 sys.argv = ["bincompress", "generate", sys.argv[1], "The kernel", "--max-tokens", "200", "--threads", "2"]
 cli.main()
-print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+# Not ru_maxrss, which has that of the process that began this one.
+print("PEAK", 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]))
 """
 
 
@@ -64,8 +66,9 @@ def test_settings_of_a_method_stay_possible() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_the_process_stays_under_the_size(run: Run, tmp_path: Path) -> None:
-    size = fit(DEMO_MODEL, 1 << 40, context=256).needed + 10_000_000  # libraries of tests are there, too
+    size = fit(DEMO_MODEL, 1 << 40, context=256).needed
     code, _, errors = run("compress", DEMO_MODEL, tmp_path / "store", "--fit", f"{size}B", "--context", "256")
     assert code == 0
     assert "4 planes, 16-bit embeddings" in errors
