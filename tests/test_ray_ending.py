@@ -54,8 +54,13 @@ def test_what_children_started_ends_with_the_process(killed: bool) -> None:
         assert parent.stdout is not None
         assert parent.stdin is not None
         assert parent.stdout.readline() == "begun\n"
-        started = [process for process in started_by(mark) if process.pid != parent.pid]
-        assert len(started) == 2  # the watcher is the other one
+        started: list[psutil.Process] = []
+
+        def both() -> bool:  # a process that has just begun its program has no environment for a moment
+            started[:] = [process for process in started_by(mark) if process.pid != parent.pid]
+            return len(started) == 2  # the watcher is the other one
+
+        wait_for(both)
         assert "sleep" in {process.name() for process in started}
         if killed:
             parent.kill()
