@@ -26,3 +26,21 @@ def test_the_first_schema_makes_no_tokenizer(chat_store: Path, monkeypatch: pyte
         }
         status, found = server.ask("/v1/chat/completions", body)
     assert (status, found["choices"][0]["message"]["content"]) == (200, '"a"')
+
+
+def test_a_tokenizer_that_llguidance_cannot_read_costs_schemas_alone(
+    chat_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llguidance = pytest.importorskip("llguidance")
+    model = load(str(chat_store), threads=1)
+
+    def refused(*given: Any, **named: Any) -> None:
+        raise ValueError("unsupported tokenizer")
+
+    monkeypatch.setattr(llguidance, "LLTokenizer", refused)
+    with running(chat_store, model) as server:
+        status, _ = server.ask("/v1/completions", {"prompt": "x", "max_tokens": 2})
+        assert status == 200
+        body = {"messages": [{"role": "user", "content": "One"}], "response_format": {"type": "json_object"}}
+        status, found = server.ask("/v1/chat/completions", body)
+        assert (status, "llguidance" in found["error"]["message"]) == (500, True)  # of the server, not of the request

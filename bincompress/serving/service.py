@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
+from bincompress.errors import BincompressError
 from bincompress.inference.constraint import Grammars
 from bincompress.inference.generate import Model
 from bincompress.inference.scheduler import Limits, Scheduler
@@ -51,8 +52,7 @@ class Service:
             try:
                 model = load()
                 self._grammars = Grammars(model.tokenizer, model.decoder.config.vocab)
-                if importlib.util.find_spec("llguidance") is not None:
-                    self._grammars.prepare()  # before anyone is answered
+                self._prepare_grammars(self._grammars)
                 self.scheduler = Scheduler(model, self.limits)
                 self.load_seconds = time.monotonic() - begin
                 log.info("the model is loaded: %.1f s", self.load_seconds)
@@ -61,6 +61,16 @@ class Service:
                 failed()
 
         threading.Thread(target=run, name="load", daemon=True).start()
+
+    @staticmethod
+    def _prepare_grammars(grammars: Grammars) -> None:
+        """Make what grammars need before anyone is answered; where it cannot be, only they are refused, each time."""
+        if importlib.util.find_spec("llguidance") is None:
+            return
+        try:
+            grammars.prepare()
+        except BincompressError as error:
+            log.warning("answers of a given form are refused: %s", error)
 
     @property
     def most_body(self) -> int:
