@@ -13,18 +13,11 @@ from cpu_kernels.reference import products as reference_products
 COLUMNS = [1, 4, 63, 64, 65, 127, 128, 129, 200, 256, 257, 400, 1100]
 ROWS = [1, 2, 31, 32, 33, 63, 64, 65, 130]
 BLOCKS = [64, 128, 256, 1 << 20]
-BITS_AND_BLOCKS = [(bits, block) for block in BLOCKS for bits in (6, 8)]
+# Each kernel is compiled for both numbers of bits, and for blocks of 64 columns with 8 bits: half a minute less.
+BITS_AND_BLOCKS = [(bits, block) for block in BLOCKS for bits in (6, 8) if (bits, block) != (6, 64)]
 KERNELS = kernels()
 # Compiling takes seconds for each: a quick run tries the best alone.
 EACH_KERNEL = [KERNELS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in KERNELS[1:])]
-
-
-def compiled_for(kernel: str, bits: int, block: int) -> tuple[int, int]:
-    """Return the bits and block that a kernel is tried with: blocks of 64 columns are code of their own.
-
-    Every kernel is compiled for 6 and 8 bits, the best one for blocks of 64 columns too: a minute less.
-    """
-    return bits, block if kernel == KERNELS[0] else max(block, 128)
 
 
 @dataclasses.dataclass

@@ -108,7 +108,7 @@ planes = random.integers(0, 1 << 63, (2, 70, 4), np.uint64)
 scale = random.standard_normal((2, 70, 2), np.float32)
 x = random.standard_normal((3, 256), np.float32)
 with announce(told.append), Workers(2) as workers:
-    matrix = prepack(planes, scale, block=128, cols=256, pool=workers, kernel="popcount")  # the quickest to compile
+    matrix = prepack(planes, scale, block=128, cols=256, pool=workers)
     products = multiply(matrix, quantize(x), pool=workers)
     token = TokenProduct(matrix, 8, "segment", workers)(x[:1])
 print(*told, "products:" + products.tobytes().hex() + token.tobytes().hex())

@@ -19,7 +19,7 @@ from cpu_kernels.matmul.activations import quantize
 from cpu_kernels.matmul.aligned_memory import allocate
 from cpu_kernels.matmul.prepacking import Part, prepack, prepack_rows
 from cpu_kernels.matmul.products import multiply
-from tests.product_cases import COLUMNS, EACH_KERNEL, KERNELS, assert_near, compiled_for, make, tokens
+from tests.product_cases import COLUMNS, EACH_KERNEL, KERNELS, assert_near, make, tokens
 
 
 @pytest.mark.parametrize("kernel", EACH_KERNEL)
@@ -63,16 +63,15 @@ def test_float16_scales_times_a_power_of_two_stay_exact(power: int) -> None:
     heights=st.lists(st.integers(1, 70), min_size=1, max_size=4), kernel=st.sampled_from(KERNELS), offset=st.booleans()
 )
 def test_matrices_below_each_other_equal_their_separate_products(heights: list[int], kernel: str, offset: bool) -> None:
-    _, block = compiled_for(kernel, 8, 64)
-    cases = [make(k, height, 200, 2, block, offset) for k, height in enumerate(heights)]
+    cases = [make(k, height, 200, 2, 64, offset) for k, height in enumerate(heights)]
     for k, case in enumerate(cases):
         case.scale *= np.float32(2.0 ** (-12 * k))
         if case.offset is not None:
             case.offset *= np.float32(2.0 ** (-12 * k))
     activations = quantize(tokens(12, 2, 200), 8)
-    joined = prepack_rows([Part(c.planes, c.scale, c.offset) for c in cases], block, 200, kernel=kernel)
+    joined = prepack_rows([Part(c.planes, c.scale, c.offset) for c in cases], 64, 200, kernel=kernel)
     assert joined.half
-    alone = [multiply(prepack(c.planes, c.scale, block, 200, c.offset, kernel=kernel), activations) for c in cases]
+    alone = [multiply(prepack(c.planes, c.scale, 64, 200, c.offset, kernel=kernel), activations) for c in cases]
     np.testing.assert_array_equal(multiply(joined, activations), np.concatenate(alone, axis=1))
 
 

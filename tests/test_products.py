@@ -19,7 +19,7 @@ from cpu_kernels.matmul.prepacking import prepack
 from cpu_kernels.matmul.products import TokenProduct, multiply
 from cpu_kernels.parallel.workers import Workers
 from cpu_kernels.reference import products as reference_products
-from tests.product_cases import BITS_AND_BLOCKS, COLUMNS, EACH_KERNEL, ROWS, assert_near, compiled_for, make, tokens
+from tests.product_cases import BITS_AND_BLOCKS, COLUMNS, EACH_KERNEL, ROWS, assert_near, make, tokens
 
 
 @pytest.mark.parametrize("kernel", EACH_KERNEL)
@@ -45,7 +45,7 @@ def test_integer_sums_equal_the_reference_with_every_kernel(
     per: Per,
     n: int,
 ) -> None:
-    bits, block = compiled_for(kernel, *bits_and_block)
+    bits, block = bits_and_block
     case = make(seed, rows, cols, count, block, offset, ones=True)
     # With scales of 1 the float32 sums are those of the integers, which stay below 2 ** 24.
     made = quantize(tokens(seed, n, cols), bits, per)
@@ -81,7 +81,7 @@ def test_scaled_products_are_near_the_reference(
     per: Per,
     n: int,
 ) -> None:
-    bits, block = compiled_for(kernel, *bits_and_block)
+    bits, block = bits_and_block
     case = make(seed, rows, cols, count, block, offset)
     activations = quantize(tokens(seed, n, cols), bits, per)
     matrix = prepack(case.planes, case.scale, block, cols, case.offset, kernel=kernel)
@@ -219,9 +219,8 @@ def test_out_and_prepared_tables_are_reused() -> None:
 @pytest.mark.parametrize(("bits", "per"), [(8, "segment"), pytest.param(6, "token", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cols", [1, 129, 1100])
 def test_a_token_quantized_on_the_way_gives_the_same_products(kernel: str, bits: int, per: Per, cols: int) -> None:
-    _, block = compiled_for(kernel, bits, 64)
-    case = make(23, 300, cols, 2, block, True)
-    matrix = prepack(case.planes, case.scale, block, cols, case.offset, kernel=kernel)
+    case = make(23, 300, cols, 2, 64, True)
+    matrix = prepack(case.planes, case.scale, 64, cols, case.offset, kernel=kernel)
     for x in (*tokens(24, 3, cols)[:, None], np.full((1, cols), np.nan, np.float32)):
         expected = multiply(matrix, quantize(x, bits, per))
         for threads in (1, 3):

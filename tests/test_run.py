@@ -176,8 +176,7 @@ def test_a_dead_worker_is_retried_and_given_up_by_name(tiny_model: Path, tmp_pat
 
     compress(plan_of(tiny_model), str(tmp_path / "store"), runner=collect)  # type: ignore[arg-type]
     deadly = Job(str(tmp_path / "store"), jobs[0].name, jobs[0].source, _Deadly())  # type: ignore[arg-type]
-    with Processes(1) as alone:  # one at a time, as each that a death takes along is begun anew
-        reports = {report.name: report for report in run_local([deadly, *jobs[1:]], workers=2, processes=alone)}
+    reports = {report.name: report for report in run_local([deadly, *jobs[1:]], workers=2)}
     assert len(reports) == 21
     assert "worker process died twice" in reports[deadly.name].error
     assert {report.status for report in reports.values() if report.name != deadly.name} == {"done"}
@@ -188,9 +187,7 @@ def test_what_a_dead_worker_had_done_counts_as_done_by_this_run_alone(tiny_model
     name = "model.layers.1.mlp.up_proj.weight"
 
     def runner(jobs: Sequence[Job]) -> Iterator[JobReport]:
-        with Processes(1) as alone:
-            work = functools.partial(dies_when_done, name)
-            yield from run_local(jobs, workers=2, work=work, processes=alone)
+        return run_local(jobs, workers=2, work=functools.partial(dies_when_done, name))
 
     for done, unchanged in ((21, 0), (0, 21)):  # a fresh store, and one that an earlier run has completed
         outcome = compress(plan_of(tiny_model), str(tmp_path / "store"), runner=runner)  # type: ignore[arg-type]
