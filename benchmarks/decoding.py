@@ -25,7 +25,6 @@ from typing import Any
 for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_threads] = "1"
 
-import numba  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks.compression import machine  # noqa: E402
@@ -47,28 +46,13 @@ _GGUF_NAMES = {
 }  # fmt: skip
 
 
-@numba.njit(nogil=True)
-def sum_of_words(words: Any) -> Any:
-    """The plain sequential read that memory bandwidth is measured by."""
-    total = np.uint64(0)
-    for i in range(words.size):
-        total += words[i]
-    return total
-
-
 def bandwidth(nbytes: int, threads: int) -> float:
     """Return bytes per second of reading a buffer of so many bytes, shared among threads."""
     from cpu_kernels.parallel.workers import Workers
+    from cpu_kernels.reading import read_bandwidth
 
-    words = np.ones(nbytes // 8, np.uint64)
-    parts = np.array_split(words, threads)
-    seen = []
     with Workers(threads) as workers:
-        for _ in range(6):
-            begin = time.perf_counter()
-            workers.run([lambda part=part: sum_of_words(part) for part in parts])  # type: ignore[misc]
-            seen.append(words.nbytes / (time.perf_counter() - begin))
-    return max(seen[1:])
+        return read_bandwidth(workers, nbytes)
 
 
 def write_gguf(source: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -102,6 +103,12 @@ def test_cores_for_an_hour() -> None:
 @pytest.mark.parametrize(("text", "size"), [("800MB", 800_000_000), ("1.5 gb", 1_500_000_000), ("7", 7)])
 def test_sizes(text: str, size: int) -> None:
     assert Size().convert(text, None, None) == size
+
+
+@pytest.mark.parametrize("text", ["-5MB", "abc", "", "MB", "1XB", "inf", "nan"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="expected a size such as 800MB or 4GB"):
+        Size().convert(text, None, None)
 
 
 def test_each_store_tells_what_compress_tells(tiny_model: Path, tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ def test_formats_say_the_same(chat_store: Path, run: Run) -> None:
     assert "read bandwidth of this machine with 1 threads: " in output
 
 
+def test_two_formats_are_refused(chat_store: Path, run: Run) -> None:
+    code, out, errors = run("bench", chat_store, "--json", "--format", "csv")
+    assert (code, out, "--format csv is given; leave out one of them" in errors) == (2, "", True)
+
+
 def test_a_depth_past_the_context_is_refused(chat_store: Path, run: Run) -> None:
     code, _, errors = run("bench", chat_store, *SMALL, "--depth", 10_000_000)
     assert (code, "so that all fits the context of" in errors) == (2, True)

@@ -1,13 +1,21 @@
 """Does --fit choose what fits, say what it chose, and does the process then stay under the size?"""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import psutil
 import pytest
 
-from bincompress.api import fit
-from bincompress.errors import RecipeError
+from bincompress.api import compress, fit, load, plan
+from bincompress.compression.fit import needed_memory
+from bincompress.errors import BincompressError, RecipeError
+from bincompress.inference import load as loading
+from bincompress.model.store_source import store_config
+from bincompress.store.store import open_store
 from tests.conftest import DEMO_MODEL, Run
 
 _PEAK = r"""
@@ -76,3 +84,27 @@ def test_the_process_stays_under_the_size(run: Run, tmp_path: Path) -> None:
     subprocess.run(command, capture_output=True, check=True)  # compiles what is not compiled yet
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout.split("PEAK")[1]) < size
+
+
+@pytest.mark.parametrize("groups", [2, 4, 8])
+def test_loading_counts_what_fit_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
+    settings: dict[str, Any] = {"groups": groups, "embeddings": "8bit"}
+    compress(DEMO_MODEL, tmp_path / "store", **settings)
+    store = open_store(str(tmp_path / "store"))
+    assets = store.read_assets()
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda process: SimpleNamespace(rss=0))
+    counted = loading._more(store, store_config(store, assets), assets)
+    foreseen = needed_memory(plan(DEMO_MODEL, **settings).plan, loading._SHORT_CONTEXT)
+    assert counted == pytest.approx(foreseen, abs=20_000)  # checksums, and what planes of odd widths are filled up with
+    linear = 4 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 768)
+    assert foreseen > 157_000_000 + linear * groups // 8  # bytes of a plane for each group
+
+
+def test_terms_that_are_no_numbers_are_refused_by_name(tmp_path: Path) -> None:
+    compress(DEMO_MODEL, tmp_path / "store")
+    node = tmp_path / "store" / "tensors" / "model.layers.0.mlp.up_proj.weight" / "zarr.json"
+    content = json.loads(node.read_text())
+    content["attributes"]["terms"] = ["a", None]
+    node.write_text(json.dumps(content))
+    with pytest.raises(BincompressError, match=r"up_proj"):
+        load(str(tmp_path / "store"))

@@ -21,10 +21,10 @@ _LEAST_READ, _MOST_READ = 64 << 20, 256 << 20
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Runs of each test.")
 @engine_options
 @click.option("--verbose", "-v", is_flag=True, help="Show which kernel multiplies each tensor.")
-@click.option("--format", "form", type=click.Choice(FORMATS), default="md", show_default=True, help="What is printed.")
+@click.option("--format", "form", type=click.Choice(FORMATS), help="What is printed.  [default: md]")
 @click.option("--json", "as_json", is_flag=True, help="As --format json.")
 def command(
-    store: str, prompt: int, tokens: int, depth: int, repeats: int, verbose: bool, form: str, as_json: bool,
+    store: str, prompt: int, tokens: int, depth: int, repeats: int, verbose: bool, form: str | None, as_json: bool,
     **options: Any,
 ) -> None:  # fmt: skip
     """Time the model in STORE: reading a prompt (pp) and writing tokens (tg), tokens per second, mean and spread.
@@ -39,13 +39,16 @@ def command(
     """
     from tqdm import tqdm
 
+    from bincompress.errors import BincompressError
     from bincompress.inference.benchmark import measure
     from bincompress.inference.load import load_decoder
     from bincompress.model.cache import cache_type
     from bincompress.model.packed_linear import ActivationSettings
     from cpu_kernels.reading import read_bandwidth
 
-    form = "json" if as_json else form
+    if as_json and form not in (None, "json"):
+        raise BincompressError(f"--json is --format json, and --format {form} is given; leave out one of them")
+    form = "json" if as_json else form or "md"
     settings = ActivationSettings(int(options["activation_bits"]), options["activation_scale"])
     kind = cache_type(int(options["kv_bits"]))
     with decoding_announced():

@@ -33,9 +33,12 @@ class Size(click.ParamType[int]):
         text = str(value).strip().upper()
         number = text.rstrip("BKMGT")
         try:
-            return int(float(number) * _UNITS[text[len(number) :].strip()])
+            found = int(float(number) * _UNITS[text[len(number) :].strip()])
         except (KeyError, ValueError, OverflowError):
+            found = -1
+        if found < 0:
             self.fail(f"{value!r}: expected a size such as 800MB or 4GB", param, ctx)
+        return found
 
 
 class Rate(Size):

@@ -1,8 +1,8 @@
 """Which planes and embeddings let a process that runs the model stay under so many bytes? From headers alone.
 
 The rule: the most planes first, then the most bits for embeddings and output head, as long as all fits. What a process
-takes is counted: the matrices as they are stored, keys and values of the context, the tokenizer, and a base that was
-measured. Of an embedding that is not the output head too, which stays in the store's file, a part counts.
+takes is counted: the matrices as the kernels read them, keys and values of the context, the tokenizer, and a base that
+was measured. Of an embedding that is not the output head too, which stays in the store's file, a part counts.
 """
 
 import math
@@ -15,14 +15,9 @@ from bincompress.compression.plan import Plan, PlannedTensor
 from bincompress.compression.planning import plan
 from bincompress.errors import RecipeError
 from bincompress.methods import method_named, of_planes
-from bincompress.model.cache import cache_bytes
+from bincompress.model.memory import planes_beside, process_bytes
 from bincompress.process.machine import size_text
 
-# Resident in `bincompress generate` of a 0.5B model with two threads, beside what is counted: 141 to 154 MB, measured
-# as docs/guide/edge.md says.
-_BASE_BYTES = 157_000_000
-_MAPPED_SHARE = 0.15  # of a table in the store's file: pages around the rows that were used last
-_TOKENIZER_SHARE = 4.3  # bytes in memory for each of tokenizer.json's
 _USUAL_CONTEXT = 2048
 _PLANES = (4, 3, 2, 1)
 _EMBEDDINGS = ("keep", "8bit", "4bit")
@@ -89,21 +84,16 @@ def needed_memory(made: Plan, context: int) -> int:
     """Return the bytes that a process takes which runs the finished store with so many tokens of context."""
     config = made.verdict.config
     assert config is not None  # of a plan that runs
-    table = config.declaration.names.embedding
-    matrices = sum(
-        _laid_out(t) if config.tied or t.source.name != table else int(_MAPPED_SHARE * t.expected_bytes)
-        for t in made.tensors
-    )
-    tokenizer = int(_TOKENIZER_SHARE * len(made.checkpoint.assets().get("tokenizer.json", b"")))
-    return _BASE_BYTES + matrices + tokenizer + cache_bytes(config, context, "float16")
+    sizes = {tensor.source.name: _laid_out(tensor) for tensor in made.tensors}
+    return sum(process_bytes(config, sizes, len(made.checkpoint.assets().get("tokenizer.json", b"")), context))
 
 
 def _laid_out(tensor: PlannedTensor) -> int:
-    """Return the bytes of a tensor as the kernels read it: each term is a plane then, also where groups share some."""
+    """Return the bytes of a tensor as the kernels read it."""
     if not tensor.packed:
         return tensor.expected_bytes
     size = method_named(tensor.settings.method).size(tensor.settings)
-    return tensor.expected_bytes + max(0, size.coefficients - size.planes) * math.prod(tensor.source.shape) // 8
+    return tensor.expected_bytes + planes_beside(size.planes, size.coefficients) * math.prod(tensor.source.shape) // 8
 
 
 def _held(made: Plan, context: int | None) -> int:

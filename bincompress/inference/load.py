@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
+
 from bincompress.errors import BincompressError, DamagedError, StoreError
 from bincompress.inference.chat import load_template
 from bincompress.inference.generate import GenerationSettings, Model
@@ -19,6 +21,7 @@ from bincompress.model.decoder import Decoder
 from bincompress.model.errors import ConfigError, SamplingError
 from bincompress.model.files import json_object
 from bincompress.model.generation_fields import not_obeyed
+from bincompress.model.memory import planes_beside_stored, process_bytes
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.model.residents import Residents
 from bincompress.model.store_source import StoreSource, store_config
@@ -38,7 +41,9 @@ _SAMPLED: dict[str, type[int] | type[float]] = {
     "temperature": float, "top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float,
 }  # fmt: skip
 _LARGEST_SETTING = 1e9  # of a number in generation_config.json
-_USUAL_CONTEXT = 2048  # tokens whose cache is counted before loading; longer texts take more
+_USUAL_CONTEXT = 2048  # tokens whose cache is counted of what --memory bounds; longer texts take more
+_SHORT_CONTEXT = 256  # tokens whose cache is counted of what has to be free
+_LEAST_BYTES = 30_000_000  # of work buffers and kernels, in a process that has all else already
 
 
 class TooLittleMemoryError(BincompressError):
@@ -197,7 +202,8 @@ def load_decoder(
     apart = frozenset(experts if residents is not None else ())
     source = StoreSource(store, config, settings, workers, chosen, apart)
     needed = _needed(store, config)
-    check_memory(url, needed if memory is None else min(needed, memory), free_memory())
+    more = _more(store, config, assets) if memory is None else min(needed, memory)
+    check_memory(url, more, free_memory())
     if residents is not None:
         store.forget(experts)
     # The engine shares rows among its own threads; BLAS must not start more in each of them.
@@ -258,6 +264,20 @@ def _expert_names(config: ModelConfig) -> dict[str, tuple[int, int]]:
             gate_up, down = config.names.of_expert(layer, expert)
             found |= dict.fromkeys((*gate_up, down), (layer, expert))
     return found
+
+
+def _more(store: Store, config: ModelConfig, assets: Mapping[str, bytes]) -> int:
+    """Return the bytes that this process takes in the end beside what it has now, with a short text."""
+    sizes = {}
+    for name, shape in config.tensors().items():
+        terms = store.complete_attributes(name).get("terms")
+        # What else stands there is refused by name when the tensor is read.
+        numbers = [term for term in terms if type(term) is int] if isinstance(terms, list) else []
+        beside = planes_beside_stored(numbers)
+        sizes[name] = _stored_bytes(store, name) + beside * math.prod(shape) // 8
+    tokenizer = len(assets.get("tokenizer.json", b""))
+    loaded, rest = process_bytes(config, sizes, tokenizer, min(config.context, _SHORT_CONTEXT))
+    return loaded + max(_LEAST_BYTES, rest - int(psutil.Process().memory_info().rss))
 
 
 def _stored_bytes(store: Store, name: str) -> int:
