@@ -12,10 +12,11 @@ from bincompress.model.threads import over_ranges
 from bincompress.process.blas import one_blas_thread
 from bincompress.tensors.dequantize import dequantize
 from bincompress.tensors.packed import PackedTensor
+from cpu_kernels.matmul import wide_lookup
 from cpu_kernels.matmul.activations import Activations, Per, quantize
 from cpu_kernels.matmul.chosen import ChosenProducts
 from cpu_kernels.matmul.prepacking import PackedMatrix
-from cpu_kernels.matmul.products import TokenProduct, multiply
+from cpu_kernels.matmul.products import MOST_FEW, FewTokensProduct, TokenProduct, multiply
 from cpu_kernels.parallel.workers import Workers
 
 _TILE_WEIGHTS = 1 << 20  # weights that are float32 at a time: 4 MB a thread
@@ -63,6 +64,7 @@ class PackedLinear:
         self._settings = settings
         self._workers = workers
         self._of_token: TokenProduct | None = None  # made when the first token is written: its kernel is loaded then
+        self._of_few: FewTokensProduct | None = None
 
     def per_token(self) -> "PackedLinear":
         """Return the same matrix with one scale for all activations of a token, as some models are trained."""
@@ -76,10 +78,17 @@ class PackedLinear:
     def __call__(self, x: Floats) -> Floats:
         """Return x (n, cols) times the transposed matrix, (n, rows)."""
         if len(x) > 1:
-            return self.times(x, self.quantized(x))
+            return self._of_several(x)
         if self._of_token is None:
             self._of_token = TokenProduct(self.matrix, self._settings.bits, self._settings.per, self._workers)
         return self._with_listed(x, self._of_token(x))
+
+    def _of_several(self, x: Floats) -> Floats:
+        if len(x) > MOST_FEW or not wide_lookup.fits(self.matrix) or not x.flags.c_contiguous:
+            return self.times(x, self.quantized(x))
+        if self._of_few is None:
+            self._of_few = FewTokensProduct(self.matrix, self._settings.bits, self._settings.per, self._workers)
+        return self._with_listed(x, self._of_few(x))
 
     def times(self, x: Floats, activations: Activations) -> Floats:
         """Return the product where the activations are quantized already."""

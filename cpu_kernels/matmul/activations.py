@@ -30,16 +30,6 @@ class Activations:
     absolute: NDArray[np.int32]  # (n, words): sum of |q| per 64 columns
     prepared: dict[Any, Any] = field(default_factory=dict, repr=False)  # tables by kernel, shared by the products
 
-    def after(self, tokens: int) -> "Activations":
-        """Return those of the tokens after so many; products of matrices with the same input get the same object."""
-        if ("after", tokens) not in self.prepared:
-            rows = slice(tokens, None)
-            self.prepared["after", tokens] = Activations(
-                self.cols, self.bits, self.q[rows], self.scale[rows], self.sums[rows], self.absolute[rows]
-            )
-        rest: Activations = self.prepared["after", tokens]
-        return rest
-
 
 def quantize(x: NDArray[np.float32], bits: int = 8, per: Per = "token") -> Activations:
     """Quantize x (n, cols) or (cols,) to -127..127 (8 bits) or -31..31 (6 bits), with one scale per token or segment.

@@ -52,8 +52,8 @@ FIELDS = (
     "prepared",  # 1 where they are
     "result",  # float32 (tokens, rows)
 )  # fmt: skip
-_AT: Any = collections.namedtuple("_AT", FIELDS)(*range(len(FIELDS)))  # type: ignore[misc]  # the word of each field
-_WORDS = len(FIELDS)
+AT: Any = collections.namedtuple("AT", FIELDS)(*range(len(FIELDS)))  # type: ignore[misc]  # the word of each field
+WORDS = len(FIELDS)
 _QUANTIZING = FIELDS.index(QUANTIZING[0])  # where the words that the quantizing kernel is given begin
 
 
@@ -195,8 +195,8 @@ def product_kernel(instruction_set: int, bits: int, words: int, half: int) -> Ke
     tile = cpu_features.tile_rows(instruction_set)
     lookup_used = 0 if instruction_set == cpu_features.PORTABLE else 1
     together = TOGETHER if lookup_used else 1
-    scale_bytes = tile * (2 if half else 4)
-    k_tile_bytes = words * 8 * tile
+    one_alone = 1 if instruction_set == cpu_features.AVX512BW else 0  # wide_lookup.py multiplies several
+    scale_bytes, k_tile_bytes = tile * (2 if half else 4), words * 8 * tile
     per_word = table_bytes(instruction_set, bits)
     size = words * per_word
     step_bytes = lookup.WAYS * lookup.LINE
@@ -207,40 +207,39 @@ def product_kernel(instruction_set: int, bits: int, words: int, half: int) -> Ke
         types.void(types.int64, types.int64, types.int64), _add_tiles=_token_tiles(instruction_set, bits, words, half)
     )
     def multiply(job_address: Any, first: Any, last: Any) -> None:
-        job = int64_items(job_address, _WORDS)
-        rows, k_tiles, k_tiles_per_block = job[_AT.rows], job[_AT.k_tiles], job[_AT.k_tiles_per_block]
-        scale_sets, has_offset, planes = job[_AT.scale_sets], job[_AT.has_offset], job[_AT.planes]
-        tokens, segments, token_block = job[_AT.tokens], job[_AT.segments], job[_AT.token_block]
-        stream = uint8_items(job[_AT.stream], 1)
-        weights = float32_items(job[_AT.weights], planes)
-        multipliers = float32_items(job[_AT.multipliers], rows)
-        q = int8_rows(job[_AT.q], tokens, 128 * segments)
-        token_scale = float32_rows(job[_AT.scale], tokens, segments)
-        sums = int32_rows(job[_AT.sums], tokens, 2 * segments)
-        absolute = int32_rows(job[_AT.absolute], tokens, 2 * segments)
-        tables = uint8_items(job[_AT.tables], 1)
-        constants = int32_items(job[_AT.constants], k_tiles * token_block)
-        factors = float32_items(job[_AT.factors], k_tiles * token_block)
-        offsets = float32_items(job[_AT.offsets], k_tiles * token_block)
-        headrooms = int32_items(job[_AT.headrooms], k_tiles * token_block)
-        accumulators = float32_items(job[_AT.accumulators], token_block * tile)
-        result = float32_rows(job[_AT.result], tokens, rows)
+        job = int64_items(job_address, WORDS)
+        rows, k_tiles, k_tiles_per_block = job[AT.rows], job[AT.k_tiles], job[AT.k_tiles_per_block]
+        scale_sets, has_offset, planes = job[AT.scale_sets], job[AT.has_offset], job[AT.planes]
+        tokens, segments, token_block = job[AT.tokens], job[AT.segments], job[AT.token_block]
+        stream = uint8_items(job[AT.stream], 1)
+        weights = float32_items(job[AT.weights], planes)
+        multipliers = float32_items(job[AT.multipliers], rows)
+        q = int8_rows(job[AT.q], tokens, 128 * segments)
+        token_scale = float32_rows(job[AT.scale], tokens, segments)
+        sums = int32_rows(job[AT.sums], tokens, 2 * segments)
+        absolute = int32_rows(job[AT.absolute], tokens, 2 * segments)
+        tables = uint8_items(job[AT.tables], 1)
+        constants = int32_items(job[AT.constants], k_tiles * token_block)
+        factors = float32_items(job[AT.factors], k_tiles * token_block)
+        offsets = float32_items(job[AT.offsets], k_tiles * token_block)
+        headrooms = int32_items(job[AT.headrooms], k_tiles * token_block)
+        accumulators = float32_items(job[AT.accumulators], token_block * tile)
+        result = float32_rows(job[AT.result], tokens, rows)
         header = (scale_sets + has_offset) * scale_bytes
         blocks = (k_tiles + k_tiles_per_block - 1) // k_tiles_per_block
         tile_bytes = blocks * header + k_tiles * planes * k_tile_bytes
-        # Several tokens take longer to multiply than a tile takes to arrive; they leave reading prefetch_at to the CPU.
-        # Else the next tile is asked for in steps of one line from each of WAYS places, `apart` from each other.
+        # For one token the next tile is asked for a line at a time from each of WAYS places, `apart` from each other.
         asking = lookup_used and tokens == 1
         header_steps = (header + step_bytes - 1) // step_bytes if asking else 0
         apart = (blocks * header_steps + k_tiles * planes * (k_tile_bytes // step_bytes)) * lookup.LINE
         if asking and first < last:
             for prefetch_at in range(first * tile_bytes, first * tile_bytes + apart, lookup.LINE):
                 prefetch_ways(stream, prefetch_at, apart)
-        if job[_AT.quantize]:
-            call(job[_AT.quantize], job_address + 8 * _QUANTIZING, 0, tokens)
+        if job[AT.quantize]:
+            call(job[AT.quantize], job_address + 8 * _QUANTIZING, 0, tokens)
         for start in range(0, tokens, token_block):
             count = min(token_block, tokens - start)
-            if not job[_AT.prepared]:
+            if not job[AT.prepared]:
                 _prepare(
                     instruction_set, bits, words, per_word, k_tiles, start, count, q, token_scale, sums, absolute,
                     tables, constants, factors, offsets, headrooms, capacity,
@@ -251,6 +250,8 @@ def product_kernel(instruction_set: int, bits: int, words: int, half: int) -> Ke
                     0 if scale_sets < planes else scale_bytes, scale_sets, has_offset, header, header_steps, tables,
                     constants, factors, offsets, headrooms, weights, apart, multipliers, result[0],
                 )  # fmt: skip
+                return
+            if one_alone:
                 return
             for number in range(first, last):
                 position = number * tile_bytes

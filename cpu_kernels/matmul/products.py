@@ -8,6 +8,7 @@ a row's plane standing for column 64 j + i. Sums of integers are exact and equal
         y = multiply(matrix, quantize(x), pool=pool)
 """
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from cpu_kernels.jit import cpu_features
 from cpu_kernels.jit.addresses import NATIVE_CALLS, address
 from cpu_kernels.jit.compiler import Kernel, kernel, out, view
 from cpu_kernels.matmul import stream as layout
-from cpu_kernels.matmul import token_lanes
+from cpu_kernels.matmul import wide_lookup
 from cpu_kernels.matmul.activations import (
     QUANTIZING,
     Activations,
@@ -40,6 +41,7 @@ from cpu_kernels.parallel.workers import Pool, Workers, share
 TABLES_IN_CACHE = 512 * 1024
 MOST_TOKENS = {6: 32, 8: 16}
 FEWEST_TOKENS = 4
+MOST_FEW = 16  # tokens whose activations are kept from one FewTokensProduct to the next
 
 
 def product_kernels(bits: int = 8) -> list[Kernel]:
@@ -52,8 +54,8 @@ def product_kernels(bits: int = 8) -> list[Kernel]:
     sharing: list[Any] = [_set_operands]  # how threads share a product
     if NATIVE_CALLS:
         sharing += [spin_wait.work, spin_wait.run_shared, spin_wait.stop_workers]
-    if code == token_lanes.CODE:
-        sharing += [token_lanes.block_kernel(2, 1, lanes) for lanes in token_lanes.SIZES]
+    if code == wide_lookup.CODE:
+        sharing.append(wide_lookup.wide_kernel(2, 1))
     return [product_kernel(code, bits, 2, 1), quantize_tokens, *sharing, pack]
 
 
@@ -71,13 +73,9 @@ def multiply(
         out = np.empty((tokens, matrix.rows), np.float32)
     elif out.shape != (tokens, matrix.rows):
         raise ValueError(f"out: {out.shape}; expected {(tokens, matrix.rows)}")
-    if tokens >= token_lanes.FEWEST and token_lanes.fits(matrix):
-        done = _multiply_blocks(matrix, activations, out, pool)
-        if done == tokens:
-            return out
-        activations, tokens, whole, out = activations.after(done), tokens - done, out, out[done:]
-    else:
-        whole = out
+    if tokens >= wide_lookup.FEWEST and wide_lookup.fits(matrix):
+        _multiply_wide(matrix, activations, out, pool)
+        return out
     bits = activations.bits
     run = product_kernel(matrix.code, bits, matrix.k_tile_words, matrix.half)
     block = min(tokens, MOST_TOKENS[bits], max(FEWEST_TOKENS, TABLES_IN_CACHE // _table_bytes(matrix, bits)))
@@ -98,21 +96,39 @@ def multiply(
         # Few tokens: their tables are made once and serve every matrix with this input and all threads.
         work(0, 0)
     share(work, 0, matrix.tiles, pool)
-    return whole
+    return out
 
 
-def _multiply_blocks(
+def _multiply_wide(
     matrix: PackedMatrix, activations: Activations, out: NDArray[np.float32], pool: Pool | None
-) -> int:
-    """Multiply tokens, from the first on, in the blocks that `token_lanes` is faster with; return how many."""
-    blocks = token_lanes.blocks(len(out))
+) -> None:  # fmt: skip
+    operands = {**matrix.operands, **quantizing(activations, "token"), "result": out.ctypes.data}
+    run = wide_lookup.wide_kernel(matrix.k_tile_words, matrix.half)
+    if isinstance(pool, Workers):
+        with pool.lock:  # as the threads' scratch is used
+            jobs = np.stack(
+                [_job({**operands, **_wide_scratch(pool.scratch, k, matrix).operands}) for k in range(pool.threads)]
+            )
+            pool.run_kernel(run, jobs.ctypes.data, jobs.strides[0], matrix.tiles)
+        return
 
     def work(first: int, last: int) -> None:
-        for start, stop in blocks:
-            token_lanes.multiply_block(matrix, activations, start, stop, first, last, out)
+        job = _job({**operands, **_wide_scratch(vars(_own), 0, matrix).operands})
+        run(job.ctypes.data, first, last)
 
     share(work, 0, matrix.tiles, pool)
-    return blocks[-1][1]
+
+
+_own = threading.local()  # scratch of threads that have no Workers
+
+
+def _wide_scratch(kept: dict[Any, Any], thread: int, matrix: PackedMatrix) -> wide_lookup.Scratch:
+    """Return what a thread works in: new memory for each product would be new pages each time."""
+    key = f"wide {thread} {matrix.k_tile_words}"
+    if key not in kept:
+        kept[key] = wide_lookup.Scratch(matrix.k_tile_words)
+    found: wide_lookup.Scratch = kept[key]
+    return found
 
 
 class TokenProduct:
@@ -163,16 +179,52 @@ class TokenProduct:
         self.kernel(job, first, last)
 
 
+class FewTokensProduct:
+    """The product of a packed matrix with 2 to MOST_FEW tokens, quantized on the way, in two kernel calls a thread.
+
+    For one caller at a time; what the kernels work in is kept with `workers`, and shared by their products. For a
+    matrix that `wide_lookup.fits`.
+
+    >>> times = FewTokensProduct(matrix, 8, "segment", workers)  # doctest: +SKIP
+    >>> y = times(x)  # doctest: +SKIP
+    """
+
+    def __init__(self, matrix: PackedMatrix, bits: int, per: Per, workers: Workers) -> None:
+        check_settings(bits, per)
+        self.matrix = matrix
+        self._workers = workers
+        self._kernel = wide_lookup.wide_kernel(matrix.k_tile_words, matrix.half)
+        key = "few tokens", matrix.cols, bits
+        if key not in workers.scratch:
+            workers.scratch[key] = empty_activations(MOST_FEW, matrix.cols, bits)
+        given = {**matrix.operands, **quantizing(workers.scratch[key], per)}
+        scratch = [_wide_scratch(workers.scratch, thread, matrix) for thread in range(workers.threads)]
+        self._jobs = np.stack([_job({**given, **own.operands}) for own in scratch])
+        self._address = self._jobs.ctypes.data
+
+    def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the products (n, rows) with x (n, cols), C-contiguous."""
+        matrix, tokens = self.matrix, len(x)
+        if x.shape[1:] != (matrix.cols,) or x.dtype != np.float32 or not x.flags.c_contiguous or tokens > MOST_FEW:
+            raise ValueError(f"x: {x.dtype} {x.shape}; expected float32 (1 to {MOST_FEW}, {matrix.cols}) in C order")
+        result = np.empty((tokens, matrix.rows), np.float32)
+        _set_operands(self._jobs, x, result)
+        self._workers.run_kernel(quantize_tokens, self._address + 8 * _QUANTIZING, 0, tokens)
+        self._workers.run_kernel(self._kernel, self._address, self._jobs.strides[0], matrix.tiles)
+        return result
+
+
 _QUANTIZING = FIELDS.index(QUANTIZING[0])
-_X, _RESULT = FIELDS.index("x"), FIELDS.index("result")
+_X, _RESULT, _TOKENS = FIELDS.index("x"), FIELDS.index("result"), FIELDS.index("tokens")
 
 
 @kernel(types.void(out(types.int64, 2), view(types.float32, 2), out(types.float32, 2)))
 def _set_operands(jobs: Any, x: Any, result: Any) -> None:
-    """Write the addresses of x and of the result into jobs (n, fields): Python takes 2 microseconds for each."""
+    """Write the tokens and addresses of x and of the result into jobs (n, fields): Python takes 2 us for each."""
     for k in range(jobs.shape[0]):
         jobs[k, _X] = x.ctypes.data
         jobs[k, _RESULT] = result.ctypes.data
+        jobs[k, _TOKENS] = x.shape[0]
 
 
 def _table_bytes(matrix: PackedMatrix, bits: int) -> int:
