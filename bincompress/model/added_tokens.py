@@ -35,9 +35,12 @@ class SpecialTokens:
         return {name: token.content for name, token in self.named.items()}
 
 
-def special_tokens(files: Mapping[str, bytes]) -> SpecialTokens:
-    """Read a model's files by name; raises TokenizerError naming the file and the entry that is not a token."""
-    config = json_object(files, _CONFIG) or {}
+def special_tokens(files: Mapping[str, bytes], defaults: Mapping[str, str] | None = None) -> SpecialTokens:
+    """Read a model's files by name; raises TokenizerError naming the file and the entry that is not a token.
+
+    defaults: named tokens of the tokenizer's class, where tokenizer_config.json has no such key.
+    """
+    config = {**(defaults or {}), **(json_object(files, _CONFIG) or {})}
     extra = _extra(config)
     listed: dict[int, tokenizers.AddedToken] = {}
     origin = dict.fromkeys(config, _CONFIG)
