@@ -240,6 +240,17 @@ def test_tokenizers_are_looked_at_before_the_work(tmp_path: Path) -> None:
     verdict.require(export_only=False)
 
 
+def test_what_generating_and_chatting_will_refuse_is_told_before_the_work(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", tiny_tensors(layers=1), tiny_config(layers=1))
+    (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": "0.7"}')
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}")
+    verdict = plan_of(folder).verdict
+    assert verdict.runs
+    assert [note.split(":")[0] for note in verdict.notes] == ["generation_config.json", "chat template"]
+    assert "temperature: expected a number, found '0.7'; text is generated only where" in verdict.notes[0]
+    assert verdict.notes[1].endswith("; chat will refuse it")
+
+
 def test_a_plan_of_headers_alone_asks_for_no_weights(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", tiny_tensors(layers=1), tiny_config(layers=1) | {"tie_word_embeddings": True})
     checkpoint = open_checkpoint(folder)

@@ -17,7 +17,7 @@ from bincompress.model.files import json_object
 
 _CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 _SPACE = "\u2581"  # as sentencepiece writes it
-DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # of the class, where a file has no such key
+_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # of the class, where a file has no such key
 
 # With these, transformers takes tokenizer.json as it is, whatever class is named. Source: tokenization_auto.py,
 # TOKENIZER_MAPPING_NAMES (TokenizersBackend, MistralCommonBackend) and MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.
@@ -45,11 +45,16 @@ def llama_form(files: Mapping[str, bytes]) -> LlamaForm | None:
     own, config = json_object(files, "tokenizer_config.json") or {}, json_object(files, "config.json") or {}
     if (own.get("tokenizer_class") or config.get("tokenizer_class")) not in _CLASSES:
         return None
-    if config.get("model_type") in AS_IT_IS or b'"ByteLevel"' in files["tokenizer.json"]:
+    if config.get("model_type") in AS_IT_IS or b'"ByteLevel"' in files.get("tokenizer.json", b""):
         return None
     given = own.get("add_prefix_space")
     prepend = "never" if given is not None and not given else "always" if own.get("legacy") else "first"
     return LlamaForm(prepend, lists_all="added_tokens_decoder" in own)
+
+
+def class_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
+    """Return the named tokens that a model's tokenizer has where tokenizer_config.json has no such key."""
+    return {} if llama_form(files) is None else dict(_TOKENS)
 
 
 def without_added(data: bytes) -> bytes:

@@ -1,5 +1,6 @@
 """Will a store of this checkpoint run here? Told from headers, config.json and tokenizer.json, before any work."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def verdict(checkpoint: Checkpoint) -> Verdict:
     notes = [*checkpoint.notes, *(config.notes if config else ())]
     if Path(next(iter(checkpoint.tensors.values())).file).is_file():  # else a plan of headers alone
         faults += _text_faults(checkpoint)
-        notes += () if faults else not_obeyed(checkpoint.assets())
+        notes += () if faults else (*not_obeyed(checkpoint.assets()), *_of_answers(checkpoint.assets()))
     return Verdict(tuple(faults), tuple(notes), config)
 
 
@@ -168,3 +169,23 @@ def _text_faults(checkpoint: Checkpoint) -> list[str]:
     except BincompressError as error:
         return [str(error)]
     return []
+
+
+def _of_answers(assets: Mapping[str, bytes]) -> list[str]:
+    """Return what generating and chatting will refuse, each by itself, while the store runs."""
+    from bincompress.inference.chat import load_template
+    from bincompress.inference.load import default_sampling
+
+    notes = []
+    try:
+        default_sampling(assets)
+    except BincompressError as error:
+        notes.append(f"{error}; text is generated only where an option gives this value")
+    try:
+        template = load_template(assets)
+        if template is not None:
+            for tools in (False, True):
+                template.takes("messages", tools)
+    except BincompressError as error:
+        notes.append(f"{error}; chat will refuse it")
+    return notes

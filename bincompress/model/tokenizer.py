@@ -9,7 +9,7 @@ from bincompress.model.added_tokens import NAMED, SpecialTokens, add, check_unic
 from bincompress.model.charsmap import check_charsmaps
 from bincompress.model.errors import PromptError, TokenizerError
 from bincompress.model.files import json_object, pointer
-from bincompress.model.llama_tokenizer import DEFAULTS, LlamaForm, llama_form, rebuild, without_added
+from bincompress.model.llama_tokenizer import LlamaForm, llama_form, rebuild, without_added
 from bincompress.process.systems import give_back_freed_memory
 
 _UNFINISHED = "\ufffd"  # what decoders give for bytes that are not yet a whole character
@@ -218,7 +218,7 @@ def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
     if "tokenizer.json" not in files:
         raise TokenizerError("the model has no tokenizer.json; put it beside config.json")
     llama = llama_form(files)
-    tokens = special_tokens(files, {} if llama is None else DEFAULTS)
+    tokens = special_tokens(files)
     own = {**(json_object(files, "tokenizer_config.json") or {}), **tokens.texts}
     for name in NAMED:
         if name not in tokens.named:
