@@ -251,6 +251,16 @@ def test_what_generating_and_chatting_will_refuse_is_told_before_the_work(tmp_pa
     assert verdict.notes[1].endswith("; chat will refuse it")
 
 
+@pytest.mark.parametrize(("prefix", "told"), [("model.", False), ("", False), ("module.model.", True)])
+def test_names_that_transformers_does_not_find_are_told(tmp_path: Path, prefix: str, told: bool) -> None:
+    found = {
+        prefix + name.removeprefix("model.") if name.startswith("model.") else name: tensor
+        for name, tensor in tiny_tensors(layers=1).items()
+    }
+    notes = plan_of(write_model(tmp_path / "m", found, tiny_config(layers=1))).verdict.notes
+    assert [note.split(":")[0] for note in notes] == (["names of tensors begin with 'module.model.'"] if told else [])
+
+
 def test_a_plan_of_headers_alone_asks_for_no_weights(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", tiny_tensors(layers=1), tiny_config(layers=1) | {"tie_word_embeddings": True})
     checkpoint = open_checkpoint(folder)
