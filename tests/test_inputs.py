@@ -261,6 +261,12 @@ def test_names_that_transformers_does_not_find_are_told(tmp_path: Path, prefix: 
     assert [note.split(":")[0] for note in notes] == (["names of tensors begin with 'module.model.'"] if told else [])
 
 
+def test_a_quantization_config_that_names_no_method_is_shown_as_it_is(tmp_path: Path) -> None:
+    config = tiny_config(layers=1) | {"quantization_config": {"bits": 4}}
+    verdict = plan_of(write_model(tmp_path / "m", tiny_tensors(layers=1), config)).verdict
+    assert verdict.faults == ("config.json: quantization_config = {'bits': 4} is not supported; only None is",)
+
+
 def test_a_plan_of_headers_alone_asks_for_no_weights(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", tiny_tensors(layers=1), tiny_config(layers=1) | {"tie_word_embeddings": True})
     checkpoint = open_checkpoint(folder)
