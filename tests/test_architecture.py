@@ -42,6 +42,7 @@ ORDER = [
 # Imports of later parts, with the reason: each happens within a function, when it is called.
 LATER_IN_FUNCTIONS = {
     ("bincompress.sources.shapes", "model"): "a folder of config.json alone: its architecture knows the shapes",
+    ("bincompress.model.runnable", "inference"): "a plan tells what generating and chatting will refuse",
 }
 LATER_FOR_TYPES = {
     ("bincompress", "api"): "type checkers see its functions, which are imported when they are asked for",

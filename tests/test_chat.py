@@ -40,12 +40,33 @@ def test_named_templates() -> None:
     assert template.render(TALK, tools=[{"name": "f"}]) == "f"
 
 
+def test_templates_as_an_object_by_name() -> None:
+    template = load_template(files(chat_template={"default": "plain", "tool_use": "tools"}))
+    assert template is not None
+    assert (template.render(TALK), template.render(TALK, tools=[{"name": "f"}])) == ("plain", "tools")
+
+
+def test_keys_without_a_value_are_left_out_of_messages() -> None:
+    """As transformers does: an assistant's message that calls a tool has `content: null` in OpenAI's form."""
+    calls = [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}], "reasoning": None}]
+    template = load_template(files(chat_template="{% for m in messages %}{{ m | tojson }}{{ m.content }}{% endfor %}"))
+    assert template is not None
+    assert template.render(calls) == '{"role": "assistant", "tool_calls": [{"name": "f"}]}'
+
+
+def test_tokens_of_the_class_are_variables() -> None:
+    written = {**files(chat_template="{{ bos_token }}", tokenizer_class="LlamaTokenizer"), "tokenizer.json": b"{}"}
+    template = load_template(written)
+    assert template is not None
+    assert template.render(TALK) == "<s>"
+
+
 def test_no_template() -> None:
     assert load_template({}) is None
     assert load_template(files(bos_token="<s>")) is None
 
 
-@pytest.mark.parametrize("given", [5, {"default": "x"}, ["x"], [{"name": "default"}]])
+@pytest.mark.parametrize("given", [5, {"default": 1}, ["x"], [{"name": "default"}]])
 def test_template_of_another_form_is_refused(given: Any) -> None:
     with pytest.raises(TemplateError, match=r"^tokenizer_config\.json: chat_template: expected"):
         load_template(files(chat_template=given))

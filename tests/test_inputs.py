@@ -240,6 +240,33 @@ def test_tokenizers_are_looked_at_before_the_work(tmp_path: Path) -> None:
     verdict.require(export_only=False)
 
 
+def test_what_generating_and_chatting_will_refuse_is_told_before_the_work(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", tiny_tensors(layers=1), tiny_config(layers=1))
+    (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": "0.7"}')
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}")
+    verdict = plan_of(folder).verdict
+    assert verdict.runs
+    assert [note.split(":")[0] for note in verdict.notes] == ["generation_config.json", "chat template"]
+    assert "temperature: expected a number, found '0.7'; text is generated only where" in verdict.notes[0]
+    assert verdict.notes[1].endswith("; chat will refuse it")
+
+
+@pytest.mark.parametrize(("prefix", "told"), [("model.", False), ("", False), ("module.model.", True)])
+def test_names_that_transformers_does_not_find_are_told(tmp_path: Path, prefix: str, told: bool) -> None:
+    found = {
+        prefix + name.removeprefix("model.") if name.startswith("model.") else name: tensor
+        for name, tensor in tiny_tensors(layers=1).items()
+    }
+    notes = plan_of(write_model(tmp_path / "m", found, tiny_config(layers=1))).verdict.notes
+    assert [note.split(":")[0] for note in notes] == (["names of tensors begin with 'module.model.'"] if told else [])
+
+
+def test_a_quantization_config_that_names_no_method_is_shown_as_it_is(tmp_path: Path) -> None:
+    config = tiny_config(layers=1) | {"quantization_config": {"bits": 4}}
+    verdict = plan_of(write_model(tmp_path / "m", tiny_tensors(layers=1), config)).verdict
+    assert verdict.faults == ("config.json: quantization_config = {'bits': 4} is not supported; only None is",)
+
+
 def test_a_plan_of_headers_alone_asks_for_no_weights(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", tiny_tensors(layers=1), tiny_config(layers=1) | {"tie_word_embeddings": True})
     checkpoint = open_checkpoint(folder)

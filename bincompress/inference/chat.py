@@ -105,6 +105,8 @@ def _in_config(files: Mapping[str, bytes]) -> dict[str, str]:
     given = (json_object(files, "tokenizer_config.json") or {}).get("chat_template")
     if given is None or isinstance(given, str):
         return {} if given is None else {"default": given}
+    if isinstance(given, dict) and all(isinstance(text, str) for text in given.values()):
+        return {str(name): text for name, text in given.items()}
     if not isinstance(given, list):
         raise TemplateError(
             f"tokenizer_config.json: chat_template: expected text or a list, found {type(given).__name__}"
@@ -127,8 +129,10 @@ def _plain(value: Any) -> Any:
 
 
 def _with_reasoning(message: Any) -> Any:
-    """Give a message's reasoning under the names that templates read, as transformers does."""
+    """Give a message's reasoning under the names that templates read, and no empty keys, as transformers does."""
     if not isinstance(message, dict):
         raise PromptError(f"chat: expected messages with role and content, found {type(message).__name__}")
-    given = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    # Keys without a value are left out, as in transformers: many templates write "None" for them.
+    message = {key: value for key, value in message.items() if value is not None}
+    given = next((message[name] for name in _REASONING if name in message), None)
     return message if given is None else {"thinking": given, **message, "reasoning_content": given}

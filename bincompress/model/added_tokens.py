@@ -15,6 +15,7 @@ import tokenizers
 from bincompress.errors import BincompressError
 from bincompress.model.errors import TokenizerError
 from bincompress.model.files import json_object
+from bincompress.model.llama_tokenizer import class_tokens
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -37,7 +38,7 @@ class SpecialTokens:
 
 def special_tokens(files: Mapping[str, bytes]) -> SpecialTokens:
     """Read a model's files by name; raises TokenizerError naming the file and the entry that is not a token."""
-    config = json_object(files, _CONFIG) or {}
+    config = {**class_tokens(files), **(json_object(files, _CONFIG) or {})}
     extra = _extra(config)
     listed: dict[int, tokenizers.AddedToken] = {}
     origin = dict.fromkeys(config, _CONFIG)

@@ -1,5 +1,6 @@
 """Will a store of this checkpoint run here? Told from headers, config.json and tokenizer.json, before any work."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from bincompress.model.generation_fields import not_obeyed
 from bincompress.model.roles import Roles, declared_roles
 from bincompress.model.tokenizer import load_tokenizer
 from bincompress.sources.checkpoint import ITEM_BYTES, Checkpoint
+from bincompress.sources.multimodal import is_multimodal
 
 _QUANTIZED = {  # how tensors of a quantized checkpoint end, and what made them
     ".qweight": "GPTQ or AWQ",
@@ -33,6 +35,9 @@ _SHAPES = {  # of Llama and its kin, for architectures that are not registered
     "mlp.up_proj.weight": ("intermediate_size", "hidden_size"),
     "mlp.down_proj.weight": ("hidden_size", "intermediate_size"),
 }
+
+# What may stand before the names of a language model by itself. Source: transformers 5, from_pretrained.
+_PREFIXES_OF_TRANSFORMERS = ("", "model.", "model.model.")
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,10 @@ def verdict(checkpoint: Checkpoint) -> Verdict:
         _check_known_shapes(checkpoint)
     else:
         faults += _decoder_faults(checkpoint, config)
-    notes = [*checkpoint.notes, *(config.notes if config else ())]
+    notes = [*checkpoint.notes, *(config.notes if config else ()), *(_of_names(checkpoint, config) if config else ())]
     if Path(next(iter(checkpoint.tensors.values())).file).is_file():  # else a plan of headers alone
         faults += _text_faults(checkpoint)
-        notes += () if faults else not_obeyed(checkpoint.assets())
+        notes += () if faults else (*not_obeyed(checkpoint.assets()), *_of_answers(checkpoint.assets()))
     return Verdict(tuple(faults), tuple(notes), config)
 
 
@@ -168,3 +173,34 @@ def _text_faults(checkpoint: Checkpoint) -> list[str]:
     except BincompressError as error:
         return [str(error)]
     return []
+
+
+def _of_names(checkpoint: Checkpoint, config: ModelConfig) -> list[str]:
+    """Return that transformers would not find the decoder's tensors, in the checkpoint as in an export, if so."""
+    prefix = config.names.layer.split("layers.")[0]
+    if prefix in _PREFIXES_OF_TRANSFORMERS or is_multimodal(checkpoint.config):
+        return []
+    return [
+        f"names of tensors begin with {prefix!r}: read here as {config.architecture}, but transformers reads them as "
+        f"missing and fills in random weights, also from an export; rename them to 'model.' for it"
+    ]
+
+
+def _of_answers(assets: Mapping[str, bytes]) -> list[str]:
+    """Return what generating and chatting will refuse, each by itself, while the store runs."""
+    from bincompress.inference.chat import load_template
+    from bincompress.inference.load import default_sampling
+
+    notes = []
+    try:
+        default_sampling(assets)
+    except BincompressError as error:
+        notes.append(f"{error}; text is generated only where an option gives this value")
+    try:
+        template = load_template(assets)
+        if template is not None:
+            for tools in (False, True):
+                template.takes("messages", tools)
+    except BincompressError as error:
+        notes.append(f"{error}; chat will refuse it")
+    return notes

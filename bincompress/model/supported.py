@@ -94,8 +94,10 @@ def _refuse_unhandled(raw: Mapping[str, Any], declared: Architecture) -> None:
                 raise UnsupportedModelError(str(error)) from None
             continue
         if not any(value is entry or (type(value) is type(entry) and value == entry) for entry in neutral):
-            shown = value.get("quant_method", "given") if isinstance(value, Mapping) else value
-            raise UnsupportedModelError(f"config.json: {field} = {shown!r} is not supported; only {neutral[0]!r} is")
+            shown = value.get("quant_method", value) if isinstance(value, Mapping) else value
+            raise UnsupportedModelError(
+                f"config.json: {field} = {shown!r:.200} is not supported; only {neutral[0]!r} is"
+            )
 
 
 def _refuse_other_values(raw: Mapping[str, Any], declared: Architecture) -> None:

@@ -9,6 +9,7 @@ from bincompress.model.added_tokens import NAMED, SpecialTokens, add, check_unic
 from bincompress.model.charsmap import check_charsmaps
 from bincompress.model.errors import PromptError, TokenizerError
 from bincompress.model.files import json_object, pointer
+from bincompress.model.llama_tokenizer import LlamaForm, llama_form, rebuild, without_added
 from bincompress.process.systems import give_back_freed_memory
 
 _UNFINISHED = "\ufffd"  # what decoders give for bytes that are not yet a whole character
@@ -37,18 +38,24 @@ class Tokenizer:
         *configs: Mapping[str, Any] | None,
         tokens: SpecialTokens | None = None,
         split_special_tokens: bool = False,
+        llama: LlamaForm | None = None,
     ) -> None:
         """Read tokenizer.json's bytes and the ids that begin and end a text.
 
         configs: generation_config.json, config.json and tokenizer_config.json as far as the model has them. All end
         tokens that any of them names end a text; the first that names a beginning-of-text token decides it. tokens:
         those that the files beside tokenizer.json know. split_special_tokens: special tokens in a text are text.
+        llama: how the class LlamaTokenizer writes texts, where a file names it.
         """
         if found := pointer(data):
             raise TokenizerError(f"tokenizer.json: {found}")
         check_charsmaps(data)
         with named("tokenizer.json: cannot be read"):
-            self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+            read = without_added(data) if llama is not None and llama.lists_all else data
+            self._tokenizer = tokenizers.Tokenizer.from_str(read.decode("utf-8"))
+        if llama is not None:
+            rebuild(self._tokenizer, llama)
+        _check_dropout(self._tokenizer)
         give_back_freed_memory()  # a large vocabulary takes a hundred MB while it is read
         # A stored limit or padding belongs to training; transformers switches both off as well.
         self._tokenizer.no_truncation()
@@ -210,6 +217,7 @@ def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
     """Build the tokenizer from a model's files by name; raise TokenizerError if tokenizer.json is not among them."""
     if "tokenizer.json" not in files:
         raise TokenizerError("the model has no tokenizer.json; put it beside config.json")
+    llama = llama_form(files)
     tokens = special_tokens(files)
     own = {**(json_object(files, "tokenizer_config.json") or {}), **tokens.texts}
     for name in NAMED:
@@ -221,4 +229,14 @@ def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
         *configs,
         tokens=tokens,
         split_special_tokens=own.get("split_special_tokens") is True,
+        llama=llama,
     )
+
+
+def _check_dropout(tokenizer: tokenizers.Tokenizer) -> None:
+    """Raise TokenizerError where merges are left out at random, as in training: a text has other ids each time."""
+    dropout = getattr(tokenizer.model, "dropout", None)
+    if dropout:
+        raise TokenizerError(
+            f"tokenizer.json: model: dropout = {dropout:.3g} gives random tokens; expected null; set it to null"
+        )
