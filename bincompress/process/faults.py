@@ -1,6 +1,7 @@
 """What is wrong when something other than our own checks fails: an object store, a package, a disk? In one line."""
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 
@@ -26,6 +27,7 @@ _DENIED = {
 }  # fmt: skip
 _STORES = {"botocore", "aiobotocore", "s3fs", "aiohttp", "gcsfs", "google", "adlfs", "azure", "fsspec", "urllib3"}
 _EXTRAS = {"s3fs": "bincompress[s3]", "ray": "bincompress[ray]", "matplotlib": "bincompress[report]"}
+_RUST = {"safetensors", "tokenizers"}
 _OF_THE_MACHINE = (
     errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
 )  # fmt: skip
@@ -93,12 +95,14 @@ def _of_an_object_store(error: BaseException) -> str | None:
 
 
 def _of_the_machine(error: BaseException) -> str | None:
+    if (memory := _of_memory(error)) is not None:
+        return memory
     if isinstance(error, ImportError):
         return _of_a_package(error)
-    if isinstance(error, MemoryError):
-        return "not enough memory; close other programs or raise the limit (`--dry-run` shows what compressing needs)"
     if isinstance(error, TimeoutError):
         return f"no answer in time: {one_line(error)}; check the network and try again"
+    if (number := _of_the_system(error)) is not None:
+        error = OSError(number, os.strerror(number))
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         advice = {
@@ -112,6 +116,26 @@ def _of_the_machine(error: BaseException) -> str | None:
     if package in ("zarr", "ray", "huggingface_hub", "httpx", "httpx2", "requests"):
         return f"{package}: {one_line(error)}"
     return None
+
+
+def _of_memory(error: BaseException) -> str | None:
+    """Memory or a thread's stack could not be had, or a library found no place: then what a limit says counts."""
+    from bincompress.process import limits  # reads the machine, which most errors do not need
+
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return limits.limit_reached() or (
+            "not enough memory; close other programs or raise the limit (`--dry-run` shows what compressing needs)"
+        )
+    starved = ("failed to map", "Cannot allocate memory", "cannot allocate memory", "can't start new thread")
+    if any(text in str(link) for link in _chain(error) for text in starved):
+        return limits.limit_reached()
+    return None
+
+
+def _of_the_system(error: BaseException) -> int | None:
+    """Return the errno in what a library written in Rust says, such as safetensors."""
+    found = re.search(r"\(os error (\d+)\)", str(error)) if _package(error) in _RUST else None
+    return int(found[1]) if found else None
 
 
 def _of_a_package(error: ImportError) -> str | None:
