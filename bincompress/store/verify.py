@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from bincompress.errors import StoreError
-from bincompress.store.files import is_local, nobodys
-from bincompress.store.layout import NODES, SEAL, array_hash
+from bincompress.store.files import is_local
+from bincompress.store.layout import MODEL, NODES, SEAL, array_hash
 from bincompress.store.pack_files import PackFiles
 from bincompress.store.reading import StoreReader, not_finite
 from bincompress.tensors.forms import Stored
@@ -53,7 +53,7 @@ def _root_problem(store: StoreReader) -> str:
     there = set()
     for key in store.files.sizes():
         parts = key.split("/")
-        if not nobodys(key) and len(parts) > 2 and parts[0] in ("tensors", "plain"):
+        if MODEL.owns(key) and len(parts) > 2 and parts[0] in ("tensors", "plain"):  # else nobody reads it
             there.add((parts[0], parts[1]))
     listed = {("tensors" if kind == "packed" else "plain", name) for name, kind in tensors.items()}
     extra = sorted(name for kind, name in there - listed)
