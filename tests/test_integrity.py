@@ -63,6 +63,17 @@ def test_attributes_that_were_changed_are_found(store: Path, name: str, changes:
     assert run("generate", store, "a")[0] == 2
 
 
+@pytest.mark.parametrize("change", [{"zarr_format": 4}, {"node_type": "grp"}, {"node_type": ...}])
+@pytest.mark.parametrize("group", ["tensors", "assets", "log", f"tensors/{NAME}"])
+def test_groups_that_other_programs_refuse_are_found(store: Path, group: str, change: dict[str, Any]) -> None:
+    file = store / group / "zarr.json"
+    node = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({key: value for key, value in node.items() if value is not ...}))
+    found = problems(store)
+    assert list(found) == [NAME if NAME in group else "zarr.json"]
+    assert "not the metadata of a Zarr v3 group" in next(iter(found.values()))
+
+
 def test_attributes_of_another_tensor_are_found(store: Path) -> None:
     first, second = (store / "tensors" / f"model.layers.0.self_attn.{part}_proj.weight" for part in "qk")
     first.rename(store / "x")
