@@ -109,3 +109,18 @@ def test_a_store_is_asked_for_once(run_with_hub: RunWithHub, hub: FaultyHub) -> 
         assert words in done.stderr
         assert done.stderr.startswith("error: team/tiny: ")
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [("models",), ("inspect", "team/tiny"), ("compress", "team/tiny", "store")])
+def test_a_user_without_a_home(run_with_hub: RunWithHub, hub: FaultyHub, command: tuple[str, ...]) -> None:
+    # As of a container whose user has no entry in /etc/passwd.
+    code = (
+        "import os, sys; from bincompress import cli; os.getuid = lambda: 54321\n"
+        "for name in ('HOME', 'HF_HOME', 'XDG_CACHE_HOME'): os.environ.pop(name, None)\n"
+        "sys.argv = ['bincompress', *sys.argv[1:]]; cli.main()"
+    )
+    done = run_with_hub(hub.server_port, *command, code=code)
+    assert done.returncode == 2
+    assert "this user has no home folder; set HOME" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr

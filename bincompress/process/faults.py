@@ -112,6 +112,8 @@ def _of_the_machine(error: BaseException) -> str | None:
         return f"{where}{error.strerror or one_line(error)}{advice}"
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return "no more threads can be started; give fewer --threads, or raise the limit (`ulimit -u`, pids.max)"
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # of pathlib
+        return "this user has no home folder; set HOME to one that can be written (or HF_HOME, for the Hub's cache)"
     package = _package(error)
     if package in ("zarr", "ray", "huggingface_hub", "httpx", "httpx2", "requests"):
         return f"{package}: {one_line(error)}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bincompress.errors import BincompressError, CheckpointError
+from bincompress.process.faults import explain
 from bincompress.sources.assets import is_asset
 from bincompress.sources.checkpoint import INDEX, Checkpoint, checkpoint_of, open_checkpoint, read_json
 from bincompress.sources.gguf.opening import is_gguf, open_gguf
@@ -167,6 +168,8 @@ def reason(error: Exception, what: str = "folder") -> str:
         return f"what answers is not the Hub: it redirects in circles ({text}); does HF_ENDPOINT fit?"
     if isinstance(cause, ValueError):
         return f"what answers is not the Hub ({text}); does this network ask to sign in first? does HF_ENDPOINT fit?"
+    if isinstance(cause, RuntimeError) and (told := explain(cause)) is not None:
+        return told
     if isinstance(cause, OSError) and cause.errno in _OF_A_DISK:
         where = cause.filename or "HF_HOME"
         return f"the Hub's cache cannot be written: {where}: {cause.strerror}; set HF_HOME to a folder with space"
