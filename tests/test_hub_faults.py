@@ -111,7 +111,7 @@ def test_a_store_is_asked_for_once(run_with_hub: RunWithHub, hub: FaultyHub) -> 
         assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [("models",), ("inspect", "team/tiny"), ("compress", "team/tiny", "store")])
+@pytest.mark.parametrize("command", [("models",), ("compress", "team/tiny", "store")])
 def test_a_user_without_a_home(run_with_hub: RunWithHub, hub: FaultyHub, command: tuple[str, ...]) -> None:
     # As of a container whose user has no entry in /etc/passwd.
     code = (

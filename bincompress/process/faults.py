@@ -78,6 +78,8 @@ def _of_an_object_store(error: BaseException) -> str | None:
         return (
             f"the object store says: {_DENIED[code]} ({code}: {one_line(error)}); check credentials, bucket and region"
         )
+    if code in ("PreconditionFailed", "412"):
+        return f"an object was changed while it was read ({code}); run the same command again"
     if code:
         return f"the object store says: {code}: {one_line(error)}; try again later"
     if names & _UNREACHABLE or any(_package(link) in _STORES for link in links):
