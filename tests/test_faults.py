@@ -100,7 +100,7 @@ def test_a_fault_of_the_program_is_one_line(run: Run, demo: Path, monkeypatch: p
     assert code == 2
 
 
-class Coded(Exception):
+class CodedError(Exception):
     """As botocore's ClientError, with the code of an answer."""
 
     def __init__(self, code: str) -> None:
@@ -119,7 +119,7 @@ class Coded(Exception):
         (OSError(28, "No space left on device", "x"), "x: No space left on device; free some space"),
         (TimeoutError("slow"), "no answer in time"),
         (RuntimeError("Could not determine home directory."), "this user has no home folder; set HOME"),
-        (Coded("PreconditionFailed"), "an object was changed while it was read"),
+        (CodedError("PreconditionFailed"), "an object was changed while it was read"),
     ],
 )
 def test_known_failures(run: Run, demo: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str) -> None:
