@@ -187,3 +187,20 @@ def test_help_needs_little_memory() -> None:
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "--max-tokens" in done.stdout
+
+
+def test_a_home_that_no_shell_has_read(
+    run: Run, demo: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    manifest = tmp_path / "models.toml"
+    manifest.write_text(f'[[model]]\nsource = "{tiny_model}"\nstore = "~/store"\n')
+    for command in (
+        ("compress", tiny_model, "~/store"),
+        ("batch", manifest),
+        ("export", demo, "~/exported"),
+        ("pack", demo, "~/packed.zip"),
+        ("report", demo, "--out", "~/report.html"),
+    ):
+        refused(run, list(command), "~ is a home folder only where a shell reads it")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "models.toml"}

@@ -16,6 +16,7 @@ def refuse_unwritable(path: Path, what: str, *, makes_folders: bool = False, app
     what: option or argument, for the message. makes_folders: the command makes the folders above. appends: lines are
     added to a file that stays in its place; a disk that is full does not count then, as the command goes on without.
     """
+    refuse_tilde(path)
     if path.is_dir():
         raise BincompressError(f"{what} {path}: is a folder; give the name of a file")
     try:
@@ -30,12 +31,22 @@ def refuse_unwritable(path: Path, what: str, *, makes_folders: bool = False, app
 
 def refuse_unwritable_folder(path: Path, what: str) -> None:
     """Raise BincompressError where nothing can be written in a folder, or it cannot be made; change nothing there."""
+    refuse_tilde(path)
     if os.path.lexists(path) and not path.is_dir():
         raise BincompressError(f"{what} {path}: is no folder; give another path")
     try:
         _probe(path if path.is_dir() else _folder(path, what, makes_folders=True), _PROBE)
     except OSError as error:
         raise BincompressError(f"{what} {path}: cannot be written: {explain(_nameless(error))}") from None
+
+
+def refuse_tilde(path: Path) -> None:
+    """Raise BincompressError for ~/name, which no shell has read, as in a manifest: a folder ~ would be made."""
+    first = path.parts[0] if path.parts else ""
+    if first.startswith("~") and len(path.parts) > 1 and not Path(first).exists():
+        raise BincompressError(
+            f"{path}: ~ is a home folder only where a shell reads it, without quotes; write the path"
+        )
 
 
 def _folder(path: Path, what: str, makes_folders: bool) -> Path:
