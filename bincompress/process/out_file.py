@@ -17,11 +17,12 @@ def refuse_unwritable(path: Path, what: str, *, makes_folders: bool = False, app
     added to a file that stays in its place; a disk that is full does not count then, as the command goes on without.
     """
     refuse_tilde(path)
-    if path.is_dir():
-        raise BincompressError(f"{what} {path}: is a folder; give the name of a file")
     try:
+        if path.is_dir():
+            raise BincompressError(f"{what} {path}: is a folder; give the name of a file")
         if path.exists():
-            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK)) if path.is_file() else None
+            if path.is_file():
+                os.close(os.open(path, os.O_WRONLY))
             if appends or not path.is_file():  # such as a pipe: what it takes shows when it is written to
                 return
         _probe(_folder(path, what, makes_folders), b"" if appends else _PROBE)
@@ -32,9 +33,9 @@ def refuse_unwritable(path: Path, what: str, *, makes_folders: bool = False, app
 def refuse_unwritable_folder(path: Path, what: str) -> None:
     """Raise BincompressError where nothing can be written in a folder, or it cannot be made; change nothing there."""
     refuse_tilde(path)
-    if os.path.lexists(path) and not path.is_dir():
-        raise BincompressError(f"{what} {path}: is no folder; give another path")
     try:
+        if os.path.lexists(path) and not path.is_dir():
+            raise BincompressError(f"{what} {path}: is no folder; give another path")
         _probe(path if path.is_dir() else _folder(path, what, makes_folders=True), _PROBE)
     except OSError as error:
         raise BincompressError(f"{what} {path}: cannot be written: {explain(_nameless(error))}") from None
