@@ -55,6 +55,10 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
+        if not {"-h", "--help"} & set(sys.argv):
+            from bincompress.process.limits import refuse_small_limit
+
+            refuse_small_limit()  # before a command imports what would end the process
         command = importlib.import_module(f"bincompress.commands.{name}").command
         assert isinstance(command, click.Command)
         return command

@@ -277,11 +277,11 @@ def test_what_gguf_cannot_hold_is_refused_before_the_work(
 
 def test_the_command_overwrites_only_when_told(tmp_path: Path, run: Run) -> None:
     store, file = made_store(tmp_path, "Qwen2ForCausalLM"), tmp_path / "m.gguf"
-    file.write_bytes(b"mine")
+    file.write_bytes(b"GGUF of mine")
     code, _, err = run("export", store.url, file)
     assert code == 2
     assert "m.gguf: is there; nothing was changed: --overwrite replaces it" in err
-    assert file.read_bytes() == b"mine"
+    assert file.read_bytes() == b"GGUF of mine"
     code, out, err = run("export", store.url, file, "--overwrite", "--gguf-type", "q8_0")
     assert code == 0, err
     assert "16 Q8_0; 0 of 16 matrices hold the store's weights exactly" in out
@@ -322,10 +322,10 @@ export_gguf(open_store(sys.argv[1]), sys.argv[2], overwrite=True, on_tensor=stop
 def test_a_killed_export_leaves_the_file_as_it_was(forked: Forked, tmp_path: Path) -> None:
     store, file = made_store(tmp_path, "LlamaForCausalLM"), tmp_path / "out" / "m.gguf"
     file.parent.mkdir()
-    file.write_bytes(b"mine")
+    file.write_bytes(b"GGUF of mine")
     done = forked(store.url, file, code=KILLED)
     assert done.returncode == -signal.SIGKILL
-    assert file.read_bytes() == b"mine"
+    assert file.read_bytes() == b"GGUF of mine"
     assert len(list(file.parent.iterdir())) == 2
     export_gguf(store, file, overwrite=True)
     assert [path.name for path in file.parent.iterdir()] == ["m.gguf"]

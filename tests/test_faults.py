@@ -100,6 +100,14 @@ def test_a_fault_of_the_program_is_one_line(run: Run, demo: Path, monkeypatch: p
     assert code == 2
 
 
+class CodedError(Exception):
+    """As botocore's ClientError, with the code of an answer."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.response = {"Error": {"Code": code}}
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
@@ -110,6 +118,8 @@ def test_a_fault_of_the_program_is_one_line(run: Run, demo: Path, monkeypatch: p
         (ValueError("Protocol not known: ftpx"), "not a kind of URL"),
         (OSError(28, "No space left on device", "x"), "x: No space left on device; free some space"),
         (TimeoutError("slow"), "no answer in time"),
+        (RuntimeError("Could not determine home directory."), "this user has no home folder; set HOME"),
+        (CodedError("PreconditionFailed"), "an object was changed while it was read"),
     ],
 )
 def test_known_failures(run: Run, demo: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str) -> None:

@@ -63,6 +63,17 @@ def test_attributes_that_were_changed_are_found(store: Path, name: str, changes:
     assert run("generate", store, "a")[0] == 2
 
 
+@pytest.mark.parametrize("change", [{"zarr_format": 4}, {"node_type": "grp"}, {"node_type": ...}])
+@pytest.mark.parametrize("group", ["tensors", "assets", "log", f"tensors/{NAME}"])
+def test_groups_that_other_programs_refuse_are_found(store: Path, group: str, change: dict[str, Any]) -> None:
+    file = store / group / "zarr.json"
+    node = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({key: value for key, value in node.items() if value is not ...}))
+    found = problems(store)
+    assert list(found) == [NAME if NAME in group else "zarr.json"]
+    assert "not the metadata of a Zarr v3 group" in next(iter(found.values()))
+
+
 def test_attributes_of_another_tensor_are_found(store: Path) -> None:
     first, second = (store / "tensors" / f"model.layers.0.self_attn.{part}_proj.weight" for part in "qk")
     first.rename(store / "x")
@@ -189,6 +200,22 @@ def test_a_kept_matrix_that_is_not_finite_is_recorded_named_and_runs_nowhere(
     assert run("verify", store)[0] == 1
     with pytest.raises(BincompressError, match=rf"{name}: nan at \[3, 7\]; expected finite values"):
         load_decoder(str(store), 1, EIGHT)
+    said = f"NOT FINITE: {name}: nan at [3, 7]; expected finite values; it will not run\n"
+    assert said in run("inspect", store)[1]
+    assert said in run("compress", tmp_path / "model", store)[1]  # again, when there is nothing left to do
+    text = tmp_path / "text"
+    text.write_text("t1 t2 " * 400)
+    for command in (
+        ("export", store, tmp_path / "exported"),
+        ("pack", store, tmp_path / "packed.zip"),
+        ("distill", store, "--teacher", tmp_path / "model", "--out", tmp_path / "out", "--text", text),
+        ("train", tmp_path / "model", tmp_path / "out", "--text", text, "--layer-context", 64, "--start", store),
+    ):
+        code, _, errors = run(*command)
+        assert code == 2
+        assert f"{name}: nan at [3, 7]; expected finite values" in errors
+        assert errors.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "store", "text"}
 
 
 def test_a_store_of_an_earlier_version_with_a_norm_that_is_not_finite(

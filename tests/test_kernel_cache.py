@@ -8,11 +8,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numba
 import pytest
 
-from cpu_kernels.jit import kernel_cache
+from cpu_kernels.jit import kernel_cache, numba_settings
 from cpu_kernels.jit.numba_settings import code_settings
 
 ROOT = Path(__file__).parents[1]
@@ -224,3 +225,9 @@ def test_a_cache_that_cannot_be_written_costs_a_compilation_and_a_line(tmp_path:
         (line,) = done.stderr.splitlines()
         assert line.startswith("kernels are compiled anew by every process")
         assert str(tmp_path / "cache") in line
+
+
+def test_optimized_bytecode_has_a_cache_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = code_settings()
+    monkeypatch.setattr(numba_settings, "sys", SimpleNamespace(flags=SimpleNamespace(optimize=2)))
+    assert code_settings() == ["PYTHONOPTIMIZE=2", *told]

@@ -1,7 +1,9 @@
 """`bincompress run`: lines are answered as alone, resumed after an end at any moment, refused before the work."""
 
 import json
+import os
 import shutil
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -253,3 +255,53 @@ def test_more_tokens_than_the_context_are_refused_before_the_work(model: Model, 
     with pytest.raises(PromptFileError, match="line 2 of the prompts: max_tokens: expected at most 256, the context"):
         write_answers(model, asked, tmp_path / "out", DEFAULTS, LIMITS, "e")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [{"text": 5}, {"text": None}, {"id": "other"}, {"error": {}}])
+def test_an_answer_that_was_edited_to_what_run_never_writes_is_refused(
+    model: Model, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    asked = read_prompts(write(tmp_path / "prompts", LINES[:1]))
+    out = tmp_path / "out"
+    write_answers(model, asked, out, DEFAULTS, LIMITS, "e")
+    write(out, [read(out)[0] | change])
+    before = out.read_bytes()
+    with pytest.raises(PromptFileError, match="line 1: "):
+        write_answers(model, asked, out, DEFAULTS, LIMITS, "e")
+    assert out.read_bytes() == before
+
+
+def test_a_file_that_came_in_the_place_of_the_answers_stays(model: Model, tmp_path: Path) -> None:
+    asked = read_prompts(write(tmp_path / "prompts", LINES[:1]))
+    out, other = tmp_path / "out", tmp_path / "other"
+
+    def replace(done: int, total: int) -> None:
+        other.write_text("precious")
+        other.replace(out)
+
+    with pytest.raises(PromptFileError, match="another program put a file of its own there, which was left") as found:
+        write_answers(model, asked, out, DEFAULTS, LIMITS, "e", replace)
+    assert out.read_text() == "precious"
+    assert [answer["line"] for answer in read(Path(str(found.value).rpartition(" in ")[2]))] == [1]
+
+
+def test_a_disk_that_fills_under_the_answers(run: Run, chat_store: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, check=False).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        prompts = write(tmp_path / "prompts", [{"prompt": "A page", "max_tokens": 1, "id": "x" * 3000}] * 4)
+        command = ("run", chat_store, prompts, "--out", disk / "out", "--temperature", 0)
+        code, _, errors = run(*command)
+        assert code == 2
+        assert errors == (
+            f"error: {disk / 'out'}: cannot be written: No space left on device; free some space; run the same "
+            "command again to resume\n"
+        )
+        subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
+        assert run(*command)[0] == 0
+        assert [answer["line"] for answer in read(disk / "out")] == [1, 2, 3, 4]
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -22,6 +22,7 @@ from tests.conftest import Run
 from tests.runs import plan_of, problems
 from tests.s3 import s3_environment, s3_server
 
+PACKED, KEPT = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
 SAMPLES = np.random.default_rng(5).integers(0, 96, (2, 16))
 
 
@@ -93,6 +94,8 @@ def test_overwriting_leaves_what_is_no_part_of_the_store_and_names_it(
     place = Tree(url)
     compress(plan_of(tiny_model), url)
     foreign = [".git/HEAD", "README.md", ".gitattributes", "tensors/notes.txt", "assets/c.txt", "x.partial", "c/0"]
+    foreign += [f"tensors/{PACKED}/mine.txt", f"tensors/{PACKED}/planes/mine.txt", f"plain/{KEPT}/mine.txt"]
+    foreign += ["plain/other/zarr.json.bak", "assets/config.json/mine.txt"]
     for name in foreign:
         place.put(name)
     assert compress(plan_of(tiny_model, groups=4), url, overwrite=True).complete
@@ -106,6 +109,23 @@ def test_overwriting_leaves_what_is_no_part_of_the_store_and_names_it(
     compress(plan_of(tiny_model, groups=4), fresh.url)
     own = {name: content for name, content in found.items() if name not in foreign and not name.startswith("log/")}
     assert own == {name: content for name, content in fresh.all().items() if not name.startswith("log/")}
+
+
+def test_going_on_leaves_what_lies_among_the_arrays_of_a_tensor(tiny_model: Path, url: str) -> None:
+    place = Tree(url)
+    compress(plan_of(tiny_model), url)
+    foreign = [f"tensors/{PACKED}/mine.txt", f"tensors/{PACKED}/planes/mine.txt", f"plain/{KEPT}/mine.txt"]
+    foreign += ["assets/config.json/mine.txt", "plain/other/notes.txt"]
+    for name in foreign:
+        place.put(name)
+    for broken in (f"tensors/{PACKED}", f"plain/{KEPT}"):
+        place.put(f"{broken}/zarr.json", b"{}")
+    config = json.loads((tiny_model / "config.json").read_text())
+    (tiny_model / "config.json").write_text(json.dumps(config, indent=1))  # the same model in other bytes
+    assert compress(plan_of(tiny_model), url).unchanged == 19
+    found = place.all()
+    assert {name: found[name] for name in foreign} == dict.fromkeys(foreign, b"do not lose")
+    assert problems(url) == {}
 
 
 @pytest.mark.slow
@@ -125,6 +145,13 @@ def test_overwriting_statistics_leaves_the_rest(tiny_model: Path, url: str, capl
     assert place.all() == before
     remove(url, STATISTICS)
     assert set(place.all()) == {"README.md", "inputs/mine.txt"}
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/.", "s3://bucket/a/..", "s3://bucket/../a"])
+def test_a_place_with_dots_is_refused(bucket: None, tiny_model: Path, run: Run, place: str) -> None:
+    code, _, err = run("compress", tiny_model, place)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{place}: object stores take . and .. for names of their own" in err
 
 
 @pytest.mark.parametrize("whole", ["s3://bucket", "s3://bucket/", "s3://bucket//"])

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from bincompress.errors import DamagedError, StoreError
 from bincompress.methods import Inputs
+from bincompress.process.faults import hinders
 from bincompress.store.arrays import read_array
 from bincompress.store.files import is_local
 from bincompress.store.layout import BEGINNING, STATISTICS, array_hash, group_node, parse_array, parse_node
@@ -84,6 +85,8 @@ class Statistics:
                 # Not through zarr, which would take whatever memory the metadata asks for.
                 found[key] = read_array(files, path, parse_array(parse_node(files.read(f"{path}/zarr.json") or b"")))
             except (AttributeError, KeyError, OSError, TypeError, ValueError, RuntimeError, MemoryError) as error:
+                if hinders(error):
+                    raise
                 raise DamagedError(f"{self.url}: {group.path}: {key} cannot be read: {error}") from None
             if array_hash(found[key]) != expected:
                 raise DamagedError(f"{self.url}: {group.path}: {key}: its bytes are not those that were written")

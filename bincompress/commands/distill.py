@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from bincompress.commands.options import rounded_inputs_option
+from bincompress.commands.out_file import OutFolder
 from bincompress.commands.shared import print_json
 
 _WRITTEN_TOKENS = 1 << 18
@@ -63,9 +64,7 @@ _PLACES = ("device", "threads", "checkpoint_every")
 )
 @rounded_inputs_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: PyTorch's]")
-@click.option(
-    "--cache-logits", type=click.Path(file_okay=False, path_type=Path), help="Folder to cache the teacher's logits in."
-)
+@click.option("--cache-logits", type=OutFolder(), help="Folder to cache the teacher's logits in.")
 @click.option(
     "--validation-share", type=float, default=0.02, show_default=True, help="Share of the text held out for validation."
 )
@@ -77,9 +76,7 @@ _PLACES = ("device", "threads", "checkpoint_every")
     "--checkpoint-every", type=click.IntRange(min=0),
     help="Steps between checkpoints. 0: none.  [default: by time, at most 1/20 of the run's]",
 )  # fmt: skip
-@click.option(
-    "--work", type=click.Path(file_okay=False, path_type=Path), help="Folder for checkpoints.  [default: beside STORE2]"
-)
+@click.option("--work", type=OutFolder(), help="Folder for checkpoints.  [default: beside STORE2]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the window order and of generated text.")
 @click.option(
     "--overwrite", is_flag=True, help="Begin anew, and replace STORE2 (in a folder: when the result is there)."

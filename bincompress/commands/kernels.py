@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from bincompress.commands.out_file import OutFile
 from bincompress.commands.shared import print_json
 
 
@@ -21,7 +22,7 @@ def command() -> None:
 
 
 @command.command("export")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=OutFile())
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def export(file: Path, as_json: bool) -> None:
     """Write the kernels that are compiled on this machine into FILE, and print its SHA-256.

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bincompress.commands.out_file import OutFile
+
 if TYPE_CHECKING:
     from bincompress.inference.generate import Model
     from bincompress.inference.prefixes import PrefixCache
 
 prompt_cache_option = click.option(
     "--prompt-cache",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OutFile(),
     help="File that keeps what was computed of the text: the next run goes on where texts begin alike.",
 )
 

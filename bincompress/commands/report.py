@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from bincompress.commands.out_file import OutFile
 from bincompress.commands.shared import kernels_announced
 
 _MARKED = 4096  # bytes, among which the title of such a page is
@@ -14,7 +15,7 @@ _MARKED = 4096  # bytes, among which the title of such a page is
 @click.argument("store")
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OutFile(),
     default=Path("report.html"),
     show_default=True,
     help="The page to write.",

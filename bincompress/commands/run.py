@@ -8,15 +8,14 @@ from typing import Any
 import click
 
 from bincompress.commands.options import engine_options, load_with, lookup_option, sampling_options, settings_from
+from bincompress.commands.out_file import OutFile
 from bincompress.commands.shared import decoding_announced
 
 
 @click.command()
 @click.argument("store")
 @click.argument("prompts", type=click.Path(dir_okay=False, path_type=Path))
-@click.option(
-    "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="File of answers, JSON lines."
-)
+@click.option("--out", required=True, type=OutFile(), help="File of answers, JSON lines.")
 @click.option(
     "--parallel", type=click.IntRange(1, 256), default=4, show_default=True, help="Texts that are written at once."
 )

@@ -7,11 +7,11 @@ import errno
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from bincompress.commands.out_file import OutFile
 from bincompress.commands.shared import address_option, byte_bar, kernels_announced
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ _OPTIONS = [
     ),
     click.option(
         "--events",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=OutFile(appends=True),
         help="Append a JSON line to this file for each event of a job.",
     ),
 ]

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from bincompress.commands.options import rounded_inputs_option
+from bincompress.commands.out_file import OutFolder
 from bincompress.commands.shared import address_option, kernels_announced, print_json
 
 _BLOCKS = ["64", "128", "256", "row"]
@@ -88,7 +89,7 @@ _PLACES = ("device", "threads", "checkpoint_every", "work", "runner", "address")
     help="model: steps between checkpoints. 0: none.  [default: by time, at most 1/20 of the run's]",
 )  # fmt: skip
 @click.option(
-    "--work", type=click.Path(file_okay=False, path_type=Path),
+    "--work", type=OutFolder(),
     help="Folder of completed layers and checkpoints.  [default: beside STORE]",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the windows and their order.")

@@ -61,7 +61,13 @@ def check_start(store: Store, teacher: Checkpoint, option: str) -> None:
     """Refuse, before any weight is read, a store to begin with that is not whole or not of this model."""
     attributes = store.attributes
     if attributes["status"] != "complete":
+        failed = next(iter(attributes["failures"].items()), None)
+        if failed is not None:
+            raise StoreError(f"{store.url}: not complete: {failed[0]}: {failed[1].removeprefix(f'{failed[0]}: ')}")
         raise StoreError(f"{store.url}: not complete; run the same `bincompress compress` again before training it")
+    for name in store.tensors():
+        if problem := store.report(name).get("not_finite"):
+            raise StoreError(f"{store.url}: {name}: {problem}; compress a sound checkpoint")
     if attributes["source"]["fingerprint"] != source_record(teacher)["fingerprint"]:
         raise DistillError(
             f"{store.url}: was made from {attributes['source']['id']}, but its headers or config differ from those of "

@@ -14,6 +14,7 @@ from bincompress.exporting import metadata as of_config
 from bincompress.exporting.tensors import GgufType, Tensor, Ternary, chunks, named_tensors, typed
 from bincompress.exporting.tokenizer import tokenizer_metadata
 from bincompress.model.store_source import store_config
+from bincompress.process.out_file import refuse_unwritable
 from bincompress.sources.gguf.blocks import gguf_package
 from bincompress.sources.gguf.header import read_header
 from bincompress.store.files import is_local
@@ -60,6 +61,7 @@ def export_gguf(
     `overwrite` is not given; CheckpointError where the gguf package is missing.
     """
     check_target(file, overwrite)
+    refuse_unwritable(Path(file), "TARGET", makes_folders=True)
     gguf_package()
     assets = store.read_assets()
     config = store_config(store, assets)
@@ -121,6 +123,13 @@ def check_target(file: str | Path, overwrite: bool) -> None:
         raise StoreError(f"{file}: is a folder; give the name of a file in it, such as {path / 'model.gguf'}")
     if path.exists() and not overwrite:
         raise StoreError(f"{file}: is there; nothing was changed: --overwrite replaces it")
+    if path.is_file() and not _may_be_replaced(path):
+        raise StoreError(f"{file}: is there, and is no GGUF file; nothing was changed: choose another name")
+
+
+def _may_be_replaced(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) in (b"GGUF", b"")
 
 
 def _raw(store: Store, assets: Mapping[str, bytes]) -> dict[str, Any]:

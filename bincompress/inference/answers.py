@@ -5,11 +5,12 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from bincompress.inference.prompts import PromptFileError
+from bincompress.process.faults import explain
 from bincompress.process.systems import replace_held, try_lock
 
 
@@ -48,12 +49,13 @@ class Answers:
                 break
             try:
                 found = json.loads(line)
-                place, key, ours = found["line"], found["key"], "text" in found or "error" in found
+                place, key = found["line"], found["key"]
+                ours = isinstance(found["error"] if "error" in found else found["text"], str)
             except (ValueError, TypeError, KeyError, RecursionError):
                 ours = False
             if not ours or not line.endswith(b"\n") or type(place) is not int:
                 raise PromptFileError(f"{self._path}, line {number}: no answer of `run`; give another --out")
-            if place not in self._keys or self._keys[place] != key:
+            if place not in self._keys or self._keys[place] != key or found.get("id") != self._ids[place]:
                 raise PromptFileError(
                     f"{self._path}, line {number}: answers another prompt, or is of another store or other settings; "
                     "give another --out, or remove it"
@@ -75,28 +77,53 @@ class Answers:
     def add(self, answer: dict[str, Any]) -> None:
         """Write an answer down."""
         self.done[answer["line"]] = answer
-        self._file.write(_encoded(answer))
-        self._file.flush()
+        with self._written():
+            self._file.write(_encoded(answer))
+            self._file.flush()
 
     def finish(self) -> None:
         """Put the answers in the order of their prompts, and close the file."""
         ordered = self._target.with_name(f".bincompress-{secrets.token_hex(8)}.tmp")
-        file = ordered.open("xb")  # a name that nobody uses: nothing of the user's is written over
-        try:
-            with file:
-                file.writelines(_encoded(self.done[line]) for line in sorted(self.done))
-                ordered.chmod(stat.S_IMODE(os.fstat(self._file.fileno()).st_mode))
-                file.flush()
-                os.fsync(file.fileno())
-            replace_held(ordered, self._target, self._file.close)
-        except BaseException:
-            ordered.unlink(missing_ok=True)
-            raise
+        with self._written():
+            file = ordered.open("xb")  # a name that nobody uses: nothing of the user's is written over
+            try:
+                with file:
+                    file.writelines(_encoded(self.done[line]) for line in sorted(self.done))
+                    ordered.chmod(stat.S_IMODE(os.fstat(self._file.fileno()).st_mode))
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._take_place(ordered)
+            except BaseException:
+                ordered.unlink(missing_ok=True)
+                raise
         self._file.close()
+
+    def _take_place(self, ordered: Path) -> None:
+        """Give the ordered answers their name; raises PromptFileError where another file came to be there."""
+        with contextlib.suppress(FileNotFoundError):
+            if not os.path.samestat(os.fstat(self._file.fileno()), self._target.stat()):
+                beside = self._target.with_name(f"{self._target.name}.{secrets.token_hex(4)}")
+                ordered.rename(beside)
+                raise PromptFileError(
+                    f"{self._path}: another program put a file of its own there, which was left as it is; the answers "
+                    f"are in {beside}"
+                )
+        replace_held(ordered, self._target, self._file.close)
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            cause = explain(OSError(error.errno, error.strerror))
+            raise PromptFileError(
+                f"{self._path}: cannot be written: {cause}; run the same command again to resume"
+            ) from None
 
     def close(self) -> None:
         """Close the file as it is."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a full disk, which `add` has told: closing writes once more
+            self._file.close()
 
 
 _KINDS = (b', "text": "', b', "error": "')  # what follows the head of a line

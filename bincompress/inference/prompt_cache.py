@@ -20,6 +20,7 @@ from bincompress.errors import BincompressError
 from bincompress.inference.prefixes import Prefix, PrefixCache
 from bincompress.model.cache import KvCache
 from bincompress.model.decoder import Decoder
+from bincompress.process.faults import explain
 from cpu_kernels.decoder.attention import BLOCK
 
 _FORMAT = "bincompress prompt cache 1"
@@ -126,6 +127,6 @@ def save_prefix(path: Path, prefix: Prefix, engine: str) -> None:
             os.fsync(file.fileno())
         made.replace(target)
     except Exception as error:
-        raise PromptCacheError(f"{path}: the prompt cache cannot be written: {error}") from None
+        raise PromptCacheError(f"{path}: the prompt cache cannot be written: {explain(error) or error}") from None
     finally:
         made.unlink(missing_ok=True)

@@ -100,7 +100,7 @@ def named(what: str) -> Iterator[None]:
         yield
     except BaseException as error:
         # A panic is no Exception, so that it ends a program of PyO3's own; here it is a fault of the file.
-        if isinstance(error, BincompressError) or not (
+        if isinstance(error, BincompressError | MemoryError) or not (
             isinstance(error, Exception) or type(error).__name__ == "PanicException"
         ):
             raise

@@ -1,6 +1,7 @@
 """What is wrong when something other than our own checks fails: an object store, a package, a disk? In one line."""
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 
@@ -26,6 +27,7 @@ _DENIED = {
 }  # fmt: skip
 _STORES = {"botocore", "aiobotocore", "s3fs", "aiohttp", "gcsfs", "google", "adlfs", "azure", "fsspec", "urllib3"}
 _EXTRAS = {"s3fs": "bincompress[s3]", "ray": "bincompress[ray]", "matplotlib": "bincompress[report]"}
+_RUST = {"safetensors", "tokenizers"}
 _OF_THE_MACHINE = (
     errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
 )  # fmt: skip
@@ -76,6 +78,8 @@ def _of_an_object_store(error: BaseException) -> str | None:
         return (
             f"the object store says: {_DENIED[code]} ({code}: {one_line(error)}); check credentials, bucket and region"
         )
+    if code in ("PreconditionFailed", "412"):
+        return f"an object was changed while it was read ({code}); run the same command again"
     if code:
         return f"the object store says: {code}: {one_line(error)}; try again later"
     if names & _UNREACHABLE or any(_package(link) in _STORES for link in links):
@@ -93,12 +97,14 @@ def _of_an_object_store(error: BaseException) -> str | None:
 
 
 def _of_the_machine(error: BaseException) -> str | None:
+    if (memory := _of_memory(error)) is not None:
+        return memory
     if isinstance(error, ImportError):
         return _of_a_package(error)
-    if isinstance(error, MemoryError):
-        return "not enough memory; close other programs or raise the limit (`--dry-run` shows what compressing needs)"
     if isinstance(error, TimeoutError):
         return f"no answer in time: {one_line(error)}; check the network and try again"
+    if (number := _of_the_system(error)) is not None:
+        error = OSError(number, os.strerror(number))
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         advice = {
@@ -108,10 +114,32 @@ def _of_the_machine(error: BaseException) -> str | None:
         return f"{where}{error.strerror or one_line(error)}{advice}"
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return "no more threads can be started; give fewer --threads, or raise the limit (`ulimit -u`, pids.max)"
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # of pathlib
+        return "this user has no home folder; set HOME to one that can be written (or HF_HOME, for the Hub's cache)"
     package = _package(error)
     if package in ("zarr", "ray", "huggingface_hub", "httpx", "httpx2", "requests"):
         return f"{package}: {one_line(error)}"
     return None
+
+
+def _of_memory(error: BaseException) -> str | None:
+    """Memory or a thread's stack could not be had, or a library found no place: then what a limit says counts."""
+    from bincompress.process import limits  # reads the machine, which most errors do not need
+
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return limits.limit_reached() or (
+            "not enough memory; close other programs or raise the limit (`--dry-run` shows what compressing needs)"
+        )
+    starved = ("failed to map", "Cannot allocate memory", "cannot allocate memory", "can't start new thread")
+    if any(text in str(link) for link in _chain(error) for text in starved):
+        return limits.limit_reached()
+    return None
+
+
+def _of_the_system(error: BaseException) -> int | None:
+    """Return the errno in what a library written in Rust says, such as safetensors."""
+    found = re.search(r"\(os error (\d+)\)", str(error)) if _package(error) in _RUST else None
+    return int(found[1]) if found else None
 
 
 def _of_a_package(error: ImportError) -> str | None:

@@ -72,7 +72,8 @@ def end_soon(code: int) -> None:
 
     timer = threading.Timer(_GRACE_SECONDS, end)
     timer.daemon = True
-    timer.start()
+    with contextlib.suppress(RuntimeError):  # no more threads: then it ends when it does
+        timer.start()
 
 
 def end_with(parent: Any) -> None:

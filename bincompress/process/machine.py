@@ -21,12 +21,13 @@ def usable_cpus(root: Path = Path("/")) -> int:
 
     A quota of 1.5 CPUs is 2 threads, which together get all of it. root: where /proc and /sys lie.
     """
-    allowed = _allowed_cpus()
+    allowed = allowed_cpus()
     quota = cpu_quota(root)
     return max(1, allowed if quota is None else min(allowed, math.ceil(quota)))
 
 
-def _allowed_cpus() -> int:
+def allowed_cpus() -> int:
+    """Return the number of CPUs that the system lets this process use."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))
     with contextlib.suppress(AttributeError, psutil.Error):
@@ -61,11 +62,12 @@ def free_memory(root: Path = Path("/")) -> tuple[int, str]:
                 # Files that are cached count as used, and are given up when memory is needed.
                 reclaimed = _statistic(folder / "memory.stat", cached)
                 free.append((max(0, most - now + reclaimed), "the memory limit of its container (control group)"))
-    free += _within_resource_limits()
+    free += [(left, f"`ulimit {option}`") for left, _, option in resource_limits()]
     return min(free)
 
 
-def _within_resource_limits() -> list[tuple[int, str]]:
+def resource_limits() -> list[tuple[int, int, str]]:
+    """Return for each memory limit that is set the bytes that it leaves, those it allows, and its option of ulimit."""
     try:
         import resource
     except ImportError:  # on Windows
@@ -75,7 +77,7 @@ def _within_resource_limits() -> list[tuple[int, str]]:
     for name, option, used in (("RLIMIT_AS", "-v", memory.vms), ("RLIMIT_DATA", "-d", getattr(memory, "data", 0))):
         limit, _ = resource.getrlimit(getattr(resource, name))
         if limit != resource.RLIM_INFINITY and used:
-            found.append((max(0, limit - used), f"`ulimit {option}`"))
+            found.append((max(0, limit - used), limit, option))
     return found
 
 

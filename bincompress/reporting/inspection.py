@@ -26,7 +26,8 @@ def inspect(store: Store) -> dict[str, Any]:
         report = {key: value for key, value in store.report(name).items() if key not in hidden}
         shape = list(store.shape(name))
         tensors[name] = {**report, "shape": shape, "status": "complete", "seconds": _seconds(store, name)}
-    return {"tensors": tensors, "total": _total(store, list(tensors.values()))}
+    not_finite = {name: report["not_finite"] for name, report in tensors.items() if report.get("not_finite")}
+    return {"tensors": tensors, "total": {**_total(store, list(tensors.values())), "not_finite": not_finite}}
 
 
 def _seconds(store: Store, name: str) -> float | None:
@@ -230,5 +231,6 @@ def totals(total: dict[str, Any]) -> list[str]:
         listed = ", ".join(f"{count} tensors from {name}" for name, count in total["source_formats"].items())
         lines.append(f"quantized source, dequantized as it was read: {listed}")
     lines += total["trained"]
+    lines += [f"NOT FINITE: {name}: {problem}; it will not run" for name, problem in total["not_finite"].items()]
     lines += [f"failed: {name}: {cause.removeprefix(f'{name}: ')}" for name, cause in total["failures"].items()]
     return lines

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from bincompress.errors import BincompressError, CheckpointError
+from bincompress.process.faults import explain
 from bincompress.sources.assets import is_asset
 from bincompress.sources.checkpoint import INDEX, Checkpoint, checkpoint_of, open_checkpoint, read_json
 from bincompress.sources.gguf.opening import is_gguf, open_gguf
+from bincompress.sources.hub_client import ANSWER_SECONDS, asked, check_sums, in_cache
 from bincompress.sources.shapes import has_only_config, open_shapes
 from bincompress.tensors.weight import TensorSource
 
 _HUB_ID = re.compile(r"(?P<id>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[\w.\-/]+))?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-ANSWER_SECONDS = 20.0  # for the Hub to say anything
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _OF_A_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENOENT)
 
 
@@ -59,11 +60,8 @@ def parts_of(name: str) -> tuple[str | None, str | None]:
 
 def _from_hub(repo: str, revision: str | None, headers_only: bool) -> Checkpoint:
     """Return a model of the Hub: as it is there now, or where the Hub does not answer, as it lies in the cache."""
-    import huggingface_hub
-
-    # Its client waits for ever by itself.
-    huggingface_hub.get_session().timeout = ANSWER_SECONDS
-    if revision is not None and _COMMIT.fullmatch(revision) and not headers_only:
+    huggingface_hub = asked(ANSWER_SECONDS)
+    if revision is not None and COMMIT.fullmatch(revision) and not headers_only:
         cached = _from_cache(repo, revision)  # what a commit names never changes
         if cached is not None:
             return cached
@@ -73,10 +71,12 @@ def _from_hub(repo: str, revision: str | None, headers_only: bool) -> Checkpoint
             return _headers_from_hub(repo, info.sha or "")
         names = {file.rfilename for file in info.siblings or []}
         wanted = [name for name in sorted(names) if is_asset(name)] + _weights(repo, info.sha or "", names)
+        there = in_cache(repo, wanted, info.sha or "")
         # By the name of the branch, which the cache remembers for a day without the Hub.
         folder = huggingface_hub.snapshot_download(
             repo, revision=revision, allow_patterns=[_literal(n) for n in wanted]
         )
+        check_sums(repo, Path(folder), (name for name in wanted if name not in there))
         return open_checkpoint(Path(folder), repo, Path(folder).name)
     except BincompressError:
         raise
@@ -130,14 +130,23 @@ def _refused(error: Exception) -> bool:
     return _status(error) in (401, 403, 404)
 
 
-def _status(error: Exception) -> int:
+def _status(error: BaseException) -> int:
     return int(getattr(getattr(error, "response", None), "status_code", 0) or 0)
+
+
+def _cause(error: Exception) -> BaseException:
+    """Return what made a download fail: the client says only that neither the Hub nor the cache has the file."""
+    found: BaseException = error
+    while "LocalEntryNotFoundError" in {kind.__name__ for kind in type(found).__mro__} and found.__cause__ is not None:
+        found = found.__cause__
+    return found
 
 
 def reason(error: Exception, what: str = "folder") -> str:
     """Return why a model could not be had from the Hub, and what to do; what: that which is not here either."""
-    status, text = _status(error), _line(error)
-    names = {kind.__name__ for kind in type(error).__mro__}
+    cause = _cause(error)
+    status, text = _status(cause), _line(cause)
+    names = {kind.__name__ for kind in type(cause).__mro__}
     if status == 404 or names & {"RepositoryNotFoundError", "RevisionNotFoundError"}:
         return (
             f"no such {what} here, and the Hub says: {text}; check the name, or log in (hf auth login) for private and "
@@ -153,15 +162,21 @@ def reason(error: Exception, what: str = "folder") -> str:
         return "the cache lacks the model, or a part of it, and HF_HUB_OFFLINE forbids asking the Hub"
     if names & {"TimeoutException", "TimeoutError"}:
         return f"the Hub gave no answer within {ANSWER_SECONDS:.0f} s, and the cache lacks the model; try again later"
-    if isinstance(error, ValueError):
+    if "RemoteProtocolError" in names or text.startswith("Consistency check failed"):
+        return f"the download broke off: {text}; run the same command again to go on"
+    if "TooManyRedirects" in names:
+        return f"what answers is not the Hub: it redirects in circles ({text}); does HF_ENDPOINT fit?"
+    if isinstance(cause, ValueError):
         return f"what answers is not the Hub ({text}); does this network ask to sign in first? does HF_ENDPOINT fit?"
-    if isinstance(error, OSError) and error.errno in _OF_A_DISK:
-        where = error.filename or "HF_HOME"
-        return f"the Hub's cache cannot be written: {where}: {error.strerror}; set HF_HOME to a folder with space"
+    if isinstance(cause, RuntimeError) and (told := explain(cause)) is not None:
+        return told
+    if isinstance(cause, OSError) and cause.errno in _OF_A_DISK:
+        where = cause.filename or "HF_HOME"
+        return f"the Hub's cache cannot be written: {where}: {cause.strerror}; set HF_HOME to a folder with space"
     return f"no such {what} here, and the Hub could not be reached: {text}; the cache lacks the model, too"
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

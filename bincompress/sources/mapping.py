@@ -1,5 +1,6 @@
 """A tensor's items as they lie in a file, mapped into memory and read-only."""
 
+import errno
 import math
 import mmap
 import os
@@ -46,6 +47,8 @@ def map_items(source: TensorSource) -> NDArray[Any]:
                 file.fileno(), source.offset - start + source.nbytes, access=mmap.ACCESS_READ, offset=start
             )
     except OSError as error:
+        if error.errno == errno.ENOMEM:  # the machine's fault, or a limit's, not the file's
+            raise
         raise CheckpointError(f"{source.name}: {source.file} not readable: {error}") from None
     bits = np.frombuffer(mapped, np.uint8, source.nbytes, source.offset - start)
     # Kernels want aligned items; the format does not promise them.

@@ -19,6 +19,7 @@ from bincompress.sources.experts import experts_of, together
 from bincompress.sources.fused import fused_names
 from bincompress.store.files import LOCK
 from bincompress.store.lock import exclusive
+from bincompress.store.reading import not_finite
 from bincompress.store.store import Store
 from bincompress.tensors.dequantize import dequantize, to_bfloat16
 
@@ -151,6 +152,8 @@ def _tensor(store: Store, name: str) -> NDArray[Any]:
     if store.tensors()[name] == "packed":
         return to_bfloat16(dequantize(store.read_stored(name))).view(ml_dtypes.bfloat16)
     weight, shape = store.read_plain(name)
+    if problem := not_finite(weight, shape):
+        raise StoreError(f"{store.url}: {name}: {problem}; compress a sound checkpoint")
     name = weight.dtype_name
     tensor: NDArray[Any] = weight.bits.view(np.dtype(getattr(ml_dtypes, name, name))).reshape(shape)
     return tensor

@@ -9,7 +9,8 @@ from typing import Any
 
 from bincompress.errors import DamagedError, StoreError
 from bincompress.process.faults import one_line
-from bincompress.sources.hub import ANSWER_SECONDS, parts_of, reason
+from bincompress.sources.hub import COMMIT, parts_of, reason
+from bincompress.sources.hub_client import ANSWER_SECONDS, asked, forget
 from bincompress.store.files import is_local
 from bincompress.store.reading import StoreReader, read_root
 from bincompress.store.verify import verify
@@ -44,21 +45,34 @@ def located(name: str) -> str:
 
 
 def _downloaded(repo: str, revision: str | None) -> str:
-    import huggingface_hub
-
-    huggingface_hub.get_session().timeout = ANSWER_SECONDS
+    huggingface_hub = asked(ANSWER_SECONDS)
     before = huggingface_hub.try_to_load_from_cache(repo, FILE, revision=revision)
+    if isinstance(before, str) and revision is not None and COMMIT.fullmatch(revision):
+        return str(before)  # what a commit names never changes
+    try:
+        # Asked once: a download that finds nobody asks six times, for half a minute.
+        url = huggingface_hub.hf_hub_url(repo, FILE, revision=revision)
+        huggingface_hub.get_hf_file_metadata(url, timeout=ANSWER_SECONDS)
+    except Exception as error:
+        if isinstance(before, str) and _status(error) not in (401, 403, 404):
+            return str(before)
+        raise _not_had(repo, error) from None
     try:
         path = huggingface_hub.hf_hub_download(repo, FILE, revision=revision, etag_timeout=ANSWER_SECONDS)
     except Exception as error:  # of the client and of whatever library it speaks HTTP with
-        if "EntryNotFoundError" in {kind.__name__ for kind in type(error).__mro__} and _status(error) == 404:
-            raise StoreError(
-                f"{repo}: has no {FILE} on the Hub; `bincompress compress {repo} ./store` makes a store of it"
-            ) from None
-        raise StoreError(f"{repo}: {reason(error, 'store')}") from None
+        raise _not_had(repo, error) from None
+    path = str(path)
     if path != before:
         _check(repo, Path(path))
     return path
+
+
+def _not_had(repo: str, error: Exception) -> StoreError:
+    if "EntryNotFoundError" in {kind.__name__ for kind in type(error).__mro__} and _status(error) == 404:
+        return StoreError(
+            f"{repo}: has no {FILE} on the Hub; `bincompress compress {repo} ./store` makes a store of it"
+        )
+    return StoreError(f"{repo}: {reason(error, 'store')}")
 
 
 def _opened(path: str) -> StoreReader:
@@ -78,21 +92,15 @@ def _check(repo: str, path: Path) -> None:
     except StoreError as error:
         problem = str(error)
     except BaseException as error:  # Ctrl-C among them: what was not checked to its end would not be checked again
-        _forget(path)
+        forget(path)
         if isinstance(error, Exception) and not isinstance(error, OSError | MemoryError):
             raise DamagedError(
                 f"{repo}: {FILE} cannot be checked, and was removed from the cache: {one_line(error)}"
             ) from error
         raise
     if problem:
-        _forget(path)
+        forget(path)
         raise DamagedError(f"{repo}: {FILE} came damaged, and was removed from the cache: {problem}")
-
-
-def _forget(path: Path) -> None:
-    """Remove a download from the cache: the file, and the link to it by which it is found."""
-    path.resolve().unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
 
 
 def cached_models() -> list[CachedModel]:
@@ -163,14 +171,12 @@ def upload(
     What is there unchanged is not uploaded again. overwrite: a card that another program wrote is replaced. Raises
     StoreError.
     """
-    import huggingface_hub
-
+    huggingface_hub = asked(_UPLOAD_SECONDS)
     api = huggingface_hub.HfApi()
     if not sys.stderr.isatty():  # as this program's own bars
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
-    huggingface_hub.get_session().timeout = _UPLOAD_SECONDS
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
         info = api.model_info(repo, timeout=ANSWER_SECONDS)

@@ -65,6 +65,10 @@ class Format:
         key = key.removeprefix(f"{NEW}/")
         return not key or key.split("/")[0] in self.groups
 
+    def owned(self, keys: Iterable[str]) -> list[str]:
+        """Return those of a place's keys that this format writes: nothing else is ever removed."""
+        return [key for key in keys if (self.owns_link(key) if key.endswith("/") else self.owns(key))]
+
 
 MODEL = Format(
     FORMAT,

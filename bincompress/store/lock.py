@@ -8,6 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from bincompress.errors import StoreError
+from bincompress.process.out_file import refuse_tilde
 from bincompress.store.files import LOCK, is_local
 from bincompress.store.pack_files import check_no_file
 
@@ -23,6 +24,7 @@ def exclusive(store: str) -> Iterator[None]:
         yield
         return
     check_no_file(store)
+    refuse_tilde(Path(store))
     try:
         folder = Path(store).resolve()
         made = _make(folder)

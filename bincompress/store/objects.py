@@ -36,6 +36,8 @@ class ObjectFiles:
         except (ImportError, ValueError) as error:
             raise StoreError(f"{url}: cannot be opened: {explain(error) or error}") from None
         self.path = str(path).rstrip("/")
+        if {".", ".."} & set(self.path.split("/")):
+            raise StoreError(f"{url}: object stores take . and .. for names of their own; write the place without them")
         # s3fs asks for an object's size before it reads it, to read a large one in parts at the same time.
         reads_in_parts = "max_concurrency" in _parameters(self._fs, "cat_file")
         self._at_once: dict[str, Any] = {"max_concurrency": 1} if reads_in_parts else {}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from bincompress.errors import DamagedError, StoreError
+from bincompress.process.out_file import refuse_unwritable
 from bincompress.store.files import is_local
 from bincompress.store.layout import MODEL, NODES, VERSION, group_node
 from bincompress.store.lock import exclusive
@@ -59,6 +60,8 @@ def pack(store: str, file: str, *, overwrite: bool = False, on_stage: OnStage = 
         _check(open_store(file), on_stage, f"{file}: holds this store, but is damaged; remove it, and pack again")
         return Packed(store, file, total, len(keys), True, left_out)
     check_target(file, store, overwrite)
+    if is_local(file):
+        refuse_unwritable(Path(file), "FILE", makes_folders=True)
     _check(opened, on_stage, f"{store}: not packed")
     with explained(file), new_file(file) as path:
         with open(path, "r+b") as out:

@@ -124,10 +124,11 @@ class StoreReader:
 
     def complete_attributes(self, name: str) -> dict[str, Any]:
         """Return a complete tensor's attributes; raises StoreError where it is not complete."""
-        attributes: dict[str, Any] = self._complete_node(name)["attributes"]
+        attributes: dict[str, Any] = self.complete_node(name)["attributes"]
         return dict(attributes)
 
-    def _complete_node(self, name: str) -> dict[str, Any]:
+    def complete_node(self, name: str) -> dict[str, Any]:
+        """Return a complete tensor's Zarr metadata, or of it what the store says of all; raises StoreError."""
         if name in self._complete:
             return self._complete[name]
         node = self._tensor_node(name)

@@ -44,10 +44,10 @@ def look(url: str, format: Format) -> Place:
     if files.is_whole_bucket:
         raise StoreError(
             f"{url}: is a whole bucket, which may hold other things; give a place in it, such as "
-            f"{url.rstrip('/')}/store"
+            f"{url.rstrip('/') if url.rpartition('://')[2].strip('/') else url.partition('://')[0] + '://bucket'}/store"
         )
     keys = [key for key in files.sizes() if not nobodys(key)]
-    owned = tuple(key for key in keys if (format.owns_link(key) if key.endswith("/") else format.owns(key)))
+    owned = tuple(format.owned(keys))
     foreign = tuple(sorted({_shown(key, format) for key in set(keys) - set(owned)}))
     if "zarr.json" not in keys:
         # Files half written, of a run that was killed before it wrote anything else.

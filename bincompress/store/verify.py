@@ -1,12 +1,13 @@
 """Is every byte of a store what was written, and does it fit the formula?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from bincompress.errors import StoreError
-from bincompress.store.files import is_local, nobodys
-from bincompress.store.layout import NODES, SEAL, array_hash
+from bincompress.store.files import is_local
+from bincompress.store.layout import MODEL, NODES, SEAL, array_hash
 from bincompress.store.pack_files import PackFiles
 from bincompress.store.reading import StoreReader, not_finite
 from bincompress.tensors.forms import Stored
@@ -53,16 +54,24 @@ def _root_problem(store: StoreReader) -> str:
     there = set()
     for key in store.files.sizes():
         parts = key.split("/")
-        if not nobodys(key) and len(parts) > 2 and parts[0] in ("tensors", "plain"):
+        if MODEL.owns(key) and len(parts) > 2 and parts[0] in ("tensors", "plain"):  # else nobody reads it
             there.add((parts[0], parts[1]))
     listed = {("tensors" if kind == "packed" else "plain", name) for name, kind in tensors.items()}
     extra = sorted(name for kind, name in there - listed)
     if extra:
         return f"{store.url}: its root does not list {', '.join(extra[:_SHOWN])}, which lies there"
+    for group in MODEL.groups:  # the logs, say, need not have been copied
+        node = store.node_of(group)
+        if node and not _is_group(node):
+            return f"{store.url}: {group}/zarr.json: not the metadata of a Zarr v3 group; other programs refuse it"
     nodes = store.files.read(f"{NODES}/zarr.json")
     if nodes is not None and store.node_of(NODES).get("attributes", {}).get("tensors") != store.all_attributes():
         return f"{store.url}: {NODES} is not what its tensors say; run the same `bincompress compress` again"
     return ""
+
+
+def _is_group(node: Mapping[str, Any]) -> bool:
+    return (node.get("zarr_format"), node.get("node_type")) == (3, "group")
 
 
 def _rest_problem(store: StoreReader) -> str:
@@ -82,6 +91,8 @@ def _tensor_problem(store: StoreReader, name: str) -> str:
     else:
         problem = not_finite(*store.read_plain(name, arrays=arrays))
     store.check_attributes(name)
+    if store.tensors()[name] == "packed" and not _is_group(store.complete_node(name)):
+        return f"{store.url}: {name}: zarr.json: not the metadata of a Zarr v3 group; other programs refuse it"
     store.report(name)
     return f"{store.url}: {name}: {problem}" if problem else ""
 

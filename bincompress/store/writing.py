@@ -11,6 +11,7 @@ from bincompress.errors import DamagedError, StoreError, TensorError
 from bincompress.store.arrays import write_array, write_chunks
 from bincompress.store.files import Files, is_local
 from bincompress.store.layout import (
+    MODEL,
     NODES,
     SEAL,
     ArrayLayout,
@@ -60,11 +61,11 @@ class Store(StoreReader):
         return {} if seal_problem(name, found) else found
 
     def remove(self, name: str) -> None:
-        """Remove what a broken run left of a tensor."""
+        """Remove what a broken run left of a tensor; what the format does not write stays."""
         self._complete.pop(name, None)
         path = self._path(name)
         found = self._found.pop(name, None)
-        keys = list(self.files.sizes(path)) if found is None else found
+        keys = MODEL.owned(self.files.sizes(path) if found is None else found)
         # Its metadata first: without it the tensor is not complete, whatever is still there.
         self.files.delete(sorted(keys, key=lambda key: key != f"{path}/zarr.json"))
 
@@ -138,7 +139,7 @@ class Store(StoreReader):
         gone = sorted(set(self._asset_names()) - set(assets))
         changed = {name: content for name, content in assets.items() if found.get(name) != content}
         for name in (*gone, *changed):
-            self.files.delete(list(self.files.sizes(asset_path(name))))
+            self.files.delete(MODEL.owned(self.files.sizes(asset_path(name))))
         if changed:
             self.write_assets(changed)
         self.refreshed = sorted([*gone, *changed])

@@ -27,6 +27,7 @@ FORMAT, VERSION = "bincompress kernels", 1
 _MANIFEST = "kernels.json"
 _FILE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*-[0-9a-f]{12}/[A-Za-z0-9_][A-Za-z0-9_.\-]*\.nb[ic]")
 _MOST_BYTES, _MOST_FILES = 1 << 30, 10_000
+_LONGEST_MANIFEST = 1 << 20  # bytes
 _WHEN = (1980, 1, 1, 0, 0, 0)  # the same kernels are the same bytes
 
 
@@ -46,13 +47,16 @@ def machine() -> dict[str, Any]:
 def export_kernels(file: Path) -> tuple[int, str]:
     """Write the kernels of this process's cache into a file; returns how many there are, and the file's SHA-256.
 
-    Raises KernelError where there is no cache or nothing in it, OSError where the file cannot be written.
+    Raises KernelError where there is no cache or nothing in it, or a file of another kind is there, OSError where it
+    cannot be written.
     """
     folder = _cache()
     kept = sorted(path for pattern in ("*.nbi", "*.nbc") for path in folder.glob(f"*/{pattern}"))
     names = {path.parent.name for path in kept}
     if not names:
         raise KernelError(f"{folder}: no kernels are compiled yet; `bincompress warmup` compiles them")
+    if file.exists() and not _holds_kernels(file):
+        raise KernelError(f"{file}: is there, and is no file of kernels; nothing was changed: choose another name")
     partial = file.with_name(f".{secrets.token_hex(8)}.partial")
     try:
         with zipfile.ZipFile(partial, "w") as archive:
@@ -106,6 +110,14 @@ def import_kernels(file: Path, digest: str) -> tuple[int, int]:
             partial.write_bytes(files[name])
             os.replace(partial, folder / name)
     return len(kernels) - len(there), len(there)
+
+
+def _holds_kernels(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive, archive.open(_MANIFEST) as manifest:
+            return bool(json.loads(manifest.read(_LONGEST_MANIFEST))["format"] == FORMAT)
+    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _cache() -> Path:

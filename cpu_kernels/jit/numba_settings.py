@@ -36,7 +36,9 @@ _CHANGE_NO_CODE_PREFIXES = ("CUDA_", "DEBUG_PRINT_", "DUMP_")
 
 def code_settings() -> list[str]:
     """Return the settings in force that may change what is compiled, as "NAME=value", in order."""
-    return [
+    # Python leaves assertions and docstrings out then, and Numba compiles the bytecode.
+    optimized = [f"PYTHONOPTIMIZE={sys.flags.optimize}"] if sys.flags.optimize else []
+    return optimized + [
         f"{name}={value!r}"
         for name, value in sorted(vars(numba.config).items())  # type: ignore[attr-defined]
         if name.isupper()

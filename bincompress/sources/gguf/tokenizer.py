@@ -69,7 +69,7 @@ def _named() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, CheckpointError) or not (
+        if isinstance(error, CheckpointError | MemoryError) or not (
             isinstance(error, Exception) or type(error).__name__ == "PanicException"
         ):
             raise
