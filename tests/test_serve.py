@@ -263,6 +263,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("/api/chat", {"keep_alive": "0m"}, "keep_alive: '0m': the model stays loaded"),
     ("/api/chat", {"keep_alive": "long"}, "keep_alive: expected a time such as '5m', found 'long'"),
     ("/api/generate", {"max_tokens": None, "raw": True, "think": True}, "think: true is not supported"),
+    ("/v1/completions", {"prompt": "x", "stop": ["\ud800"]}, "stop: expected texts of Unicode, found a lone surrogate"),
     ("/v1/completions", {"\ud800": 1}, "\\ud800: this parameter is not supported"),
     ("/v1/chat/completions", {"stream_options": {"\ud800": 1}}, "stream_options.\\ud800: this parameter is not supp"),
     ("/api/chat", {"options": {"\ud800": 1}}, "options.\\ud800: this parameter is not supported"),
@@ -289,8 +290,10 @@ def test_what_is_not_supported_is_refused_by_name(
         (b"[" * 60000, 400, "the body is nested too deeply"),
         (b'{"prompt": ' + b"[" * 64 + b"]" * 64 + b"}", 400, "the body is nested too deeply"),
         (b'{"prompt": NaN}', 400, "the body is not JSON: NaN is not a number of JSON"),
-        (b'{"n": ' + b"9" * 5000 + b"}", 400, "the body is not JSON"),
+        (b'{"n": ' + b"9" * 5000 + b"}", 400, "the body: a number of 5,000 digits; expected at most 4000"),
         (b'{"prompt": "\\ud800"}', 400, "text: not UTF-8"),
+        (b'{"prompt": "x", "n": 1, "prompt": "y"}', 400, "the body: 'prompt' is there twice in one object"),
+        (b'{"prompt": "x", "stream_options": {"a": 1, "a": 1}}', 400, "the body: 'a' is there twice in one object"),
         (b'{"model": "other", "prompt": "x"}', 404, "model 'other' is not served here; expected 'tiny'"),
         (b" " * (5 << 20), 413, "the request is too large"),
     ],
@@ -306,6 +309,15 @@ def test_other_routes_methods_and_kinds_of_body(server: Running) -> None:
     assert server.raw("/v1/completions")[0] == 405
     plain = server.raw("/v1/completions", b"{}", {"content-type": "text/plain"})
     assert plain[0] == 415
+    for header, value in (
+        ("content-encoding", "gzip"),
+        ("content-type", "application/json; charset=utf-16"),
+        ("content-type", 'application/json; charset="latin-1"'),
+    ):
+        status, _, content = server.raw("/v1/completions", b'{"prompt": "x"}', {header: value})
+        assert (status, json.loads(content)["error"]["message"].partition(":")[0]) == (415, header)
+    named = {"content-type": 'application/json; charset="UTF-8"', "content-encoding": "identity"}
+    assert server.raw("/v1/completions", b'{"prompt": "x", "max_tokens": 1}', named)[0] == 200
     assert server.ask("/health", headers={"host": "evil.example"})[0] == 403
     assert server.ask("/health", headers={"host": "localhost:1"}) == (200, {"status": "ok"})
 

@@ -20,10 +20,12 @@ from bincompress.inference.prefixes import PrefixCache
 from bincompress.inference.sampling import Floats
 from bincompress.inference.sequence import Listener, Request, Writing
 from bincompress.model.linear import FEW_TOKENS
+from bincompress.process.systems import give_back_freed_memory
 
 _PASS_SECONDS = 0.15  # that a pass with pieces of prompts may take: for so long the others wait for their next token
 _FEWEST, _MOST = 16, 256  # tokens of such a pass
 _FIRST_PASS = 32
+_GIVEN_BACK = 10.0  # seconds from one return of freed memory to the next
 _FULL_LOGITS = 32  # tokens of a piece whose logits are all wanted
 
 
@@ -81,6 +83,7 @@ class Scheduler:
         self._closing = False
         self._turn = 0
         self._piece = _FIRST_PASS
+        self._give_back_at = time.monotonic() + _GIVEN_BACK
         self._thread = threading.Thread(target=self._serve, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -160,6 +163,7 @@ class Scheduler:
             self._waiting.clear()
         for text in texts:
             text.end(None, error)
+            text.cache = None
         self._active.clear()
 
     def _drop(self) -> None:
@@ -176,11 +180,16 @@ class Scheduler:
 
     def _retire(self) -> None:
         """Keep the caches of texts that ended."""
-        for text in [text for text in self._active if text.ended]:
+        gone = [text for text in self._active if text.ended]
+        for text in gone:
             self._active.remove(text)
             self.counts.finished += 1
             if text.cache is not None:
                 self._prefixes.put(text.tokens, text.cache)
+                text.cache = None  # who asked may keep the text for long
+        if gone and time.monotonic() >= self._give_back_at:
+            give_back_freed_memory()
+            self._give_back_at = time.monotonic() + _GIVEN_BACK
 
     def _admit(self) -> None:
         """Take texts that wait, in their order; one whose prompt another is just reading waits until it is read."""

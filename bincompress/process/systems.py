@@ -22,6 +22,7 @@ except ImportError:  # Windows
 
 # Windows locks bytes, and nobody else can read them meanwhile: one that no file of ours comes to.
 _LOCKED_BYTE = 1 << 43
+_MAPPED_FROM = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 _reading = threading.Lock()
 
 
@@ -105,3 +106,14 @@ def give_back_freed_memory() -> None:
     """Give the system the memory that this process has freed and its allocator keeps; glibc alone keeps much."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows has no library without a name
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def map_large_arrays(least: int = 1 << 17) -> None:
+    """Let each array of this many bytes and more have pages of its own, in this process, from now on.
+
+    glibc begins so, but takes larger and larger arrays from its heap once some were freed. There, zeros are written
+    where pages of the system are zero untouched: a cache for a whole context takes its memory before it is filled, and
+    what is freed stays with the process.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(_MAPPED_FROM, least)

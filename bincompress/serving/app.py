@@ -27,6 +27,7 @@ from bincompress.serving.openai_answering import Answer, Chat, Completion, error
 from bincompress.serving.openai_asking import chat, completion, messages_of, rendered, variables_of
 from bincompress.serving.openapi import openapi
 from bincompress.serving.reading import Fields, RequestError
+from bincompress.serving.responses import responses
 from bincompress.serving.service import Service, log
 from bincompress.serving.texts import Streamed, Texts, of_request, refused, while_connected
 
@@ -41,7 +42,8 @@ def application(service: Service) -> Starlette:
         ("/", "GET", page), ("/health", "GET", health), ("/metrics", "GET", metrics), ("/facts", "GET", facts),
         ("/v1/models", "GET", models), ("/v1/models/{name:path}", "GET", one_model),
         ("/v1/completions", "POST", completions),
-        ("/v1/chat/completions", "POST", chat_completions), ("/v1/embeddings", "POST", embeddings),
+        ("/v1/chat/completions", "POST", chat_completions), ("/v1/responses", "POST", responses),
+        ("/v1/embeddings", "POST", embeddings),
         ("/tokenize", "POST", tokenize),
         ("/detokenize", "POST", detokenize), ("/api/chat", "POST", ollama.chat),
         ("/api/generate", "POST", ollama.generate), ("/api/tags", "GET", ollama.tags),

@@ -86,6 +86,8 @@ def _texts(fields: Fields, name: str, given: list[Any]) -> tuple[str, ...]:
     for text in given:
         if not isinstance(text, str) or not 0 < len(text) <= LONGEST_STOP:
             fields.refuse(name, f"expected texts of 1 to {LONGEST_STOP} characters")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            fields.refuse(name, "expected texts of Unicode, found a lone surrogate, which no text can hold")
     return tuple(given)
 
 

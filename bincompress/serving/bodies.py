@@ -18,6 +18,7 @@ async def read_json(request: Request, service: Service) -> Fields:
     if kind != "application/json":
         # Pages of other sites may send plain text without asking; JSON they may not.
         raise RequestError(415, f"content-type: expected application/json, found {shown(kind)}")
+    _check_encoding(request)
     length = request.headers.get("content-length", "")
     if length.isdecimal() and (len(length) > 12 or int(length) > service.most_body):
         raise _too_large(service)
@@ -43,6 +44,17 @@ async def read_json(request: Request, service: Service) -> Fields:
         raise RequestError(408, f"the request's body did not arrive within {seconds:g} s") from None
     finally:
         service.body_bytes -= len(body)
+
+
+def _check_encoding(request: Request) -> None:
+    """Refuse a body that says it is compressed, or of other characters than UTF-8."""
+    packed = request.headers.get("content-encoding", "identity").strip().lower()
+    if packed != "identity":
+        raise RequestError(415, f"content-encoding: expected a body as it is, found {shown(packed)}")
+    for part in request.headers.get("content-type", "").split(";")[1:]:
+        name, _, value = part.partition("=")
+        if name.strip().lower() == "charset" and value.strip().strip('"').lower() not in ("utf-8", "utf8"):
+            raise RequestError(415, f"content-type: expected charset=utf-8, found {shown(value.strip())}")
 
 
 async def in_thread(service: Service, work: Callable[..., Found], *arguments: Any) -> Found:

@@ -112,6 +112,24 @@ def _chat(model: Schema, most: int, context: int) -> Schema:
     )  # fmt: skip
 
 
+def _response(model: Schema, context: int) -> Schema:
+    """Return the body of /v1/responses."""
+    part = strict({"type": {"enum": ["input_text", "output_text"]}, "text": TEXT}, "type", "text")
+    roles: Schema = {"enum": ["system", "developer", "user", "assistant"]}
+    message = strict({"role": roles, "content": {"anyOf": [TEXT, listed(part)]}}, "role", "content")
+    form = strict({"type": {"enum": ["text", "json_object", "json_schema"]}, "name": TEXT, "schema": ANY,
+                   "strict": BOOL, "description": TEXT}, "type")  # fmt: skip
+    return strict(
+        {
+            "model": model, "input": {"anyOf": [TEXT, listed(message, least=1)]}, "instructions": TEXT,
+            "max_output_tokens": whole(1, context), "temperature": {"type": "number", "minimum": 0, "maximum": 100},
+            "top_p": {"type": "number", "minimum": 0, "maximum": 1}, "stream": BOOL, "metadata": ANY, "user": TEXT,
+            "store": {"enum": [False]}, "text": strict({"format": form}), "chat_template_kwargs": ANY,
+        },
+        "input",
+    )  # fmt: skip
+
+
 def _schemas(service: Service) -> dict[str, Schema]:
     """Return the bodies by their routes."""
     model: Schema = {"type": "string", "enum": [service.settings.model_name]}
@@ -138,6 +156,7 @@ def _schemas(service: Service) -> dict[str, Schema]:
             "prompt",
         ),
         "/v1/chat/completions": _chat(model, most, context),
+        "/v1/responses": _response(model, context),
         "/v1/embeddings": strict(
             {"model": model, "input": texts, "encoding_format": {"enum": ["float", "base64"]},
              "dimensions": {"enum": [config.hidden]}, "user": TEXT},
@@ -167,6 +186,7 @@ _READ = {
 }  # fmt: skip
 _WRITTEN = {
     "/v1/completions": "Continue texts", "/v1/chat/completions": "Answer a conversation",
+    "/v1/responses": "Answer a conversation, in OpenAI's newer form",
     "/v1/embeddings": "Vectors of texts", "/tokenize": "Tokens of a text or a conversation",
     "/detokenize": "Text of tokens", "/api/chat": "Answer a conversation, as Ollama does",
     "/api/generate": "Continue a text, as Ollama does",

@@ -14,6 +14,7 @@ _TYPES = {
     dict: "an object",
 }
 _DEEPEST = 64
+_MOST_DIGITS = 4000  # far more than any number has that is asked for; Python bounds them too, in words of its own
 _SHOWN = 60  # characters of a value in a message
 
 
@@ -37,7 +38,9 @@ def _encodable(text: str) -> str:
 def parse(body: bytes) -> dict[str, Any]:
     """Return the JSON object of a body; raise RequestError where it is none."""
     try:
-        found = json.loads(body.decode("utf-8"), parse_constant=_no_number)
+        found = json.loads(
+            body.decode("utf-8"), parse_constant=_no_number, parse_int=_whole, object_pairs_hook=_once_each
+        )
     except UnicodeDecodeError as error:
         raise RequestError(400, f"the body is not UTF-8: byte {body[error.start]:#04x} at {error.start}") from None
     except RecursionError:
@@ -68,6 +71,22 @@ def _is_deep(found: Any) -> bool:
 
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number of JSON")
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise RequestError(400, f"the body: a number of {len(digits):,} digits; expected at most {_MOST_DIGITS}")
+    return int(digits)
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object; of two fields of one name, one would be ignored."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise RequestError(400, f"the body: {shown(twice)} is there twice in one object")
+    return found
 
 
 def shown(value: Any) -> str:

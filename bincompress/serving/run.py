@@ -13,7 +13,7 @@ import uvicorn
 from bincompress.errors import BincompressError
 from bincompress.inference.generate import Model
 from bincompress.inference.scheduler import Limits
-from bincompress.process.systems import bind_alone
+from bincompress.process.systems import bind_alone, map_large_arrays
 from bincompress.serving.app import application
 from bincompress.serving.connections import bounded_protocol
 from bincompress.serving.service import Service
@@ -61,6 +61,7 @@ def serve(
     load: returns the model, in a thread of its own; the server answers 503 meanwhile. told: is given the address once
     it listens. Raises BincompressError where the address is taken, and what `load` raises.
     """
+    map_large_arrays()
     service = Service(settings, limits)
     listening = _listen(settings)
     server = Server(service)

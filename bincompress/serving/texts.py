@@ -47,6 +47,7 @@ class Texts:
     def __exit__(self, *error: object) -> None:
         for text in self._texts:
             text.cancel()
+        self._texts.clear()  # each knows who listens, which is this: nothing is to wait for the collector of cycles
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """Yield which text it is and what is told of it, until all have ended; raise RequestError where one failed."""
