@@ -18,7 +18,7 @@ from hypothesis import settings
 import bincompress
 from bincompress import cli
 from bincompress.compression.runner import Processes
-from bincompress.methods import make_settings
+from bincompress.methods import METHODS, make_settings
 from bincompress.process.machine import usable_cpus
 from bincompress.tensors.weight import Weight
 from tests.forked import Forked
@@ -96,6 +96,14 @@ EVERY_METHOD = [
     make_settings("wgm", groups=4, block=64, solver="windowed", window=4),
     make_settings("wgm", groups=8, block="matrix", solver="windowed", window=8),
 ]
+
+# As a refusal names them: these, and what a contributor has added.
+KNOWN_METHODS = ", ".join(
+    sorted(
+        {"billm", "dbellquant", "dbllm", "keep", "lossless", "lowrank", "uniform", "wgm", "xnor"}
+        | {method.name for method in METHODS}
+    )
+)
 
 
 def as_weight(values: Any, dtype: str) -> Weight:

@@ -12,6 +12,8 @@ from typing import Literal
 
 import pytest
 
+from bincompress import methods
+
 ROOT = Path(__file__).resolve().parents[1]
 TOP_PACKAGES = ("bincompress", "cpu_kernels", "jobs")
 
@@ -50,7 +52,7 @@ LATER_FOR_TYPES = {
 LONGEST = {"bincompress": 60, "cpu_kernels": 100, "jobs": 60}
 LONGER: dict[str, str] = {}
 
-METHODS = ("xnor", "wgm", "billm", "dbellquant", "dbllm", "uniform", "lossless")
+METHODS = tuple(method.name for method in methods.METHODS)
 
 When = Literal["import", "function", "types"]
 

@@ -19,9 +19,12 @@ from cpu_kernels.quantize.packing import pack_codes, words_for
 from cpu_kernels.quantize.unpacking import expand
 from cpu_kernels.reference import attention, planes, products
 
+# Compiling takes seconds for each: a quick run tries the best alone.
+EACH_KERNEL = [kernels()[0], *(pytest.param(name, marks=pytest.mark.slow) for name in kernels()[1:])]
+
 
 @pytest.mark.parametrize("bits", [8, 6])
-@pytest.mark.parametrize("kernel", kernels())
+@pytest.mark.parametrize("kernel", EACH_KERNEL)
 def test_products_of_blocks_and_of_single_tokens_equal_their_twin(kernel: str, bits: int) -> None:
     random = np.random.default_rng(bits)
     rows, cols = 130, 300

@@ -20,7 +20,7 @@ from bincompress.methods import METHODS, make_settings
 from bincompress.methods.declaration import Option
 from bincompress.sources.checkpoint import open_checkpoint
 from bincompress.store.store import open_store
-from tests.conftest import Run
+from tests.conftest import KNOWN_METHODS, Run
 
 # Everything that the program is told of the method: the sign of every weight, times a share of the mean magnitude.
 OUTSIDE = """
@@ -171,11 +171,7 @@ def test_every_declaration_is_whole() -> None:
 @pytest.mark.parametrize(
     ("method", "values", "message"),
     [
-        (
-            "wgn",
-            {},
-            "unknown method 'wgn'; known: billm, dbellquant, dbllm, keep, lossless, lowrank, uniform, wgm, xnor",
-        ),
+        ("wgn", {}, f"unknown method 'wgn'; known: {KNOWN_METHODS}$"),
         ("wgm", {"planes": 2}, "wgm has no setting 'planes'; it has block, compensate, groups"),
         ("wgm", {"groups": 2.0}, r"groups: expected int, found 2\.0"),
         ("wgm", {"compensate": 1}, "compensate: expected bool, found 1"),
