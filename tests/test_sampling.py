@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bincompress.inference.sampling import Sampler, Sampling, biased, candidates, less_repeated
+from bincompress.inference.sampling import Sampler, Sampling, biased, candidates, filtered, less_repeated
 from bincompress.model.errors import SamplingError
 
 LOGITS = np.log(np.array([0.1, 0.2, 0.4, 0.25, 0.05], np.float32))
@@ -171,3 +171,17 @@ def _plain_shares(logits: list[float], temperature: float) -> list[float]:
     """Return the softmax of logits, the largest first, in exact fractions up to the last step."""
     exact = [(Fraction(logit) - Fraction(logits[0])) / Fraction(temperature) for logit in logits]
     return [math.exp(float(max(each, Fraction(-10000)))) for each in exact]
+
+
+@pytest.mark.parametrize("vocab", [50, 640, 1_000, 4_097])
+@pytest.mark.parametrize("ties", [False, True])
+def test_top_k_is_that_of_a_whole_sort(vocab: int, ties: bool) -> None:
+    random = np.random.default_rng(vocab)
+    for count in (1, 2, 9, 15, 16, 49):
+        logits = random.standard_normal(vocab).astype(np.float32)
+        if ties:
+            logits = np.round(logits)
+        logits[random.random(vocab) < 0.3] = -np.inf
+        least = np.sort(logits)[-count]
+        ids, _ = filtered(logits, Sampling(top_k=count))
+        np.testing.assert_array_equal(ids, np.flatnonzero(logits >= least))
