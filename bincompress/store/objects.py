@@ -1,6 +1,8 @@
 """The objects below an fsspec URL as the files of a store, with as few requests as it can be done with."""
 
+import contextlib
 import inspect
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +13,8 @@ from bincompress.store.files import Bytes
 # Of object stores whose first name is a bucket (or a container), which holds more than one program's objects.
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "cos", "obs", "tos", "r2", "b2", "oci")
 _IN_PARTS = 32 << 20  # bytes of an object that is quicker read in parts at the same time
+ANSWER_SECONDS = 30.0  # until an object store's first answer
+_answered: "weakref.WeakSet[Any]" = weakref.WeakSet()  # file systems
 
 
 def options_of(url: str) -> dict[str, Any]:
@@ -20,6 +24,29 @@ def options_of(url: str) -> dict[str, Any]:
 
 def _parameters(fs: Any, method: str) -> set[str]:
     return set(inspect.signature(getattr(fs, f"_{method}", getattr(fs, method))).parameters)
+
+
+def _expect_answer(fs: Any, path: str, url: str) -> None:
+    """Ask an object store for anything once a process; raises StoreError where it does not answer in time.
+
+    Its client tries again for many minutes. Every other fault is left to what reads or writes.
+    """
+    from fsspec.asyn import sync
+    from fsspec.exceptions import FSTimeoutError
+
+    if not getattr(fs, "async_impl", False) or fs in _answered:
+        return
+    late = False
+    with contextlib.suppress(Exception):  # no credentials, say, which the call that matters tells of
+        try:
+            sync(fs.loop, fs._exists, path, timeout=ANSWER_SECONDS)
+        except FSTimeoutError:
+            late = True
+    if late:
+        raise StoreError(
+            f"{url}: no answer within {ANSWER_SECONDS:g} s; check the network and the endpoint (S3: AWS_ENDPOINT_URL)"
+        )
+    _answered.add(fs)
 
 
 class ObjectFiles:
@@ -38,6 +65,7 @@ class ObjectFiles:
         self.path = str(path).rstrip("/")
         if {".", ".."} & set(self.path.split("/")):
             raise StoreError(f"{url}: object stores take . and .. for names of their own; write the place without them")
+        _expect_answer(self._fs, self.path, url)
         # s3fs asks for an object's size before it reads it, to read a large one in parts at the same time.
         reads_in_parts = "max_concurrency" in _parameters(self._fs, "cat_file")
         self._at_once: dict[str, Any] = {"max_concurrency": 1} if reads_in_parts else {}
