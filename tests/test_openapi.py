@@ -44,6 +44,7 @@ def _asked(path: str) -> dict[str, object]:
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
         "/api/chat": {"messages": [{"role": "user", "content": "x"}]},
         "/v1/embeddings": {"input": "x"},
+        "/v1/responses": {"input": "x"},
         "/detokenize": {"tokens": [5]},
     }
     return bodies.get(path, {"prompt": "x"})
