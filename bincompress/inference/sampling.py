@@ -228,7 +228,7 @@ def _largest(logits: Floats, count: int) -> NDArray[np.intp]:
     least = np.partition(logits[: rows * _RUN].reshape(rows, _RUN).max(1), -count)[-count]
     ids = np.flatnonzero(logits >= least)
     found = logits[ids]
-    return ids[found >= np.partition(found, -count)[-count]]
+    return np.asarray(ids[found >= np.partition(found, -count)[-count]])
 
 
 def _likeliest(shares: Scores, values: Scores, top_p: float) -> NDArray[np.intp]:

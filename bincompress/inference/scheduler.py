@@ -298,7 +298,8 @@ class Scheduler:
             return [()] * len(shares)
         # A head that is kept as it is gives a state the same numbers beside so many others, and not beside more.
         parts = [decoder.logits_of(chosen[at : at + FEW_TOKENS]) for at in range(0, len(chosen), FEW_TOKENS)]
-        found = np.split(np.concatenate(parts), np.cumsum([len(rows) for rows in wanted])[:-1])
+        together = parts[0] if len(parts) == 1 else np.concatenate(parts)  # some MB, of a large vocabulary
+        found = np.split(together, np.cumsum([len(rows) for rows in wanted])[:-1])
         return [
             itertools.chain(rows, (decoder.logits_of(states[row : row + 1])[0] for row in range(end - share + 1, end)))
             if text.draft else rows

@@ -12,10 +12,10 @@ Task = Callable[[int, int, int], object]  # start, stop, number of the range
 
 def over_ranges(workers: Workers, task: Task, items: int, at_least: int = 1) -> None:
     """Call task(start, stop, number) over 0..items in at most one range per thread, each of `at_least` items."""
-    parts = max(1, min(workers.threads, items // max(1, at_least)))
-    if parts == 1:
+    if items < 2 * at_least or workers.threads == 1:  # most calls, of a single token: as little as can be
         task(0, items, 0)
         return
+    parts = min(workers.threads, items // at_least)
     bounds = [items * part // parts for part in range(parts + 1)]
     workers.run([partial(task, bounds[part], bounds[part + 1], part) for part in range(parts)])
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,6 +24,7 @@ _LONGEST_HEADERS = 32 * 1024
 _BACKLOG = 512
 _KEPT_ALIVE = 5  # seconds that a connection may wait for its next request
 _FORCED_END = 4  # seconds from being told to end until answers are cut off
+_SWITCH_SECONDS = 0.0005  # that one thread keeps Python from another
 
 
 class Server(uvicorn.Server):
@@ -62,6 +64,8 @@ def serve(
     it listens. Raises BincompressError where the address is taken, and what `load` raises.
     """
     map_large_arrays()
+    # The thread that writes waits for that which answers at each kernel's end: for half a millisecond at most, not 5.
+    sys.setswitchinterval(_SWITCH_SECONDS)
     service = Service(settings, limits)
     listening = _listen(settings)
     server = Server(service)

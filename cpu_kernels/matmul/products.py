@@ -158,7 +158,7 @@ class TokenProduct:
             quantizer = address(quantize_tokens) if NATIVE_CALLS else 0
             jobs.append(_job({**matrix.operands, **own, "quantize": quantizer}))
         self.jobs = np.stack(jobs)  # int64 (threads, fields)
-        self._address = self.jobs.ctypes.data
+        self._address, self._step, self._tiles = self.jobs.ctypes.data, self.jobs.strides[0], matrix.tiles
 
     def __call__(self, x: NDArray[np.float32], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Return the product (1, rows) with x (1, cols), C-contiguous; `out` may be given."""
@@ -170,7 +170,7 @@ class TokenProduct:
             raise ValueError(f"out: {result.shape}; expected {(1, matrix.rows)}")
         _set_operands(self.jobs, x, result)
         run = self.kernel if NATIVE_CALLS else self._quantize_and_run
-        self._workers.run_kernel(run, self._address, self.jobs.strides[0], matrix.tiles)
+        self._workers.run_kernel(run, self._address, self._step, self._tiles)
         return result
 
     def _quantize_and_run(self, job: int, first: int, last: int) -> None:
@@ -200,7 +200,7 @@ class FewTokensProduct:
         given = {**matrix.operands, **quantizing(workers.scratch[key], per)}
         scratch = [_wide_scratch(workers.scratch, thread, matrix) for thread in range(workers.threads)]
         self._jobs = np.stack([_job({**given, **own.operands}) for own in scratch])
-        self._address = self._jobs.ctypes.data
+        self._address, self._step, self._tiles = self._jobs.ctypes.data, self._jobs.strides[0], matrix.tiles
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the products (n, rows) with x (n, cols), C-contiguous."""
@@ -210,7 +210,7 @@ class FewTokensProduct:
         result = np.empty((tokens, matrix.rows), np.float32)
         _set_operands(self._jobs, x, result)
         self._workers.run_kernel(quantize_tokens, self._address + 8 * _QUANTIZING, 0, tokens)
-        self._workers.run_kernel(self._kernel, self._address, self._jobs.strides[0], matrix.tiles)
+        self._workers.run_kernel(self._kernel, self._address, self._step, self._tiles)
         return result
 
 
