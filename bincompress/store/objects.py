@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from bincompress.store.files import Bytes
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "cos", "obs", "tos", "r2", "b2", "oci")
 _IN_PARTS = 32 << 20  # bytes of an object that is quicker read in parts at the same time
 ANSWER_SECONDS = 30.0  # until an object store's first answer
-_answered: "weakref.WeakSet[Any]" = weakref.WeakSet()  # file systems
+_ANSWERED = "_bincompress_answered"  # set on a file system: one of another endpoint may be equal to it
 
 
 def options_of(url: str) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def _expect_answer(fs: Any, path: str, url: str) -> None:
     from fsspec.asyn import sync
     from fsspec.exceptions import FSTimeoutError
 
-    if not getattr(fs, "async_impl", False) or fs in _answered:
+    if not getattr(fs, "async_impl", False) or hasattr(fs, _ANSWERED):
         return
     late = False
     with contextlib.suppress(Exception):  # no credentials, say, which the call that matters tells of
@@ -46,7 +45,7 @@ def _expect_answer(fs: Any, path: str, url: str) -> None:
         raise StoreError(
             f"{url}: no answer within {ANSWER_SECONDS:g} s; check the network and the endpoint (S3: AWS_ENDPOINT_URL)"
         )
-    _answered.add(fs)
+    setattr(fs, _ANSWERED, True)
 
 
 class ObjectFiles:
