@@ -40,11 +40,9 @@ def new_file(file: str) -> Iterator[Path]:
 
 
 def _upload(path: Path, url: str) -> None:
-    import fsspec
+    from bincompress.store.objects import file_system
 
-    from bincompress.store.objects import options_of
-
-    fs, place = fsspec.core.url_to_fs(url, **options_of(url))
+    fs, place = file_system(url)
     fs.put_file(str(path), place)
     fs.invalidate_cache()
 

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from bincompress.errors import StoreError
 from bincompress.process.faults import explain
@@ -12,8 +13,9 @@ from bincompress.store.files import Bytes
 # Of object stores whose first name is a bucket (or a container), which holds more than one program's objects.
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "cos", "obs", "tos", "r2", "b2", "oci")
 _IN_PARTS = 32 << 20  # bytes of an object that is quicker read in parts at the same time
-ANSWER_SECONDS = 30.0  # until an object store's first answer
-_ANSWERED = "_bincompress_answered"  # set on a file system: one of another endpoint may be equal to it
+ANSWER_SECONDS = 30.0  # until the first answer of a bucket or a web server
+# Buckets and servers that have answered, kept on the file system: one of another endpoint may be equal to it.
+_ANSWERED = "_bincompress_answered"
 
 
 def options_of(url: str) -> dict[str, Any]:
@@ -25,27 +27,38 @@ def _parameters(fs: Any, method: str) -> set[str]:
     return set(inspect.signature(getattr(fs, f"_{method}", getattr(fs, method))).parameters)
 
 
-def _expect_answer(fs: Any, path: str, url: str) -> None:
-    """Ask an object store for anything once a process; raises StoreError where it does not answer in time.
+def file_system(url: str) -> tuple[Any, str]:
+    """Return fsspec's file system for a URL, and the path there.
 
-    Its client tries again for many minutes. Every other fault is left to what reads or writes.
+    Raises StoreError where a server does not answer in time; what it answers is left to whoever reads or writes.
+    ImportError and ValueError come from fsspec.
     """
+    import fsspec
+
+    fs, path = fsspec.core.url_to_fs(url, **options_of(url))
+    place = urlsplit(url).netloc  # a bucket, or a web server
+    answered: set[str] = fs.__dict__.setdefault(_ANSWERED, set())
+    if getattr(fs, "async_impl", False) and place not in answered:
+        _expect_answer(fs, path, url)
+        answered.add(place)
+    return fs, str(path)
+
+
+def _expect_answer(fs: Any, path: str, url: str) -> None:
+    """Ask for anything, as clients try again for many minutes where nothing comes."""
     from fsspec.asyn import sync
     from fsspec.exceptions import FSTimeoutError
 
-    if not getattr(fs, "async_impl", False) or hasattr(fs, _ANSWERED):
-        return
     late = False
     with contextlib.suppress(Exception):  # no credentials, say, which the call that matters tells of
         try:
-            sync(fs.loop, fs._exists, path, timeout=ANSWER_SECONDS)
+            sync(fs.loop, fs._info, path, timeout=ANSWER_SECONDS)
         except FSTimeoutError:
             late = True
     if late:
         raise StoreError(
             f"{url}: no answer within {ANSWER_SECONDS:g} s; check the network and the endpoint (S3: AWS_ENDPOINT_URL)"
         )
-    setattr(fs, _ANSWERED, True)
 
 
 class ObjectFiles:
@@ -54,17 +67,14 @@ class ObjectFiles:
     near = False
 
     def __init__(self, url: str) -> None:
-        import fsspec
-
         self.url = url
         try:
-            self._fs, path = fsspec.core.url_to_fs(url, **options_of(url))
+            self._fs, path = file_system(url)
         except (ImportError, ValueError) as error:
             raise StoreError(f"{url}: cannot be opened: {explain(error) or error}") from None
-        self.path = str(path).rstrip("/")
+        self.path = path.rstrip("/")
         if {".", ".."} & set(self.path.split("/")):
             raise StoreError(f"{url}: object stores take . and .. for names of their own; write the place without them")
-        _expect_answer(self._fs, self.path, url)
         # s3fs asks for an object's size before it reads it, to read a large one in parts at the same time.
         reads_in_parts = "max_concurrency" in _parameters(self._fs, "cat_file")
         self._at_once: dict[str, Any] = {"max_concurrency": 1} if reads_in_parts else {}

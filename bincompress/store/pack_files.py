@@ -87,12 +87,10 @@ class RemoteRanges:
     @staticmethod
     def there(url: str) -> "RemoteRanges | None":
         """Open a URL; None where no file is there."""
-        import fsspec
-
-        from bincompress.store.objects import options_of
+        from bincompress.store.objects import file_system
 
         try:
-            fs, path = fsspec.core.url_to_fs(url, **options_of(url))
+            fs, path = file_system(url)
             file = fs.open(path, "rb", cache_type="none")
         except FileNotFoundError as error:
             cause = error.__cause__  # of a web server's answer, whatever it was
