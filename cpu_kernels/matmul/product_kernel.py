@@ -190,7 +190,7 @@ def _token_tiles(instruction_set: int, bits: int, words: int, half: int) -> Call
 def product_kernel(instruction_set: int, bits: int, words: int, half: int) -> Kernel:
     """Return the kernel for one instruction set, activation width, k_tile of `words` words and float16 or 32 scales.
 
-    It takes the address of a job, int64 (len(FIELDS),), and computes tiles first .. last - 1.
+    It takes the address of a job, int64 (len(FIELDS),), and computes tiles first .. last - 1. AVX-512: of one token.
     """
     tile = cpu_features.tile_rows(instruction_set)
     lookup_used = 0 if instruction_set == cpu_features.PORTABLE else 1

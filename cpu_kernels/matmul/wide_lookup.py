@@ -4,7 +4,8 @@ The kernel for one token (lookup.py) has tables of 16 bytes for four columns, in
 chooses among 64 items of 16 bits in one instruction: one table does for six columns, a sum needs no second part, and
 nothing has to be widened. Such tables take longer to make, so that this is for two tokens or more, of which TOGETHER
 share the bits of the weights that are taken apart for them. One token was multiplied in 0.8 x the time where its matrix
-lay in a cache, but a whole model's in 1.07 (one thread) and 1.2 x (two): the stream is not read in order here.
+lay in a cache, but a whole model's in 1.07 (one thread) and 1.2 x (two): the stream is not read in order here. All of
+this was measured on Zen 4 alone, which chooses so once a cycle; others may take longer.
 
 Of three bytes of a row, 24 columns, the lower six bits of each choose from a table, and the upper two of all three from
 a fourth. The stream is the lookup kernels' own, and so are all numbers, to the last bit: sums are exact, and float32
@@ -41,7 +42,7 @@ CODE = cpu_features.AVX512BW
 TILE = 64  # rows, of AVX-512
 FEWEST = 2  # tokens that are multiplied so
 TOGETHER = 4  # tokens; of 8 the sums do not fit the registers beside the rest: 0.4 x the speed
-TILES_AT_ONCE = 32
+TILES_AT_ONCE = 32  # which use the tables of a k-tile before those of the next one are made
 _TRIPLE = 3  # packed vectors, of 8 columns each, that share four tables
 _GROUPS = ([0, 1, 2, 3, 4, 5], [8, 9, 10, 11, 12, 13], [16, 17, 18, 19, 20, 21], [6, 7, 14, 15, 22, 23])  # columns
 _TABLE = 128  # bytes of 64 entries
@@ -199,12 +200,12 @@ def _emit_sums(builder: Any, words: int, packed: Any, tables: list[Any], near: A
 @intrinsic(prefer_literal=True)
 def _multiply_k_tile(
     typing: Any, words: Any, half: Any, together: Any, stream: Any, packed: Any, scales: Any, near: Any, ahead: Any,
-    tables: Any, constants: Any, factors: Any, first: Any, weight: Any, acc: Any, place: Any,
+    tables: Any, constants: Any, factors: Any, weight: Any, acc: Any, place: Any,
 ) -> Any:  # fmt: skip
     """Add the product of one k-tile of one plane with `together` tokens to acc[place:]; positions are bytes or items.
 
-    Their tables are the first in `tables`, their constants and factors those at `first`. The stream at `ahead` is
-    asked for meanwhile.
+    Their tables, constants and factors are the first ones. The stream at `near` is asked for meanwhile, for the
+    first-level cache, and that at `ahead` for the second.
     """
     literals = (words, half, together)
     if not all(isinstance(literal, types.IntegerLiteral) for literal in literals):
@@ -221,17 +222,17 @@ def _multiply_k_tile(
         sums = _emit_sums(builder, count, packed_at, own, near_at, ahead_at)
 
         def of_tokens(k: int) -> list[Any]:
-            begin = llvm.item(context, builder, kinds[k], arguments[k], arguments[11])
+            begin = llvm.data(context, builder, kinds[k], arguments[k])
             return [builder.load(llvm.at(builder, begin, step)) for step in steps]
 
-        scaled = [builder.fmul(factor, arguments[12]) for factor in of_tokens(10)]
-        acc_at = llvm.item(context, builder, kinds[13], arguments[13], arguments[14])
+        scaled = [builder.fmul(factor, arguments[11]) for factor in of_tokens(10)]
+        acc_at = llvm.item(context, builder, kinds[12], arguments[12], arguments[13])
         lookup.emit_apply(builder, TILE, bool(is_half), sums, of_tokens(9), scaled, scales_at, acc_at)
         return context.get_dummy_value()
 
     index = types.intp
     signature = types.void(
-        *literals, stream, index, index, index, index, tables, constants, factors, index, types.float32, acc, index
+        *literals, stream, index, index, index, index, tables, constants, factors, types.float32, acc, index
     )
     return signature, generate
 
@@ -329,12 +330,12 @@ def wide_kernel(words: int, half: int) -> Kernel:
                             if count > 2:
                                 _multiply_k_tile(
                                     words, half, TOGETHER, stream, position, scale, position + near, position + ahead,
-                                    tables, constants, factors, 0, weights[p], acc, own,
+                                    tables, constants, factors, weights[p], acc, own,
                                 )  # fmt: skip
                             else:
                                 _multiply_k_tile(
                                     words, half, 2, stream, position, scale, position + near, position + ahead,
-                                    tables, constants, factors, 0, weights[p], acc, own,
+                                    tables, constants, factors, weights[p], acc, own,
                                 )  # fmt: skip
                             scale += scale_step
                             position += k_tile_bytes
