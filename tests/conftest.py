@@ -43,9 +43,9 @@ _LONGEST = (
 )  # fmt: skip
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """Return a process for each core and one more, as the tests of clusters mostly wait."""
-    return usable_cpus() + 1
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return a process for each core and one more, as the tests of clusters mostly wait; they are slow."""
+    return usable_cpus() + (config.option.markexpr != "not slow")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -78,13 +78,13 @@ def test_what_is_cached_is_used_without_the_hub(
 @pytest.mark.parametrize(
     ("mode", "words"),
     [
-        ("401", "log in (hf auth login)"),
-        ("403", "ask for access on the model's page"),
+        pytest.param("401", "log in (hf auth login)", marks=pytest.mark.slow),
+        pytest.param("403", "ask for access on the model's page", marks=pytest.mark.slow),
         ("404", "check the name"),
-        ("429", "too many requests"),
+        pytest.param("429", "too many requests", marks=pytest.mark.slow),
         ("500", "out of order (status 500)"),
-        ("portal", "what answers is not the Hub"),
-        ("silent", "gave no answer within 1 s"),
+        pytest.param("portal", "what answers is not the Hub", marks=pytest.mark.slow),
+        pytest.param("silent", "gave no answer within 1 s", marks=pytest.mark.slow),
     ],
 )
 def test_what_the_hub_answers_is_one_true_line(

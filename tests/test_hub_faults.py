@@ -19,10 +19,10 @@ TIMED = (
     ("mode", "words"),
     [
         ("waits", "too many requests"),
-        ("circles", "redirect"),
-        ("shortened", "the download broke off: "),
+        pytest.param("circles", "redirect", marks=pytest.mark.slow),
+        pytest.param("shortened", "the download broke off: ", marks=pytest.mark.slow),
         ("damaged", "came damaged, and was removed from the cache"),
-        ("page", "came damaged"),
+        pytest.param("page", "came damaged", marks=pytest.mark.slow),
     ],
 )
 def test_a_hub_that_does_not_give_the_weights(

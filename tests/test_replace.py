@@ -52,7 +52,7 @@ def bucket() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["folder", "memory", "s3", "file"])
+@pytest.fixture(params=["folder", "memory", pytest.param("s3", marks=pytest.mark.slow), "file"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A place that is not there yet, of each kind."""
     if request.param == "s3":
