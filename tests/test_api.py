@@ -7,6 +7,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 import bincompress
+from bincompress import api
 from bincompress.compression.options import MethodSettings
 from bincompress.compression.placement import Placement
 from bincompress.compression.progress import Progress
@@ -51,11 +52,11 @@ def test_an_unknown_name_is_refused_alike_wherever_it_is_given(tmp_path: Path, n
     given: dict[str, Any] = {name: 2}
     nowhere = tmp_path / "nowhere"
     calls: dict[str, Callable[[], object]] = {
-        "compress": lambda: bincompress.compress(nowhere, tmp_path / "store", **given),
-        "compress_several": lambda: bincompress.compress_several(nowhere, {}, **given),
-        "plan": lambda: bincompress.plan(nowhere, **given),
-        "plan_several": lambda: bincompress.plan_several(nowhere, {}, **given),
-        "fit": lambda: bincompress.fit(nowhere, 1, **given),
+        "compress": lambda: api.compress(nowhere, tmp_path / "store", **given),
+        "compress_several": lambda: api.compress_several(nowhere, {}, **given),
+        "plan": lambda: api.plan(nowhere, **given),
+        "plan_several": lambda: api.plan_several(nowhere, {}, **given),
+        "fit": lambda: api.fit(nowhere, 1, **given),
     }
     if name == "headers_only":  # of these it is a parameter
         calls = {call: calls[call] for call in ("compress", "compress_several")}

@@ -25,7 +25,7 @@ from tests.conftest import KNOWN_METHODS, Run
 # Everything that the program is told of the method: the sign of every weight, times a share of the mean magnitude.
 OUTSIDE = """
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
