@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click.testing
 import numpy as np
@@ -25,7 +26,7 @@ from tests.conftest import KNOWN_METHODS, Run
 # Everything that the program is told of the method: the sign of every weight, times a share of the mean magnitude.
 OUTSIDE = """
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
