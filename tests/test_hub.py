@@ -64,7 +64,7 @@ def test_what_is_cached_is_used_without_the_hub(
     compress()
     compress(HF_HUB_OFFLINE="1")
     compress(port=9)
-    for mode in ("500", "429", "portal"):
+    for mode in ("500", "429", "portal") if source == "team/tiny" else ("500",):
         hub.mode = mode
         compress()
     done = run_with_hub(9, "compress", source, str(tmp_path / "dry"), "--dry-run", "--rate", "1GB")
