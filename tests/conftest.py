@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +21,13 @@ from bincompress.compression.runner import Processes
 from bincompress.methods import METHODS, make_settings
 from bincompress.process.machine import usable_cpus
 from bincompress.tensors.weight import Weight
+from tests.fake_hub import FakeHub, served
 from tests.forked import Forked
+
+if TYPE_CHECKING:
+    import openai
+
+    from tests.serving import Running
 
 settings.register_profile("suite", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("suite")
@@ -37,9 +43,9 @@ _LONGEST = (
 )  # fmt: skip
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """Return a process for each core and one more, as the tests of clusters mostly wait."""
-    return usable_cpus() + 1
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return a process for each core and one more, as the tests of clusters mostly wait; they are slow."""
+    return usable_cpus() + (0 if config.option.markexpr == "not slow" else 1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -252,6 +258,13 @@ def run_with_hub(forked: Forked, tmp_path: Path) -> RunWithHub:
 
 
 @pytest.fixture
+def hub(tiny_model: Path) -> Iterator[FakeHub]:
+    """A server that answers as the Hub with `tiny_model`."""
+    with served(FakeHub(tiny_model)) as made:
+        yield made
+
+
+@pytest.fixture
 def tiny_model(tmp_path: Path) -> Path:
     """A tiny Llama checkpoint in two shards."""
     return write_model(tmp_path / "model", tiny_tensors(), tiny_config(), shards=2)
@@ -301,6 +314,25 @@ def chat_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.chat_stores import make_store
 
     return make_store(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
+def server(chat_store: Path) -> "Iterator[Running]":
+    """A server of `chat_store`, which runs in a thread of this process."""
+    from bincompress.inference.load import load
+    from tests.serving import running
+
+    with running(chat_store, load(str(chat_store), threads=1)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def client(server: "Running") -> "Iterator[openai.OpenAI]":
+    """OpenAI's own client of `server`."""
+    from tests.serving import openai_client
+
+    with openai_client(server) as made:
+        yield made
 
 
 @pytest.fixture

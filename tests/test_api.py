@@ -1,13 +1,19 @@
 """The Python API: what the command line does is one call each, with typed results and progress."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 import bincompress
+from bincompress import api
+from bincompress.compression.options import MethodSettings
 from bincompress.compression.placement import Placement
 from bincompress.compression.progress import Progress
 from bincompress.errors import BincompressError, RecipeError, StoreError
+from bincompress.methods import embeddings
+from bincompress.methods import options as method_options
 from tests.conftest import DEMO_MODEL
 
 TEXT = "The scheduler picks the next task that is ready to run, and the kernel switches to it. " * 40
@@ -39,8 +45,41 @@ def test_a_plan_is_made_from_headers_alone(tiny_model: Path) -> None:
     planned = bincompress.plan(tiny_model, method="xnor", block="row", keep=["*.mlp.*"])
     assert {t.settings.method for t in planned.plan.tensors} == {"xnor", "keep"}
     assert planned.plan.source_bytes > 4 * planned.plan.peak_memory / 1e9
-    with pytest.raises(RecipeError, match="unknown key 'gruops'"):
-        bincompress.plan(tiny_model, gruops=2)
+
+
+@pytest.mark.parametrize("name", ["gruops", "headers_only"])
+def test_an_unknown_name_is_refused_alike_wherever_it_is_given(tmp_path: Path, name: str) -> None:
+    given: dict[str, Any] = {name: 2}
+    nowhere = tmp_path / "nowhere"
+    calls: dict[str, Callable[[], object]] = {
+        "compress": lambda: api.compress(nowhere, tmp_path / "store", **given),
+        "compress_several": lambda: api.compress_several(nowhere, {}, **given),
+        "plan": lambda: api.plan(nowhere, **given),
+        "plan_several": lambda: api.plan_several(nowhere, {}, **given),
+        "fit": lambda: api.fit(nowhere, 1, **given),
+    }
+    if name == "headers_only":  # of these it is a parameter
+        calls = {call: calls[call] for call in ("compress", "compress_several")}
+    told = set()
+    for call in calls.values():
+        with pytest.raises(
+            RecipeError, match=f"^options: unknown key '{name}'; known: .*groups.*keep.*target_bits"
+        ) as no:
+            call()
+        told.add(str(no.value))
+    assert len(told) == 1
+
+
+def test_settings_are_typed_as_methods_declare_them() -> None:
+    typed = get_type_hints(MethodSettings)
+    assert set(typed) <= {"method", "embeddings", *method_options()}
+    for name, owners in method_options().items():
+        own = {choice for _, option in owners for choice in option.choices}
+        kinds = {option.kind for _, option in owners if not option.choices}
+        if name in typed:  # a contributor's setting need not be
+            assert set(get_args(typed[name])) == own
+            assert not kinds or typed[name] in kinds
+    assert set(get_args(typed["embeddings"])) <= set(embeddings())
 
 
 def test_batch_returns_a_result_for_each_store(tiny_model: Path, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def written(run: Example, tmp_path_factory: pytest.TempPathFactory) -> tuple[str
     return run("compress_and_write.py", DEMO_MODEL, store), store
 
 
+@pytest.mark.slow
 def test_compress_and_write(run: Example, written: tuple[str, Path]) -> None:
     out, store = written
     assert f"{store}: 38 tensors done, 0 already complete" in out

@@ -59,6 +59,7 @@ CASES: dict[str, dict[str, bytes]] = {
 }
 
 
+@pytest.mark.slow  # which imports transformers
 @pytest.mark.parametrize("case", CASES)
 def test_ids_and_texts_are_those_of_transformers(tmp_path: Path, case: str) -> None:
     transformers = pytest.importorskip("transformers")

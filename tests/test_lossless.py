@@ -215,7 +215,7 @@ def test_what_is_not_of_few_levels_is_refused_with_its_place() -> None:
 
 def test_pairs_whose_sums_round_are_sought_among_their_neighbours() -> None:
     random, exact, plain = np.random.default_rng(3), 0, 0
-    for _ in range(200):
+    for _ in range(70):
         pair = np.sort((random.standard_normal(2) * 0.05).astype(np.float32))
         codebook = FORMS[1].codebook
         plain += set(reached(codebook, pair.reshape(2, 1, 1)).ravel().tolist()) == set(pair.tolist())

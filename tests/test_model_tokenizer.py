@@ -188,6 +188,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow  # which imports transformers
 @pytest.mark.parametrize("data", [byte_level(), sentencepiece()], ids=["byte level", "sentencepiece"])
 @pytest.mark.parametrize("case", BESIDE)
 def test_ids_equal_those_of_transformers(case: str, data: bytes, tmp_path: Path) -> None:

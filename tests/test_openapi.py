@@ -1,20 +1,10 @@
 """Does the OpenAPI description say what the server takes, no more and no less?"""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
-from bincompress.inference.load import load
-from tests.serving import Running, running
+from tests.serving import Running
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def server(chat_store: Path) -> Iterator[Running]:
-    with running(chat_store, load(str(chat_store), threads=1)) as made:
-        yield made
 
 
 def test_every_route_and_field_is_described(server: Running) -> None:

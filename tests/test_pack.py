@@ -60,6 +60,7 @@ def test_the_directory_of_a_large_pack_is_zip64(tmp_path: Path, monkeypatch: pyt
     assert list(PackFiles(LocalRanges(path)).entries) == list(SMALL)
 
 
+@pytest.mark.slow
 def test_a_pack_of_very_many_entries(tmp_path: Path) -> None:
     path = tmp_path / "m.zip"
     path.write_bytes(write_zip({f"plain/t{number:06d}/c": b"" for number in range(70_000)}))
@@ -179,6 +180,7 @@ def test_over_http_inspect_downloads_no_weights_and_an_array_is_one_request(tiny
             open_store(url)
 
 
+@pytest.mark.slow
 def test_large_metadata_takes_one_request_more(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zip_format, "_TAIL", 4096)
     with range_server(tiny_pack) as server:

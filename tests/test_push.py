@@ -1,12 +1,9 @@
 """Does a store go to the Hub and come back, with real huggingface_hub calls, against a server that answers as it?"""
 
-import base64
 import hashlib
 import json
 import struct
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,159 +19,14 @@ from bincompress.reporting.card import read_evaluation, recipe_toml
 from bincompress.store.hub import CARD, FILE, _check, located, upload
 from bincompress.store.store import open_store
 from tests.conftest import RunWithHub, tiny_config, tiny_tensors, write_model
+from tests.fake_hub import BASE, UploadHub, served
 from tests.hostile_packs import hostile_packs
-
-BASE = "team/base"
-
-
-class UploadHub(ThreadingHTTPServer):
-    """Keeps repositories in memory: files by name, commits by number."""
-
-    daemon_threads = True
-    repos: dict[str, dict[str, bytes]]
-    private: dict[str, bool]
-    branches: list[str]
-    large: dict[str, bytes]  # by SHA-256
-    asked: list[str]
-    fails = 0  # so many uploads are cut off
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def sha(self, repo: str) -> str:
-        return hashlib.sha1(repr(sorted(self.repos[repo].items())).encode()).hexdigest()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: UploadHub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-    def answer(self, status: int, found: Any = None, headers: dict[str, str] | None = None) -> None:
-        body = found if isinstance(found, bytes) else json.dumps(found or {}).encode()
-        self.send_response(status)
-        for key, value in {
-            "Content-Length": str(len(body)),
-            "Content-Type": "application/json",
-            **(headers or {}),
-        }.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        parts = []
-        while size := int(self.rfile.readline(), 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(parts)
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        self.server.asked.append(f"{self.command} {path}")
-        parts = path.strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
-            repo = "/".join(parts[2:4])
-            if repo in self.server.repos:
-                files = self.server.repos[repo]
-                card = {"license": "apache-2.0"} if repo == BASE else None
-                found = {"id": repo, "sha": self.server.sha(repo), "private": self.server.private.get(repo, False)}
-                self.answer(
-                    200, {**found, "siblings": [{"rfilename": name} for name in files], "tags": [], "cardData": card}
-                )
-                return
-        repo, name = "/".join(parts[:2]), "/".join(parts[4:])
-        content = self.server.repos.get(repo, {}).get(name)
-        if content is None:
-            code = "EntryNotFound" if repo in self.server.repos else "RepoNotFound"
-            self.answer(404, {}, {"X-Error-Code": code, "X-Error-Message": "not there"})
-            return
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": self.server.sha(repo)}
-        self.answer(200, content, headers)
-
-    def do_PUT(self) -> None:
-        content = self.body()
-        if self.server.fails:
-            self.server.fails -= 1
-            self.answer(400, {"error": "cut off"})
-            return
-        self.server.asked.append("PUT")
-        self.server.large[hashlib.sha256(content).hexdigest()] = content
-        self.answer(200)
-
-    def do_POST(self) -> None:
-        path, content = self.path.split("?")[0], self.body()
-        self.server.asked.append(f"POST {path}")
-        parts = path.strip("/").split("/")
-        if path == "/api/repos/create":
-            asked = json.loads(content)
-            repo = f"{asked['organization']}/{asked['name']}"
-            if repo in self.server.repos:
-                self.answer(409, {"url": f"{self.server.url}/{repo}"})
-                return
-            self.server.repos[repo] = {}
-            self.server.private[repo] = asked.get("visibility") == "private"
-            self.answer(200, {"url": f"{self.server.url}/{repo}"})
-        elif path == "/api/validate-yaml":
-            self.answer(200, {"errors": [], "warnings": []})
-        elif "preupload" in parts:
-            here = self.server.repos["/".join(parts[2:4])]
-            files = [
-                {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(".zip") else "regular",
-                 "shouldIgnore": False, "oid": oid(file["path"], here.get(file["path"]))}
-                for file in json.loads(content)["files"]
-            ]  # fmt: skip
-            self.answer(200, {"files": files})
-        elif path.endswith("/info/lfs/objects/batch"):
-            objects = json.loads(content)["objects"]
-            for each in objects:
-                if each["oid"] not in self.server.large:
-                    each["actions"] = {"upload": {"href": f"{self.server.url}/put"}}
-            self.answer(200, {"transfer": "basic", "objects": objects})
-        elif "branch" in parts:
-            self.server.branches.append(parts[-1])
-            self.answer(200)
-        elif "commit" in parts:
-            repo = "/".join(parts[2:4])
-            for line in content.splitlines():
-                found = json.loads(line)
-                value = found["value"]
-                if found["key"] == "file":
-                    self.server.repos[repo][value["path"]] = base64.b64decode(value["content"])
-                elif found["key"] == "lfsFile":
-                    self.server.repos[repo][value["path"]] = self.server.large[value["oid"]]
-            sha = self.server.sha(repo)
-            self.answer(200, {"commitUrl": f"{self.server.url}/{repo}/commit/{sha}", "commitOid": sha})
-
-
-def oid(path: str, content: bytes | None) -> str | None:
-    if content is None:
-        return None
-    if path.endswith(".zip"):
-        return hashlib.sha256(content).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @pytest.fixture
 def hub() -> Iterator[UploadHub]:
-    server = UploadHub(("127.0.0.1", 0), _Handler)
-    server.repos, server.private, server.branches, server.large, server.asked = {BASE: {}}, {}, [], {}, []
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with served(UploadHub()) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,24 +11,11 @@ import openai
 import pytest
 
 from bincompress.inference.generate import GenerationSettings
-from bincompress.inference.load import load
 from bincompress.inference.sampling import Sampling
-from tests.serving import BOUND, Running, openai_client, running, until
+from tests.serving import BOUND, Running, until
 
 pytestmark = pytest.mark.slow
 PROMPT = "In Python,"
-
-
-@pytest.fixture(scope="module")
-def server(chat_store: Path) -> Iterator[Running]:
-    with running(chat_store, load(str(chat_store), threads=1)) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai_client(server) as made:
-        yield made
 
 
 @pytest.fixture

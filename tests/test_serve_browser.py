@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from bincompress.inference.load import load
-from tests.serving import BOUND, Running, running
+from tests.serving import BOUND, Running
 
 _DRIVER = shutil.which("chromedriver")
 _BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -87,12 +86,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
             made.end()
         finally:
             driver.terminate()
-
-
-@pytest.fixture(scope="module")
-def server(chat_store: Path) -> Iterator[Running]:
-    with running(chat_store, load(str(chat_store), threads=1)) as found:
-        yield found
 
 
 def opened(browser: Browser, server: Running, width: int = 1200) -> None:

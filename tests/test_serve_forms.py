@@ -13,7 +13,6 @@ import pytest
 
 from bincompress.inference.chat import ChatTemplate
 from bincompress.inference.constraint import Grammars
-from bincompress.inference.load import load
 from bincompress.inference.sampling import Sampler
 from bincompress.model.decoder import Decoder
 from tests.conftest import Run
@@ -27,18 +26,6 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 ASKED: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 200}
-
-
-@pytest.fixture(scope="module")
-def server(chat_store: Path) -> Iterator[Running]:
-    with running(chat_store, load(str(chat_store), threads=1)) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai_client(server) as made:
-        yield made
 
 
 def json_schema(schema: Any) -> dict[str, Any]:

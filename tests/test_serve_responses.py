@@ -1,34 +1,19 @@
 """/v1/responses, asked by the real client of OpenAI: the text of a chat, whole and as events."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import openai
 import pytest
 
-from bincompress.inference.load import load
-from tests.serving import Running, openai_client, running
+from tests.serving import Running
 
 pytestmark = pytest.mark.slow
 SCHEMA: dict[str, Any] = {
     "type": "object", "properties": {"bits": {"enum": [1, 2, 3]}}, "required": ["bits"], "additionalProperties": False,
 }  # fmt: skip
 ASKED: Any = {"model": "tiny", "input": "Hello", "max_output_tokens": 8, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def server(chat_store: Path) -> Iterator[Running]:
-    with running(chat_store, load(str(chat_store), threads=1)) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai_client(server) as made:
-        yield made
 
 
 def test_it_is_the_text_of_a_chat(client: openai.OpenAI) -> None:

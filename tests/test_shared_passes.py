@@ -75,6 +75,7 @@ def test_packed_matrices(stores: dict[str, str], name: str, threads: int) -> Non
     check(decoder)
 
 
+@pytest.mark.slow
 def test_six_bits_and_population_counts(stores: dict[str, str]) -> None:
     check(load_decoder(stores["packed"], 1, ActivationSettings(6, "token"), "popcount").decoder)
 

@@ -23,8 +23,9 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize(("width", "per"), [(8, "segment"), pytest.param(6, "token", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
-def test_each_token_has_the_numbers_that_it_has_alone(case: str) -> None:
+def test_each_token_has_the_numbers_that_it_has_alone(case: str, width: int, per: Per) -> None:
     rows, cols, block, planes, has_offset, dtype, weights = CASES[case]
     random = np.random.default_rng(len(case))
     blocks = -(-cols // block)
@@ -34,22 +35,20 @@ def test_each_token_has_the_numbers_that_it_has_alone(case: str) -> None:
     matrix = prepack(bits, scale, block, cols, offset, plane_weights=weights)
     x = (3 * random.standard_normal((35, cols))).astype(np.float32)
     x[:, :5] = 100.0  # the largest sums
-    settings: list[tuple[int, Per]] = [(8, "segment"), (6, "token")]
-    for width, per in settings:
-        of_all = quantize(x, width, per)
-        with Workers(2) as workers:
-            found = multiply(matrix, of_all, pool=workers)
-            few = FewTokensProduct(matrix, width, per, workers)
-            for tokens in (1, 2, 3, 4, 7, 16, 5):
-                assert np.array_equal(few(x[:tokens]), found[:tokens])
-        expected = np.concatenate([multiply(matrix, quantize(token, width, per)) for token in x])
-        assert np.array_equal(found, expected)
-        for tokens in (2, 3, 4, 5, 6, 7, 33):  # whole passes, and each rest
-            assert np.array_equal(multiply(matrix, quantize(x[:tokens], width, per)), expected[:tokens])
-        wide = scale.astype(np.float32)
-        shifts = None if offset is None else offset.astype(np.float32)
-        exact = multiply_reference(bits, wide, block, cols, of_all, shifts, weights)
-        assert np.abs(found - exact).max() < 1e-5 * np.abs(exact).max()
+    of_all = quantize(x, width, per)
+    with Workers(2) as workers:
+        found = multiply(matrix, of_all, pool=workers)
+        few = FewTokensProduct(matrix, width, per, workers)
+        for tokens in (1, 2, 3, 4, 7, 16, 5):
+            assert np.array_equal(few(x[:tokens]), found[:tokens])
+    expected = np.concatenate([multiply(matrix, quantize(token, width, per)) for token in x])
+    assert np.array_equal(found, expected)
+    for tokens in (2, 3, 4, 5, 6, 7, 33):  # whole passes, and each rest
+        assert np.array_equal(multiply(matrix, quantize(x[:tokens], width, per)), expected[:tokens])
+    wide = scale.astype(np.float32)
+    shifts = None if offset is None else offset.astype(np.float32)
+    exact = multiply_reference(bits, wide, block, cols, of_all, shifts, weights)
+    assert np.abs(found - exact).max() < 1e-5 * np.abs(exact).max()
 
 
 def test_a_token_that_is_not_finite_disturbs_no_other() -> None:

@@ -1,13 +1,14 @@
 """From checkpoints to stores: `compress` and `batch`, and carrying out what was planned."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from bincompress.api.pytorch import torch_needed
 from bincompress.compression.events import EventLog
+from bincompress.compression.options import CompressionOptions, check_names
 from bincompress.compression.placement import Placement
 from bincompress.compression.planning import Planned, plan, plan_batch, plan_several
 from bincompress.compression.progress import OnProgress, Tracker, ignore
@@ -49,28 +50,18 @@ def compress(
     store: str | Path,
     *,
     recipe: Recipe | str | Path | None = None,
-    keep: Sequence[str] = (),
-    keep_weights: str | Path | Mapping[str, tuple[tuple[int, int], ...]] | None = None,
-    stats: str | None = None,
-    sequential: str | Path | None = None,
-    samples: int | None = None,
-    context: int | None = None,
-    target_bits: float | None = None,
     train: str | Path | None = None,
-    archive: bool = False,
-    export_only: bool = False,
-    text_only: bool = False,
     pack: bool = False,
     overwrite: bool = False,
     placement: Placement = Placement(),
     progress: OnProgress = ignore,
-    **settings: Any,
+    **options: Unpack[CompressionOptions],
 ) -> CompressionResult:
     """Pack a checkpoint's weight matrices into a store; the same call resumes where an interrupted one stopped.
 
     source: a checkpoint folder or a Hub id (owner/name, owner/name@revision). store: a path or an fsspec URL.
-    settings: `method`, the settings of the methods (see `bincompress.methods`), and `embeddings` ("keep", "4bit",
-    "8bit"); they go over the defaults of the recipe, a TOML file. keep: patterns of tensors that stay as they are.
+    options: `method`, the settings of the methods (see `bincompress.methods`), and `embeddings` ("keep", "4bit",
+    "8bit"), which go over the defaults of the recipe, a TOML file. keep: patterns of tensors that stay as they are.
     keep_weights: single weights kept exactly, the file that lists them, or "auto": those that the model depends on,
     found by running it. stats: statistics of the inputs, as `calibrate` collects them; sequential: in their place a
     text on which each layer is calibrated as those before it have become, in `samples` windows of `context` tokens.
@@ -82,11 +73,8 @@ def compress(
     replaced.
     Raises RecipeError, CheckpointError or StoreError before work begins; tensors that fail are in `failures`.
     """
-    made = plan(
-        source, recipe=recipe, keep=keep, keep_weights=keep_weights, stats=stats, sequential=sequential,
-        samples=samples, context=context, target_bits=target_bits, archive=archive, export_only=export_only,
-        text_only=text_only, headers_only=False, placement=placement, progress=progress, **settings,
-    )  # fmt: skip
+    check_names(options)
+    made = plan(source, recipe=recipe, headers_only=False, placement=placement, progress=progress, **options)
     return carry_out(
         made, str(store), train=train, pack=pack, overwrite=overwrite, placement=placement, progress=progress
     )
@@ -100,13 +88,14 @@ def compress_several(
     overwrite: bool = False,
     placement: Placement = Placement(),
     progress: OnProgress = ignore,
-    **options: Any,
+    **options: Unpack[CompressionOptions],
 ) -> dict[str, CompressionResult]:
     """Pack a checkpoint by several recipes, each into its store, reading every tensor once; returns results by store.
 
     recipes: by store. options: as for `compress`, for all of them; the stores are those that single calls would make.
     Raises as `compress` does, before any store is begun.
     """
+    check_names(options)
     made = plan_several(source, recipes, headers_only=False, placement=placement, progress=progress, **options)
     return carry_out_several(made, pack=pack, overwrite=overwrite, placement=placement, progress=progress)
 

@@ -6,11 +6,11 @@ was measured. Of an embedding that is not the output head too, which stays in th
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
+from bincompress.compression.options import CompressionOptions, check_names
 from bincompress.compression.plan import Plan, PlannedTensor
 from bincompress.compression.planning import plan
 from bincompress.errors import RecipeError
@@ -48,26 +48,25 @@ class Fit:
         )
 
 
-def fit(
-    source: str | Path, size: int, *, context: int | None = None, keep: Sequence[str] = (), stats: str | None = None,
-    export_only: bool = False, headers_only: bool = True, **settings: Any,
-) -> Fit:  # fmt: skip
+def fit(source: str | Path, size: int, *, headers_only: bool = True, **options: Unpack[CompressionOptions]) -> Fit:
     """Return the settings for `compress` with which a process that runs the model stays under `size` bytes.
 
-    context: tokens that the process holds; 2,048, or the model's limit, if not given. settings: others of `compress`,
-    such as `scale_bits`; those that this chooses are refused. Raises RecipeError where nothing fits, with the least
+    options: those of `compress`, of which those that this chooses are refused. Its `context` are the tokens that the
+    process holds; 2,048, or the model's limit, if not given. Raises RecipeError where nothing fits, with the least
     that would, and as `plan` does.
     """
     for name in _CHOSEN:
-        if name in settings:
+        if name in options:
             raise RecipeError(f"--fit chooses --{name}; leave out one of them")
-    if export_only:
+    check_names(options)
+    if options.get("export_only"):
         raise RecipeError("--fit is for a store that runs here; leave out --export-only")
-    least = None
+    context, least = options.get("context"), None
+    others = {name: value for name, value in options.items() if name != "context"}
     for planes in _PLANES:
         for width in _EMBEDDINGS:
-            chosen = {**settings, **of_planes(planes), "embeddings": width}
-            made = plan(source, keep=keep, stats=stats, headers_only=headers_only, **chosen).plan
+            chosen: dict[str, Any] = {**others, **of_planes(planes), "embeddings": width}
+            made = plan(source, headers_only=headers_only, **chosen).plan
             held = _held(made, context)
             needed = needed_memory(made, held)
             if needed <= size:

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from bincompress.calibration.statistics import Statistics, open_statistics
 from bincompress.compression.allocation import run_trials, spread, spreadable, trial_jobs, trials_of
 from bincompress.compression.kept_weights import kept_weights
 from bincompress.compression.manifest import read_manifest
+from bincompress.compression.options import CompressionOptions, check_names, settings_of
 from bincompress.compression.placement import Placement
 from bincompress.compression.plan import Plan, make_plan
 from bincompress.compression.progress import OnProgress, Tracker, ignore
@@ -53,37 +54,31 @@ def plan(
     source: str | Path,
     *,
     recipe: Recipe | str | Path | None = None,
-    keep: Sequence[str] = (),
-    keep_weights: str | Path | Mapping[str, tuple[tuple[int, int], ...]] | None = None,
-    stats: str | None = None,
-    sequential: str | Path | None = None,
-    samples: int | None = None,
-    context: int | None = None,
-    target_bits: float | None = None,
-    archive: bool = False,
-    export_only: bool = False,
-    text_only: bool = False,
     headers_only: bool = True,
     placement: Placement = Placement(),
     progress: OnProgress = ignore,
-    **settings: Any,
+    **options: Unpack[CompressionOptions],
 ) -> Planned:
     """Return what `compress` would do, from headers alone: settings, expected bytes and memory of every tensor.
 
-    The parameters are those of `compress`. headers_only: a Hub model's weights are not fetched, and a folder with only
+    The options are those of `compress`. headers_only: a Hub model's weights are not fetched, and a folder with only
     config.json is enough; such a plan cannot be carried out. Raises RecipeError, CheckpointError or StoreError for
     everything that can be refused before work begins.
     """
-    chosen = _recipe(recipe, settings, keep)
+    check_names(options)
+    stats, sequential, target_bits = options.get("stats"), options.get("sequential"), options.get("target_bits")
+    samples, context = options.get("samples"), options.get("context")
+    archive, export_only = options.get("archive", False), options.get("export_only", False)
+    chosen = _recipe(recipe, settings_of(options), options.get("keep", ()))
     statistics = open_statistics(stats) if stats is not None else None
     _check_sequential(sequential, samples, context, stats, target_bits)
-    checkpoint = _opened(str(source), headers_only, text_only)
+    checkpoint = _opened(str(source), headers_only, options.get("text_only", False))
     sequence: dict[str, Any] | None = None if sequential is None else {}
     asked, few = chosen, few_levels(checkpoint)
     exact = taken(chosen, few) if sequential is None and target_bits is None else {}
     chosen = with_methods(chosen, exact)
     kept, remarks = kept_weights(
-        keep_weights,
+        options.get("keep_weights"),
         lambda: make_plan(checkpoint, chosen, {}, archive, statistics, sequence),
         headers_only,
         progress,
@@ -116,14 +111,26 @@ def _opened(source: str, headers_only: bool, text_only: bool) -> Checkpoint:
     return language_model(found) if text_only else found
 
 
-def plan_several(source: str | Path, recipes: Mapping[str, Recipe | str | Path], **options: Any) -> dict[str, Planned]:
+def plan_several(
+    source: str | Path,
+    recipes: Mapping[str, Recipe | str | Path],
+    *,
+    headers_only: bool = True,
+    placement: Placement = Placement(),
+    progress: OnProgress = ignore,
+    **options: Unpack[CompressionOptions],
+) -> dict[str, Planned]:
     """Return what `compress_several` would do, by store; the options are those of `plan`, for all recipes."""
+    check_names(options)
     if options.get("sequential") is not None and len(recipes) > 1:
         raise BincompressError(
             "--sequential calibrates on what one store's own layers give: run it once for each recipe, or give all of "
             "them --stats STATS, as `bincompress calibrate` writes them"
         )
-    return {store: plan(source, recipe=recipe, **options) for store, recipe in recipes.items()}
+    return {
+        store: plan(source, recipe=recipe, headers_only=headers_only, placement=placement, progress=progress, **options)
+        for store, recipe in recipes.items()
+    }
 
 
 def plan_batch(

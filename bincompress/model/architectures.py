@@ -3,7 +3,7 @@
 Those with experts, or with a state in place of attention, are in routed_architectures.py.
 """
 
-from bincompress.model.declaration import Architecture, Names
+from bincompress.model.declaration import ALL_BIASES, ATTENTION_BIASES, Architecture, BiasFields, Names
 from bincompress.model.routed_architectures import ROUTED_AND_RECURRENT
 
 _GRANITE = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
@@ -14,9 +14,7 @@ _OLMO = Names(
     down_norm="post_feedforward_layernorm.weight",
 )
 ARCHITECTURES: dict[str, Architecture] = {
-    "LlamaForCausalLM": Architecture(
-        "llama", context=2048, qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias=True
-    ),
+    "LlamaForCausalLM": Architecture("llama", context=2048, biases=ALL_BIASES),
     "MistralForCausalLM": Architecture("mistral", context=131072, kv_heads=8, windows="every layer"),
     "Ministral3ForCausalLM": Architecture(
         "ministral3",
@@ -39,14 +37,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         windows="every layer",
         window=None,
     ),
-    "Qwen2ForCausalLM": Architecture("qwen2", context=32768, kv_heads=32, qkv_bias="always", windows="by layer_types"),
+    "Qwen2ForCausalLM": Architecture(
+        "qwen2", context=32768, kv_heads=32, biases=BiasFields(qkv="always"), windows="by layer_types"
+    ),
     "Qwen3ForCausalLM": Architecture(
         "qwen3",
         context=32768,
         kv_heads=32,
         head_dim=128,
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
+        biases=ATTENTION_BIASES,
         qk_norm="head",
         windows="by layer_types",
     ),
@@ -56,8 +55,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         kv_heads=4,
         head_dim=256,
         tied=True,
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
+        biases=ATTENTION_BIASES,
         norm_offset=1.0,
         qk_norm="head",
         activation="gelu_pytorch_tanh",
@@ -82,8 +80,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         kv_heads=16,
         head_dim=256,
         tied=True,
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
+        biases=ATTENTION_BIASES,
         norm_offset=1.0,
         activation="gelu_pytorch_tanh",
         activation_names={"gelu": "gelu_pytorch_tanh"},  # as the first checkpoints call it
@@ -95,10 +92,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         context=524288,
         kv_heads=8,
         head_dim=128,
-        qkv_bias="attention_bias",
-        out_bias="attention_out_bias",
-        bias_default=True,
-        mlp_bias=True,
+        biases=BiasFields(qkv="attention_bias", out="attention_out_bias", mlp=True, default=True),
     ),
     "CwmForCausalLM": Architecture(
         "cwm",
@@ -106,7 +100,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         kv_heads=8,
         head_dim=128,
         epsilon=1e-5,
-        mlp_bias=True,
+        biases=BiasFields(mlp=True),
         rope_theta=1000000.0,
         rope={
             "rope_type": "llama3",
@@ -127,9 +121,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         context=32768,
         kv_heads=4,
         tied=True,
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
-        mlp_bias=True,
+        biases=ALL_BIASES,
         rope_theta=2000000.0,
         windows="without rope",
         window=None,
@@ -139,8 +131,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "olmo2",
         context=2048,
         epsilon=1e-5,
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
+        biases=ATTENTION_BIASES,
         qk_norm="whole",
         names=_OLMO,
     ),
@@ -148,8 +139,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "olmo3",
         context=2048,
         epsilon=1e-5,
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
+        biases=ATTENTION_BIASES,
         qk_norm="whole",
         rope_theta=500000.0,
         local_rope_theta=500000.0,
@@ -160,17 +150,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "GraniteForCausalLM": Architecture(
         "granite",
         context=2048,
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
-        mlp_bias=True,
+        biases=ALL_BIASES,
         reads=_GRANITE,
     ),
     "GraniteMoeHybridForCausalLM": Architecture(
         "granitemoehybrid",
         context=2048,
         inner_field="shared_intermediate_size",
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
+        biases=ATTENTION_BIASES,
         rope_switch="position_embedding_type",
         without_layer_types="every layer is a Mamba layer then",
         only={"num_local_experts": (0,)},
@@ -192,8 +179,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         context=2048,
         kv_heads=5,
         epsilon=1e-5,
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
+        biases=ATTENTION_BIASES,
         activation="relu2",
         rope_theta=500000.0,
         names=Names(mixed_norm="self_attn.attn_sub_norm.weight", inner_norm="mlp.ffn_sub_norm.weight"),

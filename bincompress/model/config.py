@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bincompress.model.architectures import ARCHITECTURES
-from bincompress.model.declaration import ACTIVATIONS, Activation, Architecture, Biases
+from bincompress.model.declaration import ACTIVATIONS, Activation, Architecture, BiasRule
 from bincompress.model.errors import ConfigError, UnsupportedModelError
 from bincompress.model.expert_fields import Experts as Experts
 from bincompress.model.expert_fields import read_experts
@@ -58,9 +58,9 @@ def parse(raw: Mapping[str, Any]) -> ModelConfig:
         tied=_tied(raw, declared),
         recurrent=read_recurrent(raw, recurrence, layers, hidden) if recurrence is not None else None,
         gated=declared.gated,
-        qkv_bias=_bias(raw, declared, declared.qkv_bias),
-        out_bias=_bias(raw, declared, declared.out_bias),
-        mlp_bias=declared.mlp_bias and flag(raw, "mlp_bias"),
+        qkv_bias=_bias(raw, declared, declared.biases.qkv),
+        out_bias=_bias(raw, declared, declared.biases.out),
+        mlp_bias=declared.biases.mlp and flag(raw, "mlp_bias"),
         qk_norm=declared.qk_norm,
         norm_offset=declared.norm_offset,
         sinks=bool(declared.names.sinks),
@@ -146,8 +146,8 @@ def _tied(raw: Mapping[str, Any], declared: Architecture) -> bool:
     return flag(raw, field, declared.tied)
 
 
-def _bias(raw: Mapping[str, Any], declared: Architecture, rule: Biases) -> bool:
-    default = declared.bias_default and rule != "attention_out_bias"
+def _bias(raw: Mapping[str, Any], declared: Architecture, rule: BiasRule) -> bool:
+    default = declared.biases.default and rule != "attention_out_bias"
     return rule == "always" or (rule != "never" and flag(raw, rule, default))
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 # use_sliding_window), those from max_window_layers on (if use_sliding_window), all but every so many-th (`pattern`), or
 # those without rotary embedding (if use_sliding_window).
 Windows = Literal["never", "every layer", "every layer if used", "by layer_types", "by pattern", "without rope"]
-Biases = Literal["never", "always", "attention_bias", "attention_out_bias", "qkv_bias"]
+BiasRule = Literal["never", "always", "attention_bias", "attention_out_bias", "qkv_bias"]
 # By what experts are chosen, and what their weights are: the softmax over all, logits and the softmax over the chosen
 # ones alone, or the sigmoid of each.
 Choice = Literal["softmax", "logits", "sigmoid"]
@@ -96,6 +96,20 @@ class Names:
 
 
 @dataclass(frozen=True)
+class BiasFields:
+    """Which matrices of attention and of the dense MLP have biases: none, all, or as a field of config.json says."""
+
+    qkv: BiasRule = "never"
+    out: BiasRule = "never"
+    mlp: bool = False  # whether the field mlp_bias is obeyed
+    default: bool = False  # a field where absent; attention_out_bias and mlp_bias are false then
+
+
+ATTENTION_BIASES = BiasFields("attention_bias", "attention_bias")
+ALL_BIASES = BiasFields("attention_bias", "attention_bias", mlp=True)
+
+
+@dataclass(frozen=True)
 class Mixture:
     """How an architecture's layers choose among experts."""
 
@@ -128,10 +142,7 @@ class Architecture:
     tied_field: str = ""  # a field that comes before it
     adjusted_inner: bool = False  # whether the fields that begin with block_ may give a dense layer other rows
     inner_field: str = "intermediate_size"  # which field has the rows of a dense layer's gate
-    qkv_bias: Biases = "never"
-    out_bias: Biases = "never"
-    bias_default: bool = False  # the field of biases where absent, unless they are of the output alone
-    mlp_bias: bool = False  # whether the field mlp_bias is obeyed
+    biases: BiasFields = BiasFields()
     norm_offset: float = 0.0  # what is added to every stored weight of a norm
     qk_norm: QkNorm = ""
     activation: str = "silu"  # of the gate, where absent

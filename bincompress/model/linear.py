@@ -71,12 +71,14 @@ class DenseLinear:
     def __call__(self, x: Floats) -> Floats:
         """Return x (n, cols) times the transposed matrix, (n, rows)."""
         result = np.empty((len(x), self.rows), np.float32)
+        if self._weight.dtype == np.uint16 and len(x) <= FEW_TOKENS:  # no BLAS: to bound its threads takes time
+            over_ranges(
+                self._workers, lambda start, stop, _: self._few(x, start, stop, result), self.rows, _ROWS_PER_THREAD
+            )
+            return result
         tile = max(1, _WIDENED_AT_ONCE // self.cols)
 
         def work(start: int, stop: int, _: int) -> None:
-            if self._weight.dtype == np.uint16 and len(x) <= FEW_TOKENS:
-                self._few(x, start, stop, result)
-                return
             for row in range(start, stop, tile):
                 last = min(stop, row + tile)
                 write_product(x, widened(self._weight[row:last]), result[:, row:last])

@@ -2,7 +2,15 @@
 
 from dataclasses import replace
 
-from bincompress.model.declaration import Architecture, Mixture, Names, Recurrence, RecurrentNames
+from bincompress.model.declaration import (
+    ATTENTION_BIASES,
+    Architecture,
+    BiasFields,
+    Mixture,
+    Names,
+    Recurrence,
+    RecurrentNames,
+)
 
 # The fields of `UNHANDLED` that a mixture of experts obeys.
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "num_experts_per_tok")
@@ -43,8 +51,7 @@ def _qwen35(model_type: str, kv_heads: int) -> Architecture:
         context=32768,
         kv_heads=kv_heads,
         head_dim=256,
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
+        biases=ATTENTION_BIASES,
         norm_offset=1.0,
         qk_norm="head",
         gated=True,
@@ -61,8 +68,7 @@ ROUTED_AND_RECURRENT: dict[str, Architecture] = {
         "qwen3_moe",
         context=32768,
         kv_heads=4,
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
+        biases=ATTENTION_BIASES,
         qk_norm="head",
         windows="every layer if used",
         reads=_EXPERT_FIELDS,
@@ -72,8 +78,7 @@ ROUTED_AND_RECURRENT: dict[str, Architecture] = {
         "qwen2_moe",
         context=32768,
         kv_heads=16,
-        qkv_bias="qkv_bias",
-        bias_default=True,
+        biases=BiasFields(qkv="qkv_bias", default=True),
         only={"use_sliding_window": (None, False)},
         reads=(*_EXPERT_FIELDS, "shared_expert_intermediate_size"),
         mixture=Mixture(60, 4, "moe_intermediate_size", 1408, shared=5632, dense_layers=True),
@@ -82,8 +87,7 @@ ROUTED_AND_RECURRENT: dict[str, Architecture] = {
         "olmoe",
         context=4096,
         epsilon=1e-5,
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
+        biases=ATTENTION_BIASES,
         qk_norm="whole",
         reads=_EXPERT_FIELDS,
         mixture=Mixture(64, 8, "intermediate_size", 2048),
@@ -107,9 +111,7 @@ ROUTED_AND_RECURRENT: dict[str, Architecture] = {
         kv_heads=8,
         head_dim=64,
         epsilon=1e-5,
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
-        bias_default=True,
+        biases=replace(ATTENTION_BIASES, default=True),
         rope_theta=150000.0,
         rope={
             "rope_type": "yarn",

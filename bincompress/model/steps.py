@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -83,6 +84,12 @@ class Buffers:
         return Buffers(self.stream[:n], self.normed[:n], self.mixed[:n], self.inner[:n])
 
 
+def _seen(part: Part, window: int) -> int:
+    """Return how many positions the tokens of a part see, at most."""
+    n = part.stop - part.start
+    return n * min(part.cache.length + n, window)
+
+
 class Steps:
     """Runs them on an exact number of threads; one caller at a time."""
 
@@ -117,7 +124,10 @@ class Steps:
     def _add(
         self, work: Buffers, delta: Floats, bias: Floats, delta_norm: Floats, factor: float, weight: Floats
     ) -> None:
-        epsilon, stream, normed = self.config.norm_epsilon, work.stream, work.normed
+        epsilon, stream, normed, n = self.config.norm_epsilon, work.stream, work.normed, len(delta)
+        if n < _ROWS_PER_THREAD and self._llama_norms:  # a token: two closures take as long as its norm
+            add_norm(stream, delta, bias, weight, epsilon, 0, n, normed)
+            return
 
         def llama(start: int, stop: int, _: int) -> None:
             add_norm(stream, delta, bias, weight, epsilon, start, stop, normed)
@@ -125,7 +135,7 @@ class Steps:
         def general(start: int, stop: int, _: int) -> None:
             add_normed(stream, delta, bias, delta_norm, factor, weight, epsilon, start, stop, normed)
 
-        over_ranges(self.workers, llama if self._llama_norms else general, len(delta), _ROWS_PER_THREAD)
+        over_ranges(self.workers, llama if self._llama_norms else general, n, _ROWS_PER_THREAD)
 
     def gate(self, work: Buffers, gate_up: Floats, bias: Floats) -> None:
         """Gate the inner values."""
@@ -173,12 +183,38 @@ class Steps:
         for part in parts:
             self._place(part, qkv[part.start : part.stop], number, bias, q_norm, k_norm)
         window = config.windows[number] or NO_WINDOW
-        items = [work_items(part.stop - part.start, config.heads, config.kv_heads) for part in parts]
-        ends = list(itertools.accumulate(items))
         attend = (ATTEND_WITH_SINKS if config.sinks else ATTEND)[parts[0].cache.keys[number].dtype]
         if config.sinks:
             for scratch in self._scratch:
                 scratch[self._scratch_size :] = layer.sinks
+        if len(parts) == 1 and self._fits_one_thread(parts[0], window):  # most tokens: as little Python as can be
+            cache, count = parts[0].cache, work_items(len(qkv), config.heads, config.kv_heads)
+            attend(
+                qkv, config.heads, cache.keys[number], cache.values[number], cache.length, window, 0, count,
+                self._scratch[0], work.mixed,
+            )  # fmt: skip
+        else:
+            self._attend_shared(attend, work, qkv, number, parts, window)
+        if config.gated:
+            over_ranges(
+                self.workers,
+                lambda start, stop, _: gate_by_sigmoid(work.mixed, gates, start, stop),
+                len(gates),
+                _ROWS_PER_THREAD,
+            )
+
+    def _fits_one_thread(self, part: Part, window: int) -> bool:
+        """Return whether one thread computes a part's scores: it has no other, or they are few."""
+        steps = _seen(part, window) * self.config.heads * self.config.head_dim
+        return self.workers.threads == 1 or steps <= _STEPS_PER_THREAD
+
+    def _attend_shared(
+        self, attend: Any, work: Buffers, qkv: Floats, number: int, parts: Sequence[Part], window: int
+    ) -> None:
+        """Let the threads share the work items of all parts."""
+        config = self.config
+        items = [work_items(part.stop - part.start, config.heads, config.kv_heads) for part in parts]
+        ends = list(itertools.accumulate(items))
 
         def run(start: int, stop: int, worker: int) -> None:
             for part, own, end in zip(parts, items, ends, strict=True):
@@ -190,16 +226,8 @@ class Steps:
                         max(start, begin) - begin, min(stop, end) - begin, self._scratch[worker], work.mixed[rows],
                     )  # fmt: skip
 
-        seen = sum((part.stop - part.start) * min(part.cache.length + part.stop - part.start, window) for part in parts)
-        steps = seen * config.heads * config.head_dim
+        steps = sum(_seen(part, window) for part in parts) * config.heads * config.head_dim
         over_ranges(self.workers, run, ends[-1], 1 if steps > _STEPS_PER_THREAD else ends[-1])
-        if config.gated:
-            over_ranges(
-                self.workers,
-                lambda start, stop, _: gate_by_sigmoid(work.mixed, gates, start, stop),
-                len(gates),
-                _ROWS_PER_THREAD,
-            )
 
     def _apart(self, qkv: Floats) -> tuple[Floats, Floats]:
         """Return queries, keys and values, and the gates, whose rows lie with those of the queries, head by head."""
@@ -217,15 +245,14 @@ class Steps:
         keys, values = cache.keys[number], cache.values[number]
         cosines, sines = cache.rotation(number)
         place = PLACE[keys.dtype]
-        over_ranges(
-            self.workers,
-            lambda start, stop, _: place(
-                qkv, bias, q_norm, k_norm, config.norm_epsilon, self._query_scale, cosines, sines,
-                cache.length, config.heads, start, stop, keys, values,
-            ),
-            n,
-            _ROWS_PER_THREAD,
-        )  # fmt: skip
+
+        def rotate(start: int, stop: int, _: int) -> None:
+            place(
+                qkv, bias, q_norm, k_norm, config.norm_epsilon, self._query_scale, cosines, sines, cache.length,
+                config.heads, start, stop, keys, values,
+            )  # fmt: skip
+
+        over_ranges(self.workers, rotate, n, _ROWS_PER_THREAD)
         rope = config.ropes[number]
         if rope.query_growth and cache.length + n > rope.original_context:
             qkv[:, : config.heads * config.head_dim] *= growth(rope, cache.length, n)[:, None]
