@@ -79,7 +79,8 @@ class ExpertLayer:
             elif experts.choice == "logits":
                 choose_by_logits(logits, start, stop, chosen, weights)
             else:
-                choose_by_sigmoid(logits, offsets, self._normalized, experts.scale, start, stop, chosen, weights)
+                added, scale = experts.added, experts.scale
+                choose_by_sigmoid(logits, offsets, self._normalized, added, scale, start, stop, chosen, weights)
 
         over_ranges(self._workers, choose, len(x), _TOKENS_PER_THREAD)
         return chosen, weights
