@@ -2,9 +2,10 @@
 
 All of a token's tables are made first, and lie in the second-level cache: 43 KB for 2048 columns. Two tiles of rows are
 then gone through side by side, so that what a k-tile's tables take to load serves both; the two that follow are asked
-for meanwhile, as lookup.py says. Against the kernel of that file one thread of Zen 4 took 0.74 x the time where the
-matrix lay in a cache and 0.80 to 0.85 x where it did not; two threads, for which memory is the limit, 0.83 to 1.05 x.
-Tiles side by side: one took 1.2 x as long, four 1.05 x. All numbers are the same, to the last bit.
+for meanwhile, as lookup.py says. Against the kernel of that file one thread of Zen 4 took 0.8 x the time where the
+matrix lay in a cache and 0.76 to 0.86 x where it did not; two threads, for which memory is the limit, 0.84 to 0.96 x,
+and 1.1 x for one matrix of 2048 x 768, whose tables take long beside it. Tiles side by side: one took up to 1.26 x as
+long, four 1.04 to 1.09 x. All numbers are the same, to the last bit.
 """
 
 import functools
