@@ -13,7 +13,7 @@ from bincompress.model.cache import KvCache, cache_bytes
 from bincompress.model.config import parse
 from bincompress.model.errors import PromptError
 from cpu_kernels.decoder.attention import ATTEND, BLOCK, NO_WINDOW, padded, scratch_size, work_items
-from cpu_kernels.decoder.norms import GATES, PLACE, add_norm, add_normed, norm_queries_keys, norm_rows
+from cpu_kernels.decoder.norms import GATES, PLACE, PLACE_IN_PAIRS, add_norm, add_normed, norm_queries_keys, norm_rows
 from cpu_kernels.reference import attention as reference
 
 FLOAT32, FLOAT16 = np.dtype(np.float32), np.dtype(np.uint16)
@@ -156,8 +156,8 @@ def test_gate(activation: str) -> None:
 
 @pytest.mark.parametrize("kind", [FLOAT32, FLOAT16])
 @pytest.mark.parametrize("normalise", [True, False])
-@pytest.mark.parametrize("rotated", [24, 18, 0])
-def test_place(kind: np.dtype[Any], normalise: bool, rotated: int) -> None:
+@pytest.mark.parametrize(("rotated", "in_pairs"), [(24, False), (18, False), (0, False), (24, True), (18, True)])
+def test_place(kind: np.dtype[Any], normalise: bool, rotated: int, in_pairs: bool) -> None:
     rng = np.random.default_rng(4)
     tokens, heads, kv_heads, dim, first = 40, 4, 2, 24, 29
     qkv = rng.standard_normal((tokens, (heads + 2 * kv_heads) * dim)).astype(np.float32)
@@ -172,14 +172,14 @@ def test_place(kind: np.dtype[Any], normalise: bool, rotated: int) -> None:
     if normalise:
         queries, keys = reference.rms_norm(queries, norms[0], 1e-6), reference.rms_norm(keys, norms[1], 1e-6)
     cosines, sines = np.cos(angles), np.sin(angles)
-    queries = reference.rotate(queries, cosines[first:], sines[first:]) * np.float32(scale)
-    keys = reference.rotate(keys, cosines[first:], sines[first:])
+    queries = reference.rotate(queries, cosines[first:], sines[first:], in_pairs) * np.float32(scale)
+    keys = reference.rotate(keys, cosines[first:], sines[first:], in_pairs)
 
     before = np.zeros((first, kv_heads, dim), np.float32)
     stored_keys, stored_values = cached(before, kind, True), cached(before, kind, False)
     stored_keys = np.concatenate([stored_keys] * 3, axis=1)
     stored_values = np.concatenate([stored_values] * 3, axis=1)
-    PLACE[kind](
+    (PLACE_IN_PAIRS if in_pairs else PLACE)[kind](
         qkv, bias, *norms, 1e-6, scale, cosines, sines, first, heads, 0, tokens, stored_keys, stored_values
     )  # fmt: skip
     assert np.allclose(qkv.reshape(tokens, -1, dim)[:, :heads], queries, atol=1e-5)

@@ -118,7 +118,7 @@ print(*told, "products:" + products.tobytes().hex() + token.tobytes().hex())
 @pytest.mark.slow
 def test_the_kernels_of_products_are_loaded_by_the_next_process_and_give_the_same(tmp_path: Path) -> None:
     first, second = compiled(tmp_path, 1, PRODUCT), compiled(tmp_path, 1, PRODUCT)
-    assert "multiply" in first
+    assert {"multiply", "multiply_token"} & set(first)  # of one token, by the kernel of this CPU
     assert len(second) == 1  # the products: no kernel was compiled
     assert second[0] in first
 

@@ -54,6 +54,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "GemmaForCausalLM": {},
     "SeedOssForCausalLM": {"attention_out_bias": False},
     "CwmForCausalLM": {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
+    "InternLM3ForCausalLM": {},
+    "IQuestCoderForCausalLM": {"attention_bias": True},
     "SmolLM3ForCausalLM": {"no_rope_layers": [1, 0]},
     "Olmo2ForCausalLM": {},
     "Olmo3ForCausalLM": {
@@ -61,6 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "Exaone4ForCausalLM": {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
     "GraniteForCausalLM": {
         "embedding_multiplier": 3.0,
         "attention_multiplier": 0.2,
@@ -75,6 +78,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.5,
         "attention_multiplier": 0.2,
     },
+    "GlmForCausalLM": {"partial_rotary_factor": 0.25},
+    "Glm4ForCausalLM": {"attention_bias": False},
+    "Ernie4_5ForCausalLM": {},
+    "HeliumForCausalLM": {"attention_bias": True},
     "Phi3ForCausalLM": {"sliding_window": 7, "partial_rotary_factor": 0.75},
     "BitNetForCausalLM": {},
     "Qwen3MoeForCausalLM": {
@@ -87,6 +94,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "Qwen2MoeForCausalLM": MOE | {"decoder_sparse_step": 2},
     "OlmoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 3},
     "MixtralForCausalLM": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "MiniMaxM2ForCausalLM": {"num_local_experts": 3, "num_experts_per_tok": 2, "rotary_dim": 8},
+    "Glm4MoeForCausalLM": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 35,
+        "attention_bias": True,
+    },
+    "GraniteMoeForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 3, "attention_multiplier": 0.2},
     "GptOssForCausalLM": {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 5},
     "Qwen3NextForCausalLM": DELTA | MOE,
     "Qwen3_5ForCausalLM": DELTA,

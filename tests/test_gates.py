@@ -69,9 +69,9 @@ def test_the_largest_sigmoids_with_their_offsets_are_chosen(experts: int, count:
     logits = rng.standard_normal((40, experts)).astype(np.float32)
     offsets = (rng.standard_normal(experts) - 1).astype(np.float32)  # some are below zero
     chosen, weights = np.zeros((40, count), np.int64), np.zeros((40, count), np.float32)
-    choose_by_sigmoid(logits, offsets, normalized, 2.5, 0, 11, chosen, weights)
-    choose_by_sigmoid(logits, offsets, normalized, 2.5, 11, 40, chosen, weights)
-    expected, shares = choose_by_sigmoid_plainly(logits, offsets, count, bool(normalized), 2.5)
+    choose_by_sigmoid(logits, offsets, normalized, 1e-6, 2.5, 0, 11, chosen, weights)
+    choose_by_sigmoid(logits, offsets, normalized, 1e-6, 2.5, 11, 40, chosen, weights)
+    expected, shares = choose_by_sigmoid_plainly(logits, offsets, count, bool(normalized), 1e-6, 2.5)
     assert np.array_equal(chosen, expected)
     assert np.abs(weights - shares).max() < 1e-5
 

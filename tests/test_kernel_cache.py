@@ -175,12 +175,11 @@ USE = """
 import numpy as np
 from cpu_kernels.errors import KernelError
 from cpu_kernels.jit.compiler import announce
-from cpu_kernels.matmul.dense import bfloat16_rows
+from cpu_kernels.matmul.dense import multiply_bfloat16
+from cpu_kernels.parallel.workers import Workers
 try:
     with announce(print):
-        result = np.empty(1, np.float32)
-        bfloat16_rows(np.full((1, 2), 0x3F80, np.uint16), np.ones(2, np.float32), 0, 1, result)
-        print(result[0])
+        print(multiply_bfloat16(np.full((1, 2), 0x3F80, np.uint16), np.ones((1, 2), np.float32), Workers(1))[0, 0])
 except KernelError as error:
     print("error:", error)
 """

@@ -230,7 +230,7 @@ REFUSED_OF_OTHERS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (GEMMA3, {"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration is not supported"),
     (GEMMA3, {"architectures": ["Gemma3nForCausalLM"]}, "architecture Gemma3nForCausalLM is not supported"),
     (GEMMA3, {"model_type": "gemma3"}, "Gemma3ForCausalLM has model_type 'gemma3_text', found 'gemma3'"),
-    (GRANITE, {"architectures": ["GraniteMoeForCausalLM"]}, "architecture GraniteMoeForCausalLM is not supported"),
+    (GRANITE, {"architectures": ["GraniteMoeForCausalLM"]}, "GraniteMoeForCausalLM has model_type 'granitemoe'"),
     (GRANITE, {"num_local_experts": 8}, "num_local_experts = 8"),
     (GRANITE, {"query_pre_attn_scalar": 8}, "query_pre_attn_scalar = 8"),
     (PHI3, {"partial_rotary_factor": 0.2}, "partial_rotary_factor = 0.2 of head_dim 16 is not an even number"),
@@ -243,7 +243,7 @@ REFUSED_OF_OTHERS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     *(
         (LLAMA, {"architectures": [name], "model_type": kind}, f"architecture {name} is not supported; known: Llama")
         for name, kind in [
-            ("GraniteMoeForCausalLM", "granitemoe"), ("Glm4MoeForCausalLM", "glm4_moe"),
+            ("GraniteMoeSharedForCausalLM", "granitemoeshared"), ("Glm4MoeLiteForCausalLM", "glm4_moe_lite"),
             ("MinistralForCausalLM", "ministral"), ("Gemma2ForCausalLM", "gemma2"),
             ("Gemma4ForCausalLM", "gemma4_text"),
         ]

@@ -262,7 +262,7 @@ def test_experts_in_one_tensor_are_those_of_transformers(case: str, tmp_path: Pa
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 2": ("Gemma2", {}),
-    "Granite MoE": ("GraniteMoe", EXPERTS),
+    "Granite MoE with a shared expert": ("GraniteMoeShared", EXPERTS | {"shared_intermediate_size": 40}),
 }  # fmt: skip
 
 

@@ -49,6 +49,12 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
         ("CwmForCausalLM", {"layer_types": None}, "without layer_types is not supported: nothing says which layers"),
         ("CwmForCausalLM", {"attention_bias": True}, "attention_bias = True is not supported for cwm"),
         ("SeedOssForCausalLM", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
+        ("InternLM3ForCausalLM", {"bias": True}, "bias = True is not supported for internlm3; only None or False is"),
+        ("InternLM3ForCausalLM", {"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM has model_type"),
+        ("Ernie4_5ForCausalLM", {"use_bias": True}, "use_bias = True is not supported for ernie4_5"),
+        ("Glm4MoeForCausalLM", {"n_group": 4}, "n_group = 4 is not supported for glm4_moe; only None or 1 is"),
+        ("MiniMaxM2ForCausalLM", {"scoring_func": "softmax"}, "scoring_func = 'softmax' is not supported"),
+        ("MiniMaxM2ForCausalLM", {"rotary_dim": 5}, "partial_rotary_factor"),
         ("SeedOssForCausalLM", {"model_type": "gemma4_text"}, "SeedOssForCausalLM has model_type 'seed_oss', found"),
     ],
 )
@@ -63,9 +69,9 @@ def test_what_is_not_known_is_refused_by_name(architecture: str, change: dict[st
         ("Gemma4ForCausalLM", "gemma4_text"),
         ("Gemma4ForConditionalGeneration", "gemma4"),
         ("Cohere2ForCausalLM", "cohere2"),
-        ("Exaone4ForCausalLM", "exaone4"),
-        ("Ernie4_5ForCausalLM", "ernie4_5"),
-        ("Glm4ForCausalLM", "glm4"),
+        ("ExaoneMoeForCausalLM", "exaone_moe"),
+        ("Ernie4_5_MoeForCausalLM", "ernie4_5_moe"),
+        ("GlmMoeDsaForCausalLM", "glm_moe_dsa"),
     ],
 )
 def test_a_model_without_a_declaration_is_refused_by_name(name: str, model_type: str) -> None:

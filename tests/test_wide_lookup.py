@@ -1,4 +1,4 @@
-"""Products of several tokens by tables of six columns: equal to the lookup kernel to the last bit, and exact sums."""
+"""Products by tables of six columns: equal to the lookup kernel to the last bit, and exact sums."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from cpu_kernels.jit import cpu_features
 from cpu_kernels.matmul import wide_lookup
 from cpu_kernels.matmul.activations import Per, quantize
 from cpu_kernels.matmul.prepacking import prepack
-from cpu_kernels.matmul.products import FewTokensProduct, multiply
+from cpu_kernels.matmul.products import FewTokensProduct, TokenProduct, multiply
 from cpu_kernels.parallel.workers import Workers
 from cpu_kernels.reference.products import multiply as multiply_reference
 
@@ -19,13 +19,16 @@ CASES = {
     "k-tiles of 128": (130, 300, 128, 2, False, np.float16, None),
     "k-tiles of 64": (70, 130, 64, 1, True, np.float16, None),
     "more tiles than are multiplied at once": (2120, 130, 64, 1, True, np.float16, None),
+    "two rows, one tile": (2, 64, 128, 2, True, np.float16, None),
     "plane weights, one block": (65, 200, 200, 4, True, np.float32, (8.0, 4.0, 2.0, 1.0)),
 }
 
 
 @pytest.mark.parametrize(("width", "per"), [(8, "segment"), pytest.param(6, "token", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
-def test_each_token_has_the_numbers_that_it_has_alone(case: str, width: int, per: Per) -> None:
+def test_each_token_has_the_numbers_that_it_has_alone(
+    case: str, width: int, per: Per, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows, cols, block, planes, has_offset, dtype, weights = CASES[case]
     random = np.random.default_rng(len(case))
     blocks = -(-cols // block)
@@ -41,7 +44,14 @@ def test_each_token_has_the_numbers_that_it_has_alone(case: str, width: int, per
         few = FewTokensProduct(matrix, width, per, workers)
         for tokens in (1, 2, 3, 4, 7, 16, 5):
             assert np.array_equal(few(x[:tokens]), found[:tokens])
+    monkeypatch.setattr(cpu_features, "is_zen", lambda: False)
     expected = np.concatenate([multiply(matrix, quantize(token, width, per)) for token in x])
+    monkeypatch.setattr(cpu_features, "is_zen", lambda: True)
+    with Workers(2) as workers:
+        one = TokenProduct(matrix, width, per, workers)
+        assert np.array_equal(np.concatenate([one(token[None]) for token in x]), expected)
+        prepared = quantize(x[:1], width, per)
+        assert all(np.array_equal(multiply(matrix, prepared, pool=workers), expected[:1]) for _ in range(2))
     assert np.array_equal(found, expected)
     for tokens in (2, 3, 4, 5, 6, 7, 33):  # whole passes, and each rest
         assert np.array_equal(multiply(matrix, quantize(x[:tokens], width, per)), expected[:tokens])
@@ -60,4 +70,5 @@ def test_a_token_that_is_not_finite_disturbs_no_other() -> None:
     x[3, 7] = np.nan
     found = multiply(matrix, quantize(x))
     assert np.isnan(found[3]).all()
+    assert np.isnan(multiply(matrix, quantize(x[3]))).all()
     assert np.array_equal(np.delete(found, 3, axis=0), np.delete(usual, 3, axis=0))

@@ -45,9 +45,11 @@ def random_model(folder: Path, kind: str, options: dict[str, Any], end: str = "F
     sizes = SMALL if end == "ForCausalLM" else {}
     config = getattr(transformers, f"{kind}Config")(**{**sizes, **options, **eager})
     torch.manual_seed(7)
-    model = getattr(transformers, f"{kind.removesuffix('Text')}{end}")(config).float().eval()
+    made = getattr(transformers, f"{kind.removesuffix('Text')}{end}", transformers.AutoModelForCausalLM.from_config)
+    model = made(config).float().eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        offsets = [(name, one) for name, one in model.named_buffers() if name.endswith("e_score_correction_bias")]
+        for name, parameter in [*model.named_parameters(), *offsets]:
             if name.endswith("A_log"):  # how fast heads forget: by a share of what they hold
                 parameter.copy_(torch.randn_like(parameter) - 1.0)
                 continue

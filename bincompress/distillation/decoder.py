@@ -39,6 +39,7 @@ def refuse_unknown(config: ModelConfig) -> None:
         "experts that are chosen otherwise, have biases, a clamped gate or a shared one beside them": _is_other(config),
         "layers without attention": config.recurrent is not None,
         "gated attention": config.gated,
+        "heads whose neighbouring items are rotated": config.rotates_in_pairs,
         "queries that grow with their position": any(rope.query_growth for rope in config.ropes),
     }
     lacks = [part for part, has in parts.items() if has]

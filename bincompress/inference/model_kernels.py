@@ -5,7 +5,7 @@ import numpy as np
 from bincompress.model.config import ModelConfig
 from cpu_kernels.decoder.attention import ATTEND_WITH_SINKS
 from cpu_kernels.decoder.gates import clamped_gate, gate_by_sigmoid
-from cpu_kernels.decoder.norms import GATES, add_normed, norm_queries_keys, norm_rows
+from cpu_kernels.decoder.norms import GATES, PLACE_IN_PAIRS, add_normed, norm_queries_keys, norm_rows
 from cpu_kernels.decoder.recurrence import convolve, delta_rule, norm_and_gate
 from cpu_kernels.decoder.routing import choose_by_logits, choose_by_sigmoid, choose_experts, mix_experts
 from cpu_kernels.jit.addresses import NATIVE_CALLS
@@ -21,6 +21,7 @@ def kernels_beside_llamas(config: ModelConfig) -> list[Kernel]:
     norms = (names.input_norm, names.post_norm, names.out_norm, names.down_norm)
     chosen: list[tuple[bool, Kernel]] = [
         (config.sinks, ATTEND_WITH_SINKS[np.dtype(np.uint16)]),
+        (config.rotates_in_pairs, PLACE_IN_PAIRS[np.dtype(np.uint16)]),
         (experts is not None and experts.choice == "logits", choose_by_logits),
         (experts is not None and experts.choice == "sigmoid", choose_by_sigmoid),
         (experts is not None and experts.choice == "softmax", choose_experts),

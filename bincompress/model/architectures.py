@@ -3,15 +3,27 @@
 Those with experts, or with a state in place of attention, are in routed_architectures.py.
 """
 
-from bincompress.model.declaration import ALL_BIASES, ATTENTION_BIASES, Architecture, BiasFields, Names
-from bincompress.model.routed_architectures import ROUTED_AND_RECURRENT
+from dataclasses import replace
 
-_GRANITE = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+from bincompress.model.declaration import ALL_BIASES, ATTENTION_BIASES, Architecture, BiasFields, Names
+from bincompress.model.routed_architectures import GRANITE_FIELDS, ROUTED_AND_RECURRENT
+
 _OLMO = Names(
     input_norm="",
     post_norm="",
     out_norm="post_attention_layernorm.weight",
     down_norm="post_feedforward_layernorm.weight",
+)
+_GLM = Architecture(
+    "glm",
+    context=131072,
+    kv_heads=2,
+    head_dim=128,
+    epsilon=1.5625e-7,
+    biases=BiasFields("attention_bias", default=True),
+    rope_share=0.5,
+    rotates_in_pairs=True,
+    reads=("partial_rotary_factor",),
 )
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture("llama", context=2048, biases=ALL_BIASES),
@@ -116,6 +128,25 @@ ARCHITECTURES: dict[str, Architecture] = {
         without_layer_types="nothing says which layers have a window",
         only={"attention_bias": (None, False)},
     ),
+    "InternLM3ForCausalLM": Architecture(
+        "internlm3",
+        context=32768,
+        kv_heads=2,
+        head_dim=128,
+        epsilon=1e-5,
+        only=dict.fromkeys(("qkv_bias", "bias", "attention_bias", "mlp_bias"), (None, False)),
+        other_classes=("LlamaForCausalLM",),
+    ),
+    "IQuestCoderForCausalLM": Architecture(
+        "iquestcoder",
+        context=131072,
+        kv_heads=8,
+        head_dim=128,
+        epsilon=1e-5,
+        biases=ALL_BIASES,
+        only={"use_sliding_window": (None, False)},
+        other_classes=("LlamaForCausalLM",),
+    ),
     "SmolLM3ForCausalLM": Architecture(
         "smollm3",
         context=32768,
@@ -147,11 +178,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         pattern=4,
         names=_OLMO,
     ),
+    "Exaone4ForCausalLM": Architecture(
+        "exaone4",
+        context=2048,
+        kv_heads=32,
+        epsilon=1e-5,
+        qk_norm="head",
+        rope_in_windows=True,
+        windows="by pattern",
+        pattern=4,
+        pattern_field="sliding_window_pattern",
+        names=_OLMO,
+    ),
     "GraniteForCausalLM": Architecture(
         "granite",
         context=2048,
         biases=ALL_BIASES,
-        reads=_GRANITE,
+        reads=GRANITE_FIELDS,
     ),
     "GraniteMoeHybridForCausalLM": Architecture(
         "granitemoehybrid",
@@ -161,8 +204,35 @@ ARCHITECTURES: dict[str, Architecture] = {
         rope_switch="position_embedding_type",
         without_layer_types="every layer is a Mamba layer then",
         only={"num_local_experts": (0,)},
-        reads=(*_GRANITE, "num_local_experts", "num_experts_per_tok"),
+        reads=(*GRANITE_FIELDS, "num_local_experts", "num_experts_per_tok"),
         names=Names(gate_up=("shared_mlp.gate_proj", "shared_mlp.up_proj"), down="shared_mlp.output_linear"),
+    ),
+    "GlmForCausalLM": _GLM,
+    "Glm4ForCausalLM": replace(
+        _GLM,
+        model_type="glm4",
+        names=Names(out_norm="post_self_attn_layernorm.weight", down_norm="post_mlp_layernorm.weight"),
+    ),
+    "Ernie4_5ForCausalLM": Architecture(
+        "ernie4_5",
+        context=131072,
+        kv_heads=2,
+        head_dim=128,
+        epsilon=1e-5,
+        tied=True,
+        rope_theta=500000.0,
+        rotates_in_pairs=True,
+        only={"use_bias": (None, False)},
+    ),
+    "HeliumForCausalLM": Architecture(
+        "helium",
+        context=4096,
+        kv_heads=20,
+        head_dim=128,
+        epsilon=1e-8,
+        biases=BiasFields("attention_bias", mlp=True),
+        rope_theta=100000.0,
+        rotates_in_pairs=True,
     ),
     "Phi3ForCausalLM": Architecture(
         "phi3",

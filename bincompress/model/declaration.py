@@ -76,7 +76,7 @@ class Names:
     expert_biases: tuple[str, str] = ("", "")  # of all experts of a layer: of gate and up in turns, and of down
     shared_gate_up: tuple[str, str] = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
     shared_down: str = "mlp.shared_expert.down_proj"
-    shared_gate: str = "mlp.shared_expert_gate"
+    shared_gate: str = "mlp.shared_expert_gate"  # empty where all of the shared expert is each token's
     sinks: str = ""  # scores of heads that take part in the softmax and have no value
     recurrent: "RecurrentNames | None" = None  # of the layers whose tokens read a state
 
@@ -120,12 +120,15 @@ class Mixture:
     normalized: bool | None = None  # whether the chosen weights sum to one; None: as norm_topk_prob says
     sums_to_one: bool = False  # norm_topk_prob where absent
     choice: Choice = "softmax"
+    added: float = 1e-6  # to the sum of the chosen sigmoids before they are divided by it
     offset_field: str = ""  # whether a number of each expert is added to what it is chosen by; true where absent
     dense_field: str = ""  # how many layers, from the first on, have a dense MLP
     dense_default: int = 0  # where absent
     biased: bool = False  # whether router and experts have biases
     clamp: tuple[float, float] | None = None  # of a clamped gate: swiglu_alpha and swiglu_limit where absent
     shared: int = 0  # rows of an expert that is each token's, shared_expert_intermediate_size where absent; 0: none
+    shared_count_field: str = ""  # or a field: as many times the rows of another expert's gate, once where absent
+    count_fields: tuple[str, ...] = ("num_experts", "num_local_experts")  # names of the number of experts
     dense_layers: bool = False  # whether mlp_only_layers and decoder_sparse_step give some layers a dense MLP
 
 
@@ -145,6 +148,7 @@ class Architecture:
     biases: BiasFields = BiasFields()
     norm_offset: float = 0.0  # what is added to every stored weight of a norm
     qk_norm: QkNorm = ""
+    qk_norm_field: str = ""  # a field without whose value true there is no such norm
     activation: str = "silu"  # of the gate, where absent
     activation_field: str = "hidden_act"
     activation_names: Mapping[str, str] = field(default_factory=dict)  # activations by other names
@@ -153,6 +157,8 @@ class Architecture:
     original_context: int | None = None  # where absent, before what rope_scaling says; None: that, or the context
     rope_names: Mapping[str, str] = field(default_factory=dict)  # kinds of rope by other names
     rope: Mapping[str, object] = field(default_factory=dict)  # rope_parameters where absent
+    rope_in_windows: bool = False  # whether layers without a window have none, if sliding_window says that some have
+    rotates_in_pairs: bool = False  # each item with its neighbour, in place of the one half the rotated ones further
     rope_switch: str = ""  # a field without whose value "rope" no layer has a rotary embedding
     query_growth: str = ""  # a field of rope_parameters by which queries grow from one original context to the next
     local_rope_theta: float | None = None  # of layers with a window, where they have a rotary embedding of their own
@@ -168,6 +174,8 @@ class Architecture:
     recurrence: Recurrence | None = None
     gated: bool = False  # whether what attention gives is gated, by rows that lie with those of the queries
     rope_share: float = 1.0  # partial_rotary_factor where absent
+    rope_items_field: str = ""  # which field may say how many items of a head are rotated, in its place
     epsilon_field: str = "rms_norm_eps"
     other_names: tuple[Names, ...] = ()  # that checkpoints of another form have
+    other_classes: tuple[str, ...] = ()  # that config.json may name beside model_type, as transformers writes it
     mixture: Mixture | None = None

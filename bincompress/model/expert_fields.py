@@ -24,6 +24,7 @@ class Experts:
     choice: Choice = "softmax"
     has_offsets: bool = False  # whether a number of each expert is added to what it is chosen by
     scale: float = 1.0  # of the weights of the chosen ones
+    added: float = 0.0  # to the sum of the chosen sigmoids before they are divided by it
     biased: bool = False  # whether router and experts have biases
     clamp: tuple[float, float] | None = None  # alpha and limit of a gate whose values are held within bounds
     shared: int = 0  # rows of the gate of an expert that is each token's; none: there is no such expert
@@ -32,13 +33,10 @@ class Experts:
 def read_experts(raw: Mapping[str, Any], mixture: Mixture, layers: int) -> Experts | None:
     """Return the layers' mixture of experts; None where every layer has a dense MLP."""
     # transformers takes either name for the number.
-    given = {field: raw[field] for field in ("num_experts", "num_local_experts") if raw.get(field) is not None}
-    if len(given) == 2 and len(set(map(repr, given.values()))) == 2:
-        raise ConfigError(
-            f"config.json: num_experts {given['num_experts']!r} contradicts num_local_experts "
-            f"{given['num_local_experts']!r}"
-        )
-    field = next(iter(given), "num_experts")
+    given = {field: raw[field] for field in mixture.count_fields if raw.get(field) is not None}
+    if len(set(map(repr, given.values()))) > 1:
+        raise ConfigError("config.json: " + " contradicts ".join(f"{name} {value!r}" for name, value in given.items()))
+    field = next(iter(given), mixture.count_fields[0])
     number_of = count(raw, field, mixture.count)
     if number_of > _MOST_EXPERTS:
         raise ConfigError(f"config.json: {field}: expected at most {_MOST_EXPERTS}, found {number_of}")
@@ -63,15 +61,24 @@ def read_experts(raw: Mapping[str, Any], mixture: Mixture, layers: int) -> Exper
             f"config.json: num_experts_per_tok {chosen} is more than the {number_of} experts that {field} gives"
         )
     normalized = flag(raw, "norm_topk_prob", mixture.sums_to_one) if mixture.normalized is None else mixture.normalized
+    inner = size(raw, mixture.inner_field, mixture.inner)
     return Experts(
-        number_of, chosen, size(raw, mixture.inner_field, mixture.inner), normalized, tuple(sparse),
+        number_of, chosen, inner, normalized, tuple(sparse),
         choice=mixture.choice,
         has_offsets=bool(mixture.offset_field) and flag(raw, mixture.offset_field, True),
         scale=number(raw, "routed_scaling_factor", 1.0) if mixture.choice == "sigmoid" else 1.0,
+        added=mixture.added if mixture.choice == "sigmoid" else 0.0,
         biased=mixture.biased,
         clamp=_clamp(raw, mixture),
-        shared=size(raw, "shared_expert_intermediate_size", mixture.shared) if mixture.shared else 0,
+        shared=_shared(raw, mixture, inner),
     )  # fmt: skip
+
+
+def _shared(raw: Mapping[str, Any], mixture: Mixture, inner: int) -> int:
+    """Return the rows of the gate of an expert that is each token's; 0 where there is none."""
+    if mixture.shared_count_field:
+        return inner * count(raw, mixture.shared_count_field, 1)
+    return size(raw, "shared_expert_intermediate_size", mixture.shared) if mixture.shared else 0
 
 
 def _clamp(raw: Mapping[str, Any], mixture: Mixture) -> tuple[float, float] | None:

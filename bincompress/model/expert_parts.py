@@ -10,9 +10,9 @@ from cpu_kernels.decoder.norms import GATES
 
 
 class Shared:
-    """An expert that is each token's, as much of it as its gate (1, hidden) says."""
+    """An expert that is each token's, as much of it as its gate (1, hidden) says; all of it where there is no gate."""
 
-    def __init__(self, config: ModelConfig, gate: Linear, gate_up: Linear, down: Linear) -> None:
+    def __init__(self, config: ModelConfig, gate: Linear | None, gate_up: Linear, down: Linear) -> None:
         self._gate, self._gate_up, self._down = gate, gate_up, down
         self._apply, self._no_bias = GATES[config.activation], np.zeros(gate_up.rows, np.float32)
         self.inner = down.cols
@@ -26,6 +26,8 @@ class Shared:
     def down(self, inner: Floats, x: Floats) -> Floats:
         """Return what it gives for x (n, hidden), of which `gated` gave inner."""
         made = self._down(inner)
+        if self._gate is None:
+            return made
         with np.errstate(over="ignore"):
             made /= np.float32(1.0) + np.exp(-self._gate(x))
         return made
@@ -36,7 +38,7 @@ def read_shared(config: ModelConfig, source: WeightSource, layer: int) -> Shared
     if config.experts is None or not config.experts.shared:
         return None
     gate_up, down = config.names.of_shared(layer)
-    gate = source.linear([config.shared_gate_of(layer)])
+    gate = source.linear([config.shared_gate_of(layer)]) if config.names.shared_gate else None
     return Shared(config, gate, source.linear(gate_up), source.linear([down]))
 
 

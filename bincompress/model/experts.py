@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from bincompress.model.config import Experts, ModelConfig
 from bincompress.model.expert_parts import Biases, Shared, read_biases, read_shared
-from bincompress.model.linear import DenseLinear, Floats, Linear, WeightSource
+from bincompress.model.linear import Floats, Linear, WeightSource
 from bincompress.model.packed_linear import PackedLinear
 from bincompress.model.residents import ColdPairs, Pair, Residents
 from bincompress.model.threads import in_turn, over_ranges
@@ -39,8 +39,6 @@ class ExpertLayer:
         self._no_bias = np.zeros(2 * experts.inner, np.float32)
         self._biases, self.shared = biases, shared
         self._workers = workers
-        # Of one token: handing a router's few rows to other threads takes longer than multiplying them.
-        self._router_alone = router.alone() if isinstance(router, DenseLinear) else router
         self._gate_ups = ChosenProducts(experts.count, 2 * experts.inner, config.hidden, workers)
         self._downs = ChosenProducts(experts.count, config.hidden, experts.inner, workers)
         self._put: dict[int, Pair] = {}  # experts that were put into both, or cannot be: their matrices stay with them
@@ -68,7 +66,7 @@ class ExpertLayer:
 
     def choose(self, x: Floats) -> tuple[Numbers, Floats]:
         """Return each token's experts (n, chosen), by ascending number, and their weights."""
-        logits = self.router(x) if len(x) > 1 else self._router_alone(x)
+        logits = self.router(x)
         if self._biases is not None:
             logits += self._biases.router
         experts, offsets = self._experts, self._offsets
@@ -81,7 +79,8 @@ class ExpertLayer:
             elif experts.choice == "logits":
                 choose_by_logits(logits, start, stop, chosen, weights)
             else:
-                choose_by_sigmoid(logits, offsets, self._normalized, experts.scale, start, stop, chosen, weights)
+                added, scale = experts.added, experts.scale
+                choose_by_sigmoid(logits, offsets, self._normalized, added, scale, start, stop, chosen, weights)
 
         over_ranges(self._workers, choose, len(x), _TOKENS_PER_THREAD)
         return chosen, weights

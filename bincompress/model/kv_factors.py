@@ -24,5 +24,8 @@ def key_factors(config: ModelConfig, layer: Layer, number: int) -> NDArray[np.fl
     if not size.any():
         return np.ones((heads, dim), np.float32)
     half = rotated(config.ropes[number], dim) // 2
+    if config.rotates_in_pairs:
+        pairs = np.repeat(np.hypot(size[:, : 2 * half : 2], size[:, 1 : 2 * half : 2]), 2, axis=1)
+        return np.concatenate([pairs, size[:, 2 * half :]], axis=1).astype(np.float32) + np.float32(_LEAST)
     pairs = np.hypot(size[:, :half], size[:, half : 2 * half])
     return np.concatenate([pairs, pairs, size[:, 2 * half :]], axis=1).astype(np.float32) + np.float32(_LEAST)

@@ -8,14 +8,13 @@ from numpy.typing import NDArray
 
 from bincompress.model.threads import over_ranges
 from bincompress.process.blas import one_blas_thread
-from cpu_kernels.matmul.dense import bfloat16_rows
+from cpu_kernels.matmul.dense import multiply_bfloat16
 from cpu_kernels.parallel.workers import Workers
 
 Floats = NDArray[np.float32]
 
 _WIDENED_AT_ONCE = 1 << 21  # bf16 items that are float32 at a time in a thread: 8 MB
 _ROWS_PER_THREAD = 64
-_SHARED_TILE = 1 << 18  # items of a bf16 matrix that several tokens read in turn: 512 KB, from the second-level cache
 # Up to so many tokens, a matrix that is not multiplied by our own kernels gives each token what it gives it alone: BLAS
 # adds up in another order for other numbers of tokens, so it is handed one at a time.
 FEW_TOKENS = 16
@@ -70,6 +69,8 @@ class DenseLinear:
 
     def __call__(self, x: Floats) -> Floats:
         """Return x (n, cols) times the transposed matrix, (n, rows)."""
+        if self._weight.dtype == np.uint16 and len(x) <= FEW_TOKENS:
+            return multiply_bfloat16(self._weight, x, self._workers)
         result = np.empty((len(x), self.rows), np.float32)
         if self._weight.dtype == np.uint16 and len(x) <= FEW_TOKENS:  # no BLAS: to bound its threads takes time
             over_ranges(
@@ -86,17 +87,6 @@ class DenseLinear:
         with one_blas_thread():
             over_ranges(self._workers, work, self.rows, _ROWS_PER_THREAD)
         return result
-
-    def alone(self) -> "DenseLinear":
-        """Return the same matrix, multiplied by the calling thread alone."""
-        return DenseLinear(self._weight)
-
-    def _few(self, x: Floats, start: int, stop: int, result: Floats) -> None:
-        """Write the products of rows start .. stop - 1, a tile at a time for one token after the other."""
-        tile = stop - start if len(x) == 1 else max(1, _SHARED_TILE // self.cols)
-        for row in range(start, stop, tile):
-            for token in range(len(x)):
-                bfloat16_rows(self._weight, x[token], row, min(stop, row + tile), result[token])
 
     def rows_of(self, ids: NDArray[np.int64]) -> Floats:
         """Return these rows, (n, cols), as float32."""

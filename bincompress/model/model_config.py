@@ -35,6 +35,7 @@ class ModelConfig:
     norm_offset: float = 0.0  # what is added to every stored weight of a norm
     activation: Activation = "silu"
     sinks: bool = False  # whether each head has a score that takes part in the softmax and has no value
+    rotates_in_pairs: bool = False  # each item of a head with its neighbour
     query_scale: float | None = None  # of queries before their product with keys; None: 1 / sqrt(head_dim)
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0  # of what attention and the MLP add to the stream
@@ -209,7 +210,9 @@ class ModelConfig:
         if experts.shared:
             (gate, up), down = self.names.of_shared(layer)
             shapes |= {gate: (experts.shared, self.hidden), up: (experts.shared, self.hidden)}
-            shapes |= {down: (self.hidden, experts.shared), self.shared_gate_of(layer): (1, self.hidden)}
+            shapes[down] = (self.hidden, experts.shared)
+            if self.names.shared_gate:
+                shapes[self.shared_gate_of(layer)] = (1, self.hidden)
         return shapes
 
     def shared_gate_of(self, layer: int) -> str:
@@ -234,7 +237,7 @@ class ModelConfig:
                 found[self.router_of(layer)] = "router of experts, which decides what runs"
                 if experts.biased:
                     found |= dict.fromkeys(self.expert_biases_of(layer), "biases of experts")
-                if experts.shared:
+                if experts.shared and self.names.shared_gate:
                     found[self.shared_gate_of(layer)] = "gate of the shared expert"
             gates = self.names.recurrent.gates if self.names.recurrent is not None else ()
             for part in gates if self.has_gates(layer) else ():

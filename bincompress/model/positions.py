@@ -23,6 +23,8 @@ def positions(
     """Return every layer's rotary embedding and window; raises UnsupportedModelError or ConfigError by name."""
     turned = _layers_with_rope(raw, declared, layers)
     windows = _windows(raw, declared, turned)
+    if declared.rope_in_windows and raw.get("sliding_window", declared.window) is not None:
+        turned = [window is not None for window in windows]
     if not _turns(raw, declared):
         ropes: tuple[Rope, ...] = (Rope(share=0.0),) * layers
     elif declared.local_rope_theta is None:
@@ -126,7 +128,7 @@ def _windows(raw: Mapping[str, Any], declared: Architecture, turned: list[bool])
     if window is not None and rule == "by layer_types" and raw.get("layer_types") is None:
         first = count(raw, "max_window_layers", 28)
         sliding = [layer >= first for layer in range(layers)]
-    elif window is not None and rule == "by pattern":
+    elif window is not None and rule == "by pattern" and raw.get("layer_types") is None:
         pattern = size(raw, declared.pattern_field, declared.pattern)
         sliding = [(layer + 1) % pattern != 0 for layer in range(layers)]
     elif window is not None and rule == "without rope":

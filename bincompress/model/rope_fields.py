@@ -32,7 +32,7 @@ def read_rope(
     if kind not in _KINDS:
         known = ", ".join(_KINDS)
         raise UnsupportedModelError(f"config.json: {field}: rope type {kind!r:.60} is not supported; known: {known}")
-    share = _share(given, raw, declared)
+    share = _share(given, raw, declared, head_dim)
     theta = number(given, "rope_theta") if given.get("rope_theta") is not None else number(raw, *base)
     plain = Rope(theta, cast(Kind, kind), share=share)
     if kind == "default":
@@ -116,14 +116,17 @@ def _longrope(given: Mapping[str, Any], field: str, plain: Rope, original: int, 
     )  # fmt: skip
 
 
-def _share(given: Mapping[str, Any], raw: Mapping[str, Any], declared: Architecture) -> float:
+def _share(given: Mapping[str, Any], raw: Mapping[str, Any], declared: Architecture, head_dim: int) -> float:
     """Return which share of a head is rotated; raises UnsupportedModelError where the architecture rotates it all."""
     field = "partial_rotary_factor"
     if field not in declared.reads:
         if given.get(field, 1.0) not in (None, 1.0):
             raise UnsupportedModelError(f"config.json: {field} = {given[field]!r} is not supported; only 1.0 is")
         return 1.0
-    share = number(given if given.get(field) is not None else raw, field, declared.rope_share)
+    default, items = declared.rope_share, declared.rope_items_field
+    if items and raw.get(items) is not None:
+        default = size(raw, items) / head_dim
+    share = number(given if given.get(field) is not None else raw, field, default)
     if share > 1:
         raise ConfigError(f"config.json: {field}: expected at most 1, found {share}")
     return share

@@ -14,6 +14,7 @@ from bincompress.model.declaration import (
 
 # The fields of `UNHANDLED` that a mixture of experts obeys.
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "num_experts_per_tok")
+GRANITE_FIELDS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 _DELTA = RecurrentNames(
     read=("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
     out="linear_attn.out_proj",
@@ -104,6 +105,86 @@ ROUTED_AND_RECURRENT: dict[str, Architecture] = {
         names=_mixtral_names("block_sparse_moe"),
         other_names=(_mixtral_names("mlp"),),  # of transformers 5, where experts are stored as 3-D tensors
         mixture=Mixture(8, 2, "intermediate_size", 14336, normalized=True),
+    ),
+    "MiniMaxM2ForCausalLM": Architecture(
+        "minimax_m2",
+        context=196608,
+        kv_heads=8,
+        head_dim=128,
+        qk_norm="whole",
+        rope_theta=5000000.0,
+        rope_items_field="rotary_dim",
+        reads=("partial_rotary_factor", *_EXPERT_FIELDS),
+        only={
+            "scoring_func": (None, "sigmoid"),
+            "qk_norm_type": (None, "per_layer"),
+            "use_qk_norm": (None, True),
+            "use_routing_bias": (None, True),
+        },
+        names=replace(_mixtral_names("block_sparse_moe"), router_offset="block_sparse_moe.e_score_correction_bias"),
+        mixture=Mixture(
+            256,
+            8,
+            "intermediate_size",
+            1536,
+            normalized=True,
+            choice="sigmoid",
+            added=0.0,
+            offset_field="use_routing_bias",
+        ),
+    ),
+    "Glm4MoeForCausalLM": Architecture(
+        "glm4_moe",
+        context=131072,
+        kv_heads=8,
+        epsilon=1e-5,
+        biases=BiasFields("attention_bias"),
+        qk_norm="head",
+        qk_norm_field="use_qk_norm",
+        rope_share=0.5,
+        reads=(
+            "partial_rotary_factor",
+            "n_routed_experts",
+            "n_shared_experts",
+            "num_experts_per_tok",
+            "routed_scaling_factor",
+        ),
+        only={"n_group": (None, 1), "topk_group": (None, 1), "scoring_func": (None, "sigmoid")},
+        names=Names(
+            router_offset="mlp.gate.e_score_correction_bias",
+            shared_gate_up=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+            shared_down="mlp.shared_experts.down_proj",
+            shared_gate="",
+        ),
+        mixture=Mixture(
+            128,
+            8,
+            "moe_intermediate_size",
+            1408,
+            sums_to_one=True,
+            choice="sigmoid",
+            added=1e-20,
+            offset_field="use_routing_bias",
+            dense_field="first_k_dense_replace",
+            dense_default=1,
+            shared_count_field="n_shared_experts",
+            count_fields=("n_routed_experts",),
+        ),
+    ),
+    "GraniteMoeForCausalLM": Architecture(
+        "granitemoe",
+        context=2048,
+        biases=ATTENTION_BIASES,
+        reads=(*GRANITE_FIELDS, *_EXPERT_FIELDS),
+        names=Names(
+            router="block_sparse_moe.router.layer",
+            expert_gate_up=(
+                "block_sparse_moe.experts.{expert}.gate_proj",
+                "block_sparse_moe.experts.{expert}.up_proj",
+            ),
+            expert_down="block_sparse_moe.experts.{expert}.down_proj",
+        ),
+        mixture=Mixture(8, 2, "intermediate_size", 11008, normalized=True, choice="logits"),
     ),
     "GptOssForCausalLM": Architecture(
         "gpt_oss",

@@ -16,7 +16,7 @@ from bincompress.model.rope import growth
 from bincompress.model.threads import over_ranges
 from cpu_kernels.decoder.attention import ATTEND, ATTEND_WITH_SINKS, NO_WINDOW, scratch_size, work_items
 from cpu_kernels.decoder.gates import gate_by_sigmoid
-from cpu_kernels.decoder.norms import GATES, PLACE, add_norm, add_normed, norm_queries_keys, norm_rows
+from cpu_kernels.decoder.norms import GATES, PLACE, PLACE_IN_PAIRS, add_norm, add_normed, norm_queries_keys, norm_rows
 from cpu_kernels.parallel.workers import Workers
 
 
@@ -244,7 +244,7 @@ class Steps:
         cache.reach(cache.length + n)
         keys, values = cache.keys[number], cache.values[number]
         cosines, sines = cache.rotation(number)
-        place = PLACE[keys.dtype]
+        place = (PLACE_IN_PAIRS if config.rotates_in_pairs else PLACE)[keys.dtype]
 
         def rotate(start: int, stop: int, _: int) -> None:
             place(

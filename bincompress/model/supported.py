@@ -13,7 +13,8 @@ from bincompress.sources.bitnet import checked, is_bitnet
 # nobody knows (LLaMAForCausalLM, MyModelForCausalLM) is a spelling, and model_type decides.
 OTHER_FAMILIES = (
     "albert", "apertus", "arctic", "baichuan", "bamba", "bart", "bert", "bitnet", "bloom", "chatglm", "cohere", "dbrx",
-    "deepseek", "ernie4", "exaone", "falcon", "gemma", "glm", "gpt", "granite", "grok", "internlm", "jamba", "jetmoe",
+    "deepseek", "ernie4", "exaone", "falcon", "gemma", "glm", "gpt", "granite", "grok", "internlm", "iquest",
+    "jamba", "jetmoe",
     "lfm", "llama4", "mamba", "minicpm", "minimax", "ministral", "mixtral", "mllama", "modernbert", "mpt", "nemotron",
     "olmo", "optfor", "persimmon", "phi", "qwen2_", "qwen2audio", "qwen2moe", "qwen2vl", "qwen3_", "qwen3moe",
     "qwen3next", "qwen3omni", "qwen3vl", "recurrentgemma", "roberta", "rwkv", "seedoss", "smollm3", "stablelm",
@@ -69,9 +70,12 @@ def architecture_of(raw: Mapping[str, Any]) -> str:
     known = ", ".join(ARCHITECTURES)
     for name in registered:
         expected = ARCHITECTURES[name].model_type
-        if model_type not in (None, expected):
+        if model_type not in (None, expected) and (chosen is None or name not in ARCHITECTURES[chosen].other_classes):
             raise UnsupportedModelError(f"config.json: {name} has model_type {expected!r}, found {model_type!r}")
-    own = () if chosen is None else (chosen, *(chosen.replace("ForCausalLM", end) for end in ("Model", "TextModel")))
+    own: tuple[str, ...] = ()
+    if chosen is not None:
+        ends = (chosen.replace("ForCausalLM", end) for end in ("Model", "TextModel"))
+        own = (chosen, *ends, *ARCHITECTURES[chosen].other_classes)
     for name in names:
         if chosen is None or (name not in own and name.lower().startswith(OTHER_FAMILIES)):
             raise UnsupportedModelError(

@@ -38,13 +38,24 @@ _FUSED: dict[object, dict[str, tuple[str, ...]]] = {
         ),
         "feed_forward.experts.down_proj": ("feed_forward.experts.{expert}.w2.weight",),
     },
+    "glm4_moe": _USUAL,
+    "granitemoe": {
+        "block_sparse_moe.input_linear.weight": (
+            "block_sparse_moe.experts.{expert}.gate_proj.weight",
+            "block_sparse_moe.experts.{expert}.up_proj.weight",
+        ),
+        "block_sparse_moe.output_linear.weight": ("block_sparse_moe.experts.{expert}.down_proj.weight",),
+    },
     "mixtral": {
         "mlp.experts.gate_up_proj": ("mlp.experts.{expert}.w1.weight", "mlp.experts.{expert}.w3.weight"),
         "mlp.experts.down_proj": ("mlp.experts.{expert}.w2.weight",),
     },
 }
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _TURNED = ("gpt_oss",)  # of which the columns come first, and the rows of the parts take turns
-_INNER = dict.fromkeys(("mixtral", "gpt_oss", "olmoe"), "intermediate_size")  # which field has an expert's inner rows
+_INNER = dict.fromkeys(
+    ("mixtral", "gpt_oss", "olmoe", "granitemoe"), "intermediate_size"
+)  # which field has an expert's inner rows
 
 
 def fused_experts(config: Mapping[str, Any], tensors: Iterable[TensorSource]) -> tuple[str, ...]:
@@ -118,7 +129,7 @@ def _parts(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
 
 def _check_shape(config: Mapping[str, Any], tensor: TensorSource, parts: int) -> None:
     """Raise CheckpointError where the axes are not those of transformers 5."""
-    count = config.get("num_experts") or config.get("num_local_experts") or tensor.shape[0]
+    count = next(filter(None, map(config.get, _COUNTS)), tensor.shape[0])
     inner = config.get(_INNER.get(config["model_type"], "moe_intermediate_size"))
     hidden = config.get("hidden_size")
     high, wide = (2, 1) if config["model_type"] in _TURNED else (1, 2)  # axes of rows and columns

@@ -11,6 +11,9 @@ from bincompress.errors import CheckpointError
 from bincompress.sources.multimodal import text_config
 from bincompress.tensors.weight import TensorSource
 
+_GATE_UP: dict[str, tuple[str, ...]] = {
+    "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+}
 # By model_type: how the name of a fused matrix ends, and those of its parts.
 _FUSED: dict[object, dict[str, tuple[str, ...]]] = {
     "phi3": {
@@ -19,8 +22,10 @@ _FUSED: dict[object, dict[str, tuple[str, ...]]] = {
             "self_attn.k_proj.weight",
             "self_attn.v_proj.weight",
         ),
-        "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        **_GATE_UP,
     },
+    "glm": _GATE_UP,
+    "glm4": _GATE_UP,
     "granitemoehybrid": {
         "shared_mlp.input_linear.weight": ("shared_mlp.gate_proj.weight", "shared_mlp.up_proj.weight"),
     },

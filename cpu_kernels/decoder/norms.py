@@ -177,6 +177,25 @@ def _finish_head(
 
 
 @inline
+def _finish_head_in_pairs(
+    head: Any, norm: Any, normalise: bool, epsilon: Any, cosines: Any, sines: Any, scale: float32
+) -> None:  # fmt: skip
+    """As `_finish_head`, with each item rotated with its neighbour."""
+    half = cosines.size
+    if normalise:
+        inverse = inverse_norm(head, 0, head.size, epsilon)
+        for i in range(head.size):
+            head[i] = norm[i] * (head[i] * inverse)
+    for i in range(half):
+        low, high = head[2 * i], head[2 * i + 1]
+        head[2 * i] = (low * cosines[i] - high * sines[i]) * scale
+        head[2 * i + 1] = (high * cosines[i] + low * sines[i]) * scale
+    rest = head[2 * half :]
+    for i in range(rest.size):
+        rest[i] *= scale
+
+
+@inline
 def _finish_query(query: Any, keys: Any, head: int) -> None:
     """Leave a query as it is: a cache of floats needs nothing more."""
 
@@ -235,3 +254,12 @@ PLACE: dict[np.dtype[Any], Kernel] = {
         _placing(types.int8), "place_quantized", _finish_query=finish_query, _put_token=put_token
     )(_place),
 }
+# Where each item is rotated with its neighbour.
+PLACE_IN_PAIRS: dict[np.dtype[Any], Kernel] = {
+    np.dtype(np.float32): kernel(_placing(types.float32), "place_in_pairs", _finish_head=_finish_head_in_pairs)(_place),
+    np.dtype(np.uint16): kernel(_placing(types.uint16), "place_in_pairs", _finish_head=_finish_head_in_pairs)(_place),
+    np.dtype(np.int8): kernel(
+        _placing(types.int8), "place_quantized_in_pairs", _finish_head=_finish_head_in_pairs,
+        _finish_query=finish_query, _put_token=put_token,
+    )(_place),
+}  # fmt: skip

@@ -161,13 +161,13 @@ def choose_experts(logits: Any, normalized: Any, start: Any, stop: Any, chosen: 
                 weights[token, i] /= total
 
 
-@kernel(types.void(view(_F4, 2), view(_F4, 1), types.int64, _F4, _SIZE, _SIZE, out(types.int64, 2), out(_F4, 2)))
+@kernel(types.void(view(_F4, 2), view(_F4, 1), types.int64, _F4, _F4, _SIZE, _SIZE, out(types.int64, 2), out(_F4, 2)))
 def choose_by_sigmoid(
-    logits: Any, offsets: Any, normalized: Any, scale: Any, start: Any, stop: Any, chosen: Any, weights: Any
+    logits: Any, offsets: Any, normalized: Any, added: Any, scale: Any, start: Any, stop: Any, chosen: Any, weights: Any
 ) -> None:
     """For tokens start .. stop - 1: as `choose_experts`, by the sigmoid of each logit plus the expert's offset.
 
-    offsets (experts,). A weight is the sigmoid, divided by 1e-6 more than the sum of the chosen ones where `normalized`
+    offsets (experts,). A weight is the sigmoid, divided by the sum of the chosen ones and `added` where `normalized`
     is 1, times scale.
     """
     experts, count = logits.shape[1], chosen.shape[1]
@@ -180,7 +180,7 @@ def choose_by_sigmoid(
             sigmoids[e] = np.float32(1) / (np.float32(1) + np.exp(-logits[token, e]))
             row[e] = sigmoids[e] + offsets[e] + np.float32(0)  # no negative zero
         _choose(row, count, keys, ids)
-        total = np.float32(1e-6)
+        total = added
         for i in range(count):
             chosen[token, i] = ids[i]
             weights[token, i] = sigmoids[ids[i]]

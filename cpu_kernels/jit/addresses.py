@@ -87,6 +87,7 @@ def _carray_of(item: Any, dimensions: int) -> Any:
 uint8_items, int32_items = _array_of(types.uint8, 1), _array_of(types.int32, 1)
 int64_items, float32_items = _array_of(types.int64, 1), _array_of(types.float32, 1)
 int8_rows, int32_rows, float32_rows = (_array_of(item, 2) for item in (types.int8, types.int32, types.float32))
+uint16_rows = _array_of(types.uint16, 2)
 
 
 @intrinsic(prefer_literal=True)

@@ -39,9 +39,19 @@ def has_float16() -> bool:
     return ARM or has("f16c")
 
 
+def is_zen() -> bool:
+    """Return whether this is an AMD CPU of the Zen kind, by LLVM's name for it."""
+    return _host_name().startswith("znver")
+
+
 def has(feature: str) -> bool:
     """Return whether this process compiles for a CPU with a feature, by LLVM's name for it."""
     return _target_features().get(feature, False)
+
+
+@functools.cache
+def _host_name() -> str:
+    return str(llvmlite.binding.get_host_cpu_name())
 
 
 def _target_features() -> dict[str, bool]:

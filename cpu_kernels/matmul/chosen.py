@@ -17,8 +17,8 @@ from cpu_kernels.matmul.product_kernel import FIELDS
 from cpu_kernels.matmul.products import TokenProduct
 from cpu_kernels.parallel.workers import Workers
 
-_X, _RESULT, _QUANTIZE, _PREPARED, _TABLES = (
-    FIELDS.index(field) for field in ("x", "result", "quantize", "prepared", "tables")
+_X, _RESULT, _QUANTIZE, _PREPARED, _TABLES, _STREAM, _FOLLOWING, _ASKED = (
+    FIELDS.index(field) for field in ("x", "result", "quantize", "prepared", "tables", "stream", "following", "asked")
 )
 _FUNCTION = len(FIELDS)  # the word of a job behind its fields: the address of the kernel that does it
 _WORDS = len(FIELDS) + 1
@@ -124,5 +124,8 @@ def run_chosen(block_address: Any, first: Any, last: Any) -> None:
             # The same token in the same place: its tables are there.
             if before[_TABLES] == job[_TABLES]:
                 job[_QUANTIZE], job[_PREPARED] = 0, 1
+        job[_ASKED] = 1 if number > begun else 0
+        if (number + 1) * tiles < last:
+            job[_FOLLOWING] = int64_items(job_address + 8 * _WORDS, _WORDS)[_STREAM] - job[_STREAM]
         call(job[_FUNCTION], job_address, max(first - number * tiles, 0), min(last - number * tiles, tiles))
         number += 1

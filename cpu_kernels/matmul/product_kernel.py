@@ -51,6 +51,9 @@ FIELDS = (
     "token_block",
     "prepared",  # 1 where they are
     "result",  # float32 (tokens, rows)
+    # For the kernel of wide_token.py: how far behind the stream that one begins which is read after it, 0 where it is
+    # not known; and 1 where this one's first tiles were asked for.
+    "following", "asked",
 )  # fmt: skip
 AT: Any = collections.namedtuple("AT", FIELDS)(*range(len(FIELDS)))  # type: ignore[misc]  # the word of each field
 WORDS = len(FIELDS)

@@ -19,7 +19,7 @@ from cpu_kernels.jit import cpu_features
 from cpu_kernels.jit.addresses import NATIVE_CALLS, address
 from cpu_kernels.jit.compiler import Kernel, kernel, out, view
 from cpu_kernels.matmul import stream as layout
-from cpu_kernels.matmul import wide_lookup
+from cpu_kernels.matmul import wide_lookup, wide_token
 from cpu_kernels.matmul.activations import (
     QUANTIZING,
     Activations,
@@ -56,7 +56,8 @@ def product_kernels(bits: int = 8) -> list[Kernel]:
         sharing += [spin_wait.work, spin_wait.run_shared, spin_wait.stop_workers]
     if code == wide_lookup.CODE:
         sharing.append(wide_lookup.wide_kernel(2, 1))
-    return [product_kernel(code, bits, 2, 1), quantize_tokens, *sharing, pack]
+    of_token = wide_token.token_kernel(2, 1) if wide_token.used(code) else product_kernel(code, bits, 2, 1)
+    return [of_token, quantize_tokens, *sharing, pack]
 
 
 def multiply(
@@ -77,14 +78,14 @@ def multiply(
         _multiply_wide(matrix, activations, out, pool)
         return out
     bits = activations.bits
-    run = product_kernel(matrix.code, bits, matrix.k_tile_words, matrix.half)
+    run = _token_kernel(matrix, bits)
     block = min(tokens, MOST_TOKENS[bits], max(FEWEST_TOKENS, TABLES_IN_CACHE // _table_bytes(matrix, bits)))
     operands = {**matrix.operands, **quantizing(activations, "token"), "result": out.ctypes.data}
-    key = matrix.code, matrix.k_tile_words
+    key = matrix.code, matrix.k_tile_words, wide_token.multiplies(matrix)
 
     def work(first: int, last: int) -> None:
         shared = activations.prepared.get(key)
-        scratch = shared or _Scratch(matrix, bits, block)
+        scratch = shared or _scratch(matrix, bits, block)
         sums = _accumulators(matrix, block)
         own = {"accumulators": sums.ctypes.data, "prepared": int(shared is not None)}
         job = _job({**operands, **scratch.operands, **own})
@@ -145,13 +146,13 @@ class TokenProduct:
         check_settings(bits, per)
         self.matrix = matrix
         self._workers = workers
-        self.kernel = product_kernel(matrix.code, bits, matrix.k_tile_words, matrix.half)
+        self.kernel = _token_kernel(matrix, bits)
         jobs = []
         for thread in range(workers.threads):
             # New arrays for each product would be new pages each time: 20 microseconds for 8192 columns.
-            key = thread, matrix.cols, matrix.k_tile_words, matrix.code, bits
+            key = thread, matrix.cols, matrix.k_tile_words, matrix.code, bits, wide_token.multiplies(matrix)
             if key not in workers.scratch:
-                made = empty_activations(1, matrix.cols, bits), _Scratch(matrix, bits, 1), _accumulators(matrix, 1)
+                made = empty_activations(1, matrix.cols, bits), _scratch(matrix, bits, 1), _accumulators(matrix, 1)
                 workers.scratch[key] = made
             activations, scratch, sums = workers.scratch[key]
             own = {**quantizing(activations, per), **scratch.operands, "accumulators": sums.ctypes.data}
@@ -239,7 +240,20 @@ def _job(operands: dict[str, int]) -> NDArray[np.int64]:
     return np.array([operands.get(field, 0) for field in FIELDS], np.int64)
 
 
+def _token_kernel(matrix: PackedMatrix, bits: int) -> Kernel:
+    """Return the kernel that multiplies one token, or any number where the CPU has no kernel for several."""
+    if wide_token.multiplies(matrix):
+        return wide_token.token_kernel(matrix.k_tile_words, matrix.half)
+    return product_kernel(matrix.code, bits, matrix.k_tile_words, matrix.half)
+
+
+def _scratch(matrix: PackedMatrix, bits: int, tokens: int) -> "_Scratch | wide_token.Scratch":
+    return wide_token.Scratch(matrix) if wide_token.multiplies(matrix) else _Scratch(matrix, bits, tokens)
+
+
 def _accumulators(matrix: PackedMatrix, tokens: int) -> NDArray[np.uint8]:
+    if wide_token.multiplies(matrix):
+        return wide_token.accumulators()
     return aligned(4 * cpu_features.tile_rows(matrix.code) * tokens)
 
 

@@ -3,9 +3,8 @@
 The kernel for one token (lookup.py) has tables of 16 bytes for four columns, in two parts for 8 bits. AVX-512 also
 chooses among 64 items of 16 bits in one instruction: one table does for six columns, a sum needs no second part, and
 nothing has to be widened. Such tables take longer to make, so that this is for two tokens or more, of which TOGETHER
-share the bits of the weights that are taken apart for them. One token was multiplied in 0.8 x the time where its matrix
-lay in a cache, but a whole model's in 1.07 (one thread) and 1.2 x (two): the stream is not read in order here. All of
-this was measured on Zen 4 alone, which chooses so once a cycle; others may take longer.
+share the bits of the weights that are taken apart for them. All of this was measured on Zen 4 alone, which chooses so
+once a cycle; others may take longer. There one token is multiplied so too, by wide_token.py.
 
 Of three bytes of a row, 24 columns, the lower six bits of each choose from a table, and the upper two of all three from
 a fourth. The stream is the lookup kernels' own, and so are all numbers, to the last bit: sums are exact, and float32
@@ -75,7 +74,7 @@ class Scratch:
 
 
 @intrinsic(prefer_literal=True)
-def _fill_tables(typing: Any, words: Any, q: Any, start: Any, tables: Any, place: Any) -> Any:
+def fill_tables(typing: Any, words: Any, q: Any, start: Any, tables: Any, place: Any) -> Any:
     """Write one token's tables of a k-tile, from the int8 items of flat q at `start`, to the bytes tables[place:].
 
     An entry is twice the sum of |x| over the columns whose bit agrees with the sign of x, as in lookup.py.
@@ -138,7 +137,9 @@ def _opaque(builder: Any, values: list[Any]) -> list[Any]:
     return [builder.extract_value(found, k) for k in (0, 1)]
 
 
-def _emit_sums(builder: Any, words: int, packed: Any, tables: list[Any], near: Any, ahead: Any) -> list[list[Any]]:
+def _emit_sums(
+    builder: Any, words: int, packed: Any, tables: list[Any], near: Any, ahead: list[Any]
+) -> list[list[Any]]:
     """Return for each token 2 A of a k-tile's even and odd bytes, in 16 bits, as lookup.emit_sums does."""
     sixteen = ir.VectorType(llvm.I16, _LANES)
     triples, rest = divmod(8 * words, _TRIPLE)
@@ -149,7 +150,8 @@ def _emit_sums(builder: Any, words: int, packed: Any, tables: list[Any], near: A
 
     def bits_of(vector: int) -> Any:
         place = ir.Constant(llvm.I64, TILE * vector)
-        llvm.prefetch(builder, llvm.at(builder, ahead, place))
+        line, way = divmod(vector, len(ahead))
+        llvm.prefetch(builder, llvm.at(builder, ahead[way], ir.Constant(llvm.I64, TILE * line)))
         llvm.prefetch(builder, llvm.at(builder, near, place), 1)
         return llvm.load(builder, llvm.at(builder, packed, place), llvm.I16, _LANES, 32)
 
@@ -198,14 +200,14 @@ def _emit_sums(builder: Any, words: int, packed: Any, tables: list[Any], near: A
 
 
 @intrinsic(prefer_literal=True)
-def _multiply_k_tile(
+def wide_k_tile(
     typing: Any, words: Any, half: Any, together: Any, stream: Any, packed: Any, scales: Any, near: Any, ahead: Any,
-    tables: Any, constants: Any, factors: Any, weight: Any, acc: Any, place: Any,
+    apart: Any, tables: Any, table: Any, constants: Any, factors: Any, first: Any, weight: Any, acc: Any, place: Any,
 ) -> Any:  # fmt: skip
     """Add the product of one k-tile of one plane with `together` tokens to acc[place:]; positions are bytes or items.
 
-    Their tables, constants and factors are the first ones. The stream at `near` is asked for meanwhile, for the
-    first-level cache, and that at `ahead` for the second.
+    Their tables begin at `table`, their constants and factors at `first`. The stream at `near` is asked for meanwhile,
+    for the first-level cache, and that at `ahead` for the second; of one token at ahead + apart, ... in turn.
     """
     literals = (words, half, together)
     if not all(isinstance(literal, types.IntegerLiteral) for literal in literals):
@@ -216,24 +218,28 @@ def _multiply_k_tile(
         kinds = signature.args
         base = llvm.data(context, builder, kinds[3], arguments[3])
         packed_at, scales_at, near_at, ahead_at = (llvm.at(builder, base, arguments[k]) for k in (4, 5, 6, 7))
-        table = llvm.data(context, builder, kinds[8], arguments[8])
+        asked = [ahead_at]
+        while tokens == 1 and len(asked) < lookup.WAYS:
+            asked.append(llvm.at(builder, asked[-1], arguments[8]))
+        table = llvm.item(context, builder, kinds[9], arguments[9], arguments[10])
         steps = [ir.Constant(llvm.I64, t) for t in range(tokens)]
         own = [llvm.at(builder, table, ir.Constant(llvm.I64, t * table_bytes(count))) for t in range(tokens)]
-        sums = _emit_sums(builder, count, packed_at, own, near_at, ahead_at)
+        sums = _emit_sums(builder, count, packed_at, own, near_at, asked)
 
         def of_tokens(k: int) -> list[Any]:
-            begin = llvm.data(context, builder, kinds[k], arguments[k])
+            begin = llvm.item(context, builder, kinds[k], arguments[k], arguments[13])
             return [builder.load(llvm.at(builder, begin, step)) for step in steps]
 
-        scaled = [builder.fmul(factor, arguments[11]) for factor in of_tokens(10)]
-        acc_at = llvm.item(context, builder, kinds[12], arguments[12], arguments[13])
-        lookup.emit_apply(builder, TILE, bool(is_half), sums, of_tokens(9), scaled, scales_at, acc_at)
+        scaled = [builder.fmul(factor, arguments[14]) for factor in of_tokens(12)]
+        acc_at = llvm.item(context, builder, kinds[15], arguments[15], arguments[16])
+        lookup.emit_apply(builder, TILE, bool(is_half), sums, of_tokens(11), scaled, scales_at, acc_at)
         return context.get_dummy_value()
 
     index = types.intp
     signature = types.void(
-        *literals, stream, index, index, index, index, tables, constants, factors, types.float32, acc, index
-    )
+        *literals, stream, index, index, index, index, index, tables, index, constants, factors, index, types.float32,
+        acc, index,
+    )  # fmt: skip
     return signature, generate
 
 
@@ -250,7 +256,7 @@ def _prepare(
             magnitude += absolute[start + t, w]
         constants[t] = lookup.LIFT + magnitude
         factors[t] = token_scale[start + t, k_tile * words // 2]
-        _fill_tables(words, flat, (start + t) * q.shape[1] + k_tile * words * 64, tables, t * size)
+        fill_tables(words, flat, (start + t) * q.shape[1] + k_tile * words * 64, tables, t * size)
 
 
 @functools.cache
@@ -328,14 +334,14 @@ def wide_kernel(words: int, half: int) -> Kernel:
                         position = base + place
                         for p in range(planes):
                             if count > 2:
-                                _multiply_k_tile(
+                                wide_k_tile(
                                     words, half, TOGETHER, stream, position, scale, position + near, position + ahead,
-                                    tables, constants, factors, weights[p], acc, own,
+                                    0, tables, 0, constants, factors, 0, weights[p], acc, own,
                                 )  # fmt: skip
                             else:
-                                _multiply_k_tile(
+                                wide_k_tile(
                                     words, half, 2, stream, position, scale, position + near, position + ahead,
-                                    tables, constants, factors, weights[p], acc, own,
+                                    0, tables, 0, constants, factors, 0, weights[p], acc, own,
                                 )  # fmt: skip
                             scale += scale_step
                             position += k_tile_bytes

@@ -40,9 +40,15 @@ def add_normed(
     return after, rms_norm(after, weight, epsilon) if weight.size else after
 
 
-def rotate(x: Floats, cosines: Floats, sines: Floats) -> Floats:
-    """Rotate heads x (n, heads, head_dim) by their token's angles; cosines and sines (n, rotated / 2)."""
+def rotate(x: Floats, cosines: Floats, sines: Floats, in_pairs: bool = False) -> Floats:
+    """Rotate heads x (n, heads, head_dim) by their token's angles; cosines and sines (n, rotated / 2).
+
+    in_pairs: each item with its neighbour, in place of the one half the rotated ones further.
+    """
     half = cosines.shape[-1]
+    if in_pairs:
+        order = np.concatenate([np.arange(2 * half).reshape(-1, 2).T.reshape(-1), np.arange(2 * half, x.shape[-1])])
+        return rotate(x[..., order], cosines, sines)[..., np.argsort(order)]
     low, high, rest = np.split(x, [half, 2 * half], axis=-1)
     c, s = cosines[:, None, :], sines[:, None, :]
     return np.concatenate([low * c - high * s, high * c + low * s, rest], axis=-1)

@@ -29,14 +29,14 @@ def choose_by_logits(logits: Floats, count: int) -> tuple[NDArray[np.int64], Flo
 
 
 def choose_by_sigmoid(
-    logits: Floats, offsets: Floats, count: int, normalized: bool, scale: float
+    logits: Floats, offsets: Floats, count: int, normalized: bool, added: float, scale: float
 ) -> tuple[NDArray[np.int64], Floats]:
     """Return the experts of the largest sigmoid plus offset (n, count), by ascending number, and their weights."""
     sigmoids = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
     chosen = np.sort(np.argsort(-(sigmoids + offsets), axis=1, kind="stable")[:, :count], axis=1)
     found = np.take_along_axis(sigmoids, chosen, axis=1)
     if normalized:
-        found = found / (found.sum(axis=1, keepdims=True) + 1e-6)
+        found = found / (found.sum(axis=1, keepdims=True) + added)
     return chosen, np.asarray(found * scale, np.float32)
 
 
