@@ -27,8 +27,9 @@ def command(store: str, prompts: Path, out: Path, parallel: int, context: int, *
     """Answer every line of PROMPTS with the model in STORE, several at once.
 
     A line is a JSON object with "prompt" (a text) or "messages" (a chat), and may have "id", "max_tokens",
-    "temperature", "top_p", "top_k", "min_p", "seed", "stop" and the penalties for itself. Run again, it writes what is
-    left. With --seed each line's seed is that plus its number.
+    "temperature", "top_p", "top_k", "min_p", "seed", "stop" and the penalties for itself, "response_format" for an
+    answer in JSON, and with messages "tools" and "tool_choice". Run again, it writes what is left. With --seed each
+    line's seed is that plus its number.
 
     \b
     Example:

@@ -18,15 +18,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from bincompress.errors import BincompressError
+from bincompress.inference.messages import messages_of
+from bincompress.inference.request_fields import Fields
 from bincompress.serving import ollama
 from bincompress.serving.asking import Asked, check_model
 from bincompress.serving.bodies import in_thread, read_json
 from bincompress.serving.embeddings import embeddings
 from bincompress.serving.forms import in_form
 from bincompress.serving.openai_answering import Answer, Chat, Completion, error_body
-from bincompress.serving.openai_asking import chat, completion, messages_of, rendered, variables_of
+from bincompress.serving.openai_asking import chat, completion, rendered, variables_of
 from bincompress.serving.openapi import openapi
-from bincompress.serving.reading import Fields, RequestError
+from bincompress.serving.reading import RequestError
 from bincompress.serving.responses import responses
 from bincompress.serving.service import Service, log
 from bincompress.serving.texts import Streamed, Texts, of_request, refused, while_connected

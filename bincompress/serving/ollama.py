@@ -13,16 +13,19 @@ from starlette.responses import JSONResponse, Response
 
 from bincompress import __version__
 from bincompress.errors import BincompressError
+from bincompress.inference.messages import messages_of
+from bincompress.inference.offered_tools import Tools, tools_of
+from bincompress.inference.request_fields import Fields, shown
+from bincompress.inference.response_format import ollama_format
 from bincompress.inference.sequence import Ended, Piece, PromptRead, Request
 from bincompress.inference.tool_calls import ToolCall
 from bincompress.serving.asking import check_model, lengths_of, request_for, sampling_of, stops_of
 from bincompress.serving.bodies import in_thread, read_json
-from bincompress.serving.forms import in_form, ollama_format
-from bincompress.serving.openai_asking import messages_of, rendered
-from bincompress.serving.reading import Fields, RequestError, shown
+from bincompress.serving.forms import in_form
+from bincompress.serving.openai_asking import rendered
+from bincompress.serving.reading import RequestError
 from bincompress.serving.service import Service
 from bincompress.serving.texts import Streamed, Texts, of_request, refused, while_connected
-from bincompress.serving.tools import Tools, tools_of
 
 _DURATION = re.compile(r"[+-]?([0-9]{1,18}(\.[0-9]{0,18})?(ns|us|µs|ms|s|m|h)){1,8}|[+-]?[0-9]{1,18}")
 _NAMES = {"repetition_penalty": "repeat_penalty"}
@@ -93,7 +96,7 @@ def _asked(fields: Fields, service: Service, is_chat: bool, began: int) -> _Aske
     most = lengths_of(options, "num_predict", least=-2)
     context = options.number("num_ctx", 1, service.ready().limits.context, whole=True)
     options.finish()
-    tools = tools_of(fields, service) if is_chat else None
+    tools = tools_of(fields, service.model) if is_chat else None
     ids = _chat_ids(fields, service, tools) if is_chat else _prompt_ids(fields, service)
     form = ollama_format(fields)
     if form is not None and tools is not None:

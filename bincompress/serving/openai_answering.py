@@ -64,19 +64,17 @@ class Chat:
         """Return a choice as a whole."""
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if self._tools is not None:
-            reader = self._reader(number)
-            given, calls = reader.push(text)
-            rest, last = reader.finish()
-            message["content"] = given + rest or (None if reader.count else "")
-            if reader.count:
-                message["tool_calls"] = [_call(call) for call in (*calls, *last)]
+            given, calls = self._reader(number).whole(text)
+            message["content"] = given or (None if calls else "")
+            if calls:
+                message["tool_calls"] = [call.as_object() for call in calls]
         return {"message": message}
 
     def _delta(self, number: int, text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
         found = _delta(text)
         if calls:
             first = self._reader(number).count - len(calls)
-            found["delta"]["tool_calls"] = [{"index": first + at, **_call(call)} for at, call in enumerate(calls)]
+            found["delta"]["tool_calls"] = [{"index": first + at, **call.as_object()} for at, call in enumerate(calls)]
         return found
 
     def _reader(self, number: int) -> CallReader:
@@ -88,10 +86,6 @@ class Chat:
 
 def _delta(text: str) -> dict[str, Any]:
     return {"delta": {"content": text} if text else {}}
-
-
-def _call(call: ToolCall) -> dict[str, Any]:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 class Completion:

@@ -9,15 +9,16 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from bincompress.inference.request_fields import FieldError, Fields, shown
 from bincompress.inference.sequence import Ended, Piece, PromptRead
 from bincompress.serving.asking import Asked
 from bincompress.serving.bodies import in_thread, read_json
 from bincompress.serving.forms import in_form
 from bincompress.serving.openai_answering import error_body
 from bincompress.serving.openai_asking import chat
-from bincompress.serving.reading import Fields, RequestError, shown
+from bincompress.serving.reading import RequestError
 from bincompress.serving.service import Service
-from bincompress.serving.texts import Streamed, Texts, of_request, while_connected
+from bincompress.serving.texts import Streamed, Texts, of_request, refused, while_connected
 
 _PARTS = ("input_text", "output_text")
 # What a chat calls alike.
@@ -70,11 +71,12 @@ def _asked(fields: Fields, service: Service) -> tuple[Asked, dict[str, Any]]:
     echoed = {"instructions": instructions, "max_output_tokens": most, "metadata": metadata}
     try:
         return chat(Fields(told), service), echoed
-    except RequestError as error:
+    except (FieldError, RequestError) as error:
         for name, own in _NAMES.items():
             if error.param is not None and error.message.startswith(name):
+                found = refused(error)
                 message, param = own + error.message[len(name) :], error.param.replace(name, own, 1)
-                raise RequestError(error.status, message, param, error.retry_after) from None
+                raise RequestError(found.status, message, param, found.retry_after) from None
         raise
 
 

@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from bincompress.errors import BincompressError
 from bincompress.inference.generate import TooLongError
+from bincompress.inference.request_fields import FieldError
 from bincompress.inference.scheduler import BusyError, ClosedError, Scheduler
 from bincompress.inference.sequence import CancelledError, DeadlineError, Ended, Piece, PromptRead, Request
 from bincompress.model.errors import PromptError, SamplingError, TemplateError
@@ -68,6 +69,8 @@ def refused(error: Exception, scheduler: Scheduler | None = None) -> RequestErro
     match error:
         case RequestError():
             return error
+        case FieldError():
+            return RequestError(400, error.message, error.param)
         case BusyError():
             return RequestError(429, str(error), retry_after=_wait(scheduler))
         case ClosedError() | CancelledError():
