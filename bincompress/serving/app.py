@@ -31,7 +31,7 @@ from bincompress.serving.openapi import openapi
 from bincompress.serving.reading import RequestError
 from bincompress.serving.responses import responses
 from bincompress.serving.service import Service, log
-from bincompress.serving.texts import Streamed, Texts, of_request, refused, while_connected
+from bincompress.serving.texts import Streamed, of_request, refused, respond
 
 Handler = Callable[[Request], Awaitable[Response]]
 _OPEN = ("/", "/health")  # for whom has no key
@@ -209,13 +209,9 @@ async def _answered(
     scheduler = service.ready()
     fields = await read_json(request, service)
     asked = await in_thread(service, ask, fields, service)
-    texts = Texts(scheduler, await in_form(request, service, asked.requests, asked.form))
+    requests = await in_form(request, service, asked.requests, asked.form)
     answer = Answer(form(service, asked), service, asked)
-    request.state.answer = answer
-    if asked.stream:
-        return Streamed(answer.chunks(texts), "text/event-stream")
-    with texts:
-        return JSONResponse(await while_connected(request.receive, answer.whole(texts)))
+    return await respond(request, scheduler, requests, answer, "text/event-stream" if asked.stream else None)
 
 
 async def tokenize(request: Request) -> Response:
