@@ -41,9 +41,7 @@ def command(store: str, prompts: Path, out: Path, parallel: int, context: int, *
     from bincompress.inference.offline import write_answers
     from bincompress.inference.prompts import read_prompts
     from bincompress.inference.scheduler import Limits
-    from bincompress.process.systems import map_large_arrays
 
-    map_large_arrays()
     with decoding_announced():
         from bincompress.errors import BincompressError
 

@@ -12,6 +12,7 @@ from bincompress.model import rope
 from bincompress.model.config import ModelConfig
 from bincompress.model.errors import PromptError
 from bincompress.model.recurrence_fields import Recurrent
+from bincompress.process.pages import zeros_by_page
 from cpu_kernels.decoder.attention import BLOCK, padded
 from cpu_kernels.decoder.quantized_cache import SCALE_ROWS, set_factors
 
@@ -85,9 +86,11 @@ class KvCache:
         # Zeros are handed out by the system page by page, so what a short text does not reach costs no memory.
         try:
             heads = [0 if config.is_recurrent(layer) else config.kv_heads for layer in range(config.layers)]
-            self.keys: list[NDArray[Any]] = [np.zeros((own, *_key_shape(config, blocks, kind)), item) for own in heads]
+            self.keys: list[NDArray[Any]] = [
+                zeros_by_page((own, *_key_shape(config, blocks, kind)), item) for own in heads
+            ]
             self.values: list[NDArray[Any]] = [
-                np.zeros((own, blocks * BLOCK, padded(config.head_dim)), item) for own in heads
+                zeros_by_page((own, blocks * BLOCK, padded(config.head_dim)), item) for own in heads
             ]
             sizes = config.recurrent
             which = [layer for layer in range(config.layers) if config.is_recurrent(layer)]
