@@ -155,7 +155,7 @@ GATES: dict[str, Kernel] = {"silu": gate, "gelu_tanh": gelu_gate, "relu2": relu2
 
 
 @inline
-def _finish_head(
+def finish_head(
     head: Any, norm: Any, normalise: bool, epsilon: Any, cosines: Any, sines: Any, scale: float32
 ) -> None:  # fmt: skip
     """Normalise (if asked), rotate and scale one head (dim,) in place; cosines and sines (rotated / 2,).
@@ -177,16 +177,19 @@ def _finish_head(
 
 
 @inline
-def _finish_query(query: Any, keys: Any, head: int) -> None:
+def leave_query(query: Any, keys: Any, head: int) -> None:
     """Leave a query as it is: a cache of floats needs nothing more."""
 
 
 @inline
-def _put_token(key: Any, value: Any, keys: Any, values: Any, head: int, position: int) -> None:
+def put_floats(key: Any, value: Any, keys: Any, values: Any, head: int, position: int) -> None:
     """Write a head's key and value (dim,) of one token to a cache of floats."""
     for d in range(key.size):
         keys[head, position // BLOCK, d, position % BLOCK] = stored_as(key[d], keys)
         values[head, position, d] = stored_as(value[d], values)
+
+
+_finish_query, _put_token = leave_query, put_floats
 
 
 def _place(
@@ -210,10 +213,10 @@ def _place(
         for head in range(heads + kv_heads):
             own = row[head * dim : (head + 1) * dim]
             if head < heads:
-                _finish_head(own, q_norm, normalise, epsilon, cosines[position], sines[position], scale)
+                finish_head(own, q_norm, normalise, epsilon, cosines[position], sines[position], scale)
                 _finish_query(own, keys, head // group)
             else:
-                _finish_head(own, k_norm, normalise, epsilon, cosines[position], sines[position], _ONE)
+                finish_head(own, k_norm, normalise, epsilon, cosines[position], sines[position], _ONE)
         for head in range(kv_heads):
             key = row[(heads + head) * dim : (heads + head + 1) * dim]
             value = row[(heads + kv_heads + head) * dim : (heads + kv_heads + head + 1) * dim]
