@@ -183,7 +183,7 @@ _READ = {
     "/health": "Whether the model is loaded", "/metrics": "Counts for Prometheus",
     "/facts": "What is known of the model", "/v1/models": "The one model", "/v1/models/{name}": "The one model",
     "/api/tags": "The one model, as Ollama lists it", "/api/version": "The version",
-    "/openapi.json": "This description",
+    "/openapi.json": "This description", "/tokenizer_info": "Special tokens and the chat template",
 }  # fmt: skip
 _WRITTEN = {
     "/v1/completions": "Continue texts", "/v1/chat/completions": "Answer a conversation",
