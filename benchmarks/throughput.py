@@ -1,17 +1,18 @@
 """How many tokens a second do several texts at once get, beside one? Passes over the weights, and a server's clients.
 
-python -m benchmarks.throughput STORE [--threads 2] [--clients 1 2 4 8] [--tokens 128] [--turns 3]
+python -m benchmarks.throughput STORE [--threads 2] [--clients 1 2 4 8] [--tokens 128] [--turns 3] [--stream]
 
 First, how long a pass of one token of each of several texts takes, its head included, in milliseconds and as a multiple
 of a single text's. Then `bincompress serve STORE` in a process of its own: so many clients ask at the same time for
 texts of their own at temperature 0; tokens a second of all together, the median of the turns, beside what
-`Model.stream` gives in this process.
+`Model.stream` gives in this process, once a turn. --stream: they ask for streams, and read these as bytes.
 """
 
 import argparse
 import collections
 import contextlib
 import json
+import re
 import statistics
 import threading
 import time
@@ -38,26 +39,29 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--stream", action="store_true")
     given = parser.parse_args()
     model = load(given.store, threads=given.threads, sampling={"temperature": 0.0})
     show_passes(model, given.clients)
-    alone = statistics.median(generated(model, given.tokens) for _ in range(given.turns))
-    print(f"generate: {alone:.0f} tokens/s")
-    del model
     server = Server(given.store, max(given.clients), 64, ["--threads", str(given.threads)])
     try:
-        written(server.port, max(given.clients), 8)  # kernels are loaded
+        written(server.port, max(given.clients), 8, given.stream)  # kernels are loaded
+        alone = []
         found: dict[int, list[float]] = {count: [] for count in given.clients}
         for _ in range(given.turns):
+            alone.append(generated(model, given.tokens))
             for count in given.clients:
-                found[count].append(written(server.port, count, given.tokens))
+                found[count].append(written(server.port, count, given.tokens, given.stream))
     finally:
         server.process.terminate()
         server.process.wait()
+    single = statistics.median(alone)
+    print(f"generate: {single:.0f} tokens/s")
     for count, rates in found.items():
         rate = statistics.median(rates)
         print(
-            f"{count} clients: {rate:.0f} tokens/s, {rate / statistics.median(found[given.clients[0]]):.2f} x the first"
+            f"{count} clients: {rate:.0f} tokens/s, {rate / single:.2f} x generate, "
+            f"{rate / statistics.median(found[given.clients[0]]):.2f} x the first"
         )
 
 
@@ -88,14 +92,15 @@ def generated(model: Model, tokens: int) -> float:
     return len(generation.tokens) / (time.perf_counter() - begin)
 
 
-def written(port: int, count: int, tokens: int) -> float:
+def written(port: int, count: int, tokens: int, stream: bool) -> float:
     """Return tokens a second that so many clients get together."""
     totals = [0] * count
 
     def ask(number: int) -> None:
         body = {"prompt": _BEGINNINGS[number % len(_BEGINNINGS)], "max_tokens": tokens, "temperature": 0}
+        body |= {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
         with asked(port, json.dumps(body).encode()) as connection:
-            totals[number] = json.loads(connection.getresponse().read())["usage"]["completion_tokens"]
+            totals[number] = int(re.findall(rb'"completion_tokens": ?(\d+)', connection.getresponse().read())[0])
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(count)]
     begin = time.perf_counter()

@@ -1,7 +1,8 @@
-"""Stores of the demo model with a chat template."""
+"""Stores of the demo model with a chat template, and tools for one that takes them."""
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from bincompress import compress
 from tests.conftest import DEMO_MODEL
@@ -11,6 +12,27 @@ TEMPLATE = (
     "{% if enable_thinking %}Think.\n{% endif %}"
     "{% if forever %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}answer:"
 )
+# Takes tools, and asks for calls in the form of Hermes and Qwen.
+HERMES = (
+    "{% if tools %}{% for t in tools %}{{ t.function.name }}\n{% endfor %}Write <tool_call></tool_call>.\n{% endif %}"
+    "{% for m in messages %}{{ m['role'] if m.role != 'tool' else 'result' }}: {{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<{{ call.function.name }}{{ call.function.arguments | tojson }}>{% endfor %}\n"
+    "{% endfor %}answer:"
+)  # fmt: skip
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Paris", "Oslo"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+OTHER: Any = {"type": "function", "function": {"name": "clock"}}
 
 
 def make_store(folder: Path, groups: int = 4) -> Path:

@@ -158,7 +158,18 @@ def test_two_runs_do_not_write_to_one_file(model: Model, tmp_path: Path) -> None
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "line 2: not a text of Unicode"),
         ('{"prompt": "x", "id": ' + "[" * 990 + "]" * 990 + "}", "line 2: nested too deeply"),
         ('{"prompt": "x", "max_tokens": 1' + "0" * 30 + "}", "line 2: max_tokens: expected at most"),
-        ('{"prompt": "x", "tools": []}', "line 2: 'tools' is not supported; expected"),
+        ('{"prompt": "x", "suffix": "y"}', "line 2: 'suffix' is not supported; expected"),
+        ('{"prompt": "x", "seed": 1, "seed": 2}', "line 2: not JSON: 'seed' is there twice in one object"),
+        ('{"prompt": "x", "tools": []}', "line 2: tools: expected messages, not a prompt"),
+        ('{"prompt": "x", "response_format": "json"}', "line 2: response_format: expected an object, found 'json'"),
+        (
+            '{"prompt": "x", "response_format": {"type": "xml"}}',
+            "line 2: response_format.type: expected text",
+        ),
+        (
+            '{"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}',
+            "line 2: schema",
+        ),
     ],
 )
 def test_prompts_that_are_not_understood(tmp_path: Path, line: str, message: str) -> None:

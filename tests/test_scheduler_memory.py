@@ -8,6 +8,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bincompress.inference import scheduler as scheduling
@@ -15,21 +16,22 @@ from bincompress.inference.generate import Model
 from bincompress.inference.load import load
 from bincompress.inference.scheduler import Limits, Scheduler
 from bincompress.inference.sequence import Request
+from bincompress.process.pages import zeros_by_page
 from tests.serving import until
 
-_MAPPED = """
+_FILLED = """
 import re, numpy as np
 from pathlib import Path
-from bincompress.process.systems import map_large_arrays
+from bincompress.process.pages import zeros_by_page
+from bincompress.process.systems import give_back_freed_memory
 def resident():
     return int(re.findall(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[0]) << 10
-if {mapped}:
-    map_large_arrays()
 freed = [np.ones(8 << 20, np.uint8) for _ in range(9)]
 del freed
 between = [np.ones(2 << 20, np.uint8) for _ in range(8)]
-del between[:7]  # what is left keeps the heap from being given back
-untouched = [np.zeros(2 << 20, np.uint8) for _ in range(7)]
+del between[:7]  # what is left keeps them in the heap
+give_back_freed_memory()
+untouched = [{zeros}((2 << 20,), np.uint8) for _ in range(7)]
 print(resident())
 """
 
@@ -43,11 +45,21 @@ def model(demo_store: Path) -> Model:
 def test_zeros_take_no_memory_before_they_are_filled() -> None:
     """Also once other arrays were freed, after which glibc takes large ones from its heap."""
 
-    def resident(mapped: bool) -> int:
-        code = [sys.executable, "-c", _MAPPED.format(mapped=mapped)]
+    def resident(zeros: str) -> int:
+        code = [sys.executable, "-c", _FILLED.format(zeros=zeros)]
         return int(subprocess.run(code, capture_output=True, check=True, cwd=Path(__file__).parents[1]).stdout)
 
-    assert resident(mapped=True) + (12 << 20) < resident(mapped=False)
+    assert resident("zeros_by_page") + (12 << 20) < resident("np.zeros")
+
+
+def test_more_zeros_than_there_can_be() -> None:
+    for shape in ((1 << 46,), (1 << 40, 1 << 40)):
+        with pytest.raises(MemoryError):
+            zeros_by_page(shape, np.float32)
+    found = zeros_by_page((3, 1 << 16), np.float32)
+    found += 1  # it can be written to
+    assert float(found.sum()) == 3 << 16
+    assert zeros_by_page((0, 5), np.int8).shape == (0, 5)
 
 
 def test_a_text_that_has_ended_holds_no_cache(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

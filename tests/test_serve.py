@@ -12,6 +12,7 @@ import pytest
 
 from bincompress.inference.generate import GenerationSettings
 from bincompress.inference.sampling import Sampling
+from tests.chat_stores import TEMPLATE
 from tests.serving import BOUND, Running, until
 
 pytestmark = pytest.mark.slow
@@ -306,6 +307,16 @@ def test_other_routes_methods_and_kinds_of_body(server: Running) -> None:
     assert server.raw("/v1/completions", b'{"prompt": "x", "max_tokens": 1}', named)[0] == 200
     assert server.ask("/health", headers={"host": "evil.example"})[0] == 403
     assert server.ask("/health", headers={"host": "localhost:1"}) == (200, {"status": "ok"})
+
+
+def test_what_a_client_knows_of_the_tokenizer(server: Running) -> None:
+    """As lm_eval's RemoteTokenizer asks it: the ends' texts are tokens, and the template is the model's."""
+    status, found = server.ask("/tokenizer_info")
+    assert (status, set(found)) == (200, {"eos_token", "bos_token", "pad_token", "chat_template"})
+    assert found["chat_template"] == TEMPLATE
+    asked = {"prompt": found["eos_token"], "add_special_tokens": False}
+    (end,) = server.ask("/tokenize", asked)[1]["tokens"]
+    assert end in server.service.model.tokenizer.eos_ids
 
 
 def test_tokenize_and_back(server: Running) -> None:

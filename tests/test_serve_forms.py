@@ -15,6 +15,7 @@ from bincompress.inference.chat import ChatTemplate
 from bincompress.inference.constraint import Grammars
 from bincompress.inference.sampling import Sampler
 from bincompress.model.decoder import Decoder
+from tests.chat_stores import HERMES, OTHER, TOOL
 from tests.conftest import Run
 from tests.serving import BOUND, Running, openai_client, running, until
 
@@ -104,28 +105,6 @@ def test_other_requests_go_on_while_a_schema_is_compiled(
     for each in waiting:
         each.join(BOUND)
     assert [each.choices[0].message.content for each in found] == ["7"] * 6
-
-
-HERMES = (
-    "{% if tools %}{% for t in tools %}{{ t.function.name }}\n{% endfor %}Write <tool_call></tool_call>.\n{% endif %}"
-    "{% for m in messages %}{{ m['role'] if m.role != 'tool' else 'result' }}: {{ m.content }}"
-    "{% for call in m.tool_calls or [] %}<{{ call.function.name }}{{ call.function.arguments | tojson }}>{% endfor %}\n"
-    "{% endfor %}answer:"
-)  # fmt: skip
-TOOL: Any = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather of a city",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"enum": ["Paris", "Oslo"]}},
-            "required": ["city"],
-            "additionalProperties": False,
-        },
-    },
-}
-OTHER: Any = {"type": "function", "function": {"name": "clock"}}
 
 
 @pytest.fixture(scope="module")

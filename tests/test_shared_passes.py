@@ -55,6 +55,22 @@ def check(decoder: Decoder, kind: Any = "float16") -> None:
             np.testing.assert_array_equal(rows, alone(decoder, text, kind))
 
 
+def check_next(decoder: Decoder, kind: Any, texts: tuple[int, ...] = (0, 1, 2, 4)) -> None:
+    """Compare passes of one token of each text, whose attention is one job, with each text run alone."""
+    given = [(TEXTS[number], decoder.new_cache(128, kind), decoder.new_cache(128, kind)) for number in texts]
+    for text, *caches in given:
+        for cache in caches:
+            decoder.states(text[:-3], cache)
+    for place in (-3, -2, -1):
+        found = decoder.states_of_all([(text[place:][:1], cache) for text, cache, _ in given])
+        assert decoder._steps._all_next == (len(texts) > 1)
+        single = [decoder.states(text[place:][:1], cache) for text, _, cache in given]
+        np.testing.assert_array_equal(found, np.concatenate(single))
+    for _, one, other in given:
+        for mine, theirs in zip((*one.keys, *one.values), (*other.keys, *other.values), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
 @pytest.fixture(scope="module")
 def stores(demo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("stores")
@@ -73,6 +89,9 @@ def test_packed_matrices(stores: dict[str, str], name: str, threads: int) -> Non
     decoder = load_decoder(stores[name], threads, ActivationSettings()).decoder
     assert decoder.tokens_alike is None
     check(decoder)
+    for kind in ("float16", "int8") if name == "packed" else ("float16",):
+        check_next(decoder, kind)
+    check_next(decoder, "float16", (2,))
 
 
 @pytest.mark.slow
@@ -94,7 +113,13 @@ def test_float32_activations(stores: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(
     "architecture",
-    ["MistralForCausalLM", "Gemma3ForCausalLM", "Olmo2ForCausalLM", "Qwen3MoeForCausalLM", "BitNetForCausalLM"],
+    [
+        "MistralForCausalLM",
+        "Gemma3ForCausalLM",
+        "Olmo2ForCausalLM",
+        "Qwen3MoeForCausalLM",
+        "BitNetForCausalLM",
+    ],
 )
 def test_windows_norms_and_kept_matrices(architecture: str, tmp_path: Path) -> None:
     """In passes of at most 16 tokens, unpacked matrices too give each token what it gets in any other such pass."""
@@ -103,6 +128,7 @@ def test_windows_norms_and_kept_matrices(architecture: str, tmp_path: Path) -> N
     first, second = together(decoder, "float32", 16, 1), together(decoder, "float32", 16, 2)
     for rows, others in zip(first, second, strict=True):
         np.testing.assert_array_equal(rows, others)
+    check_next(decoder, "float32")
 
 
 @pytest.mark.parametrize("architecture", ["Qwen3MoeForCausalLM", "MixtralForCausalLM"])

@@ -27,8 +27,9 @@ def command(store: str, prompts: Path, out: Path, parallel: int, context: int, *
     """Answer every line of PROMPTS with the model in STORE, several at once.
 
     A line is a JSON object with "prompt" (a text) or "messages" (a chat), and may have "id", "max_tokens",
-    "temperature", "top_p", "top_k", "min_p", "seed", "stop" and the penalties for itself. Run again, it writes what is
-    left. With --seed each line's seed is that plus its number.
+    "temperature", "top_p", "top_k", "min_p", "seed", "stop" and the penalties for itself, "response_format" for an
+    answer in JSON, and with messages "tools" and "tool_choice". Run again, it writes what is left. With --seed each
+    line's seed is that plus its number.
 
     \b
     Example:
@@ -40,9 +41,7 @@ def command(store: str, prompts: Path, out: Path, parallel: int, context: int, *
     from bincompress.inference.offline import write_answers
     from bincompress.inference.prompts import read_prompts
     from bincompress.inference.scheduler import Limits
-    from bincompress.process.systems import map_large_arrays
 
-    map_large_arrays()
     with decoding_announced():
         from bincompress.errors import BincompressError
 

@@ -30,6 +30,11 @@ class ChatTemplate:
         return dict(self._templates)
 
     @property
+    def variables(self) -> dict[str, str]:
+        """What templates may use beside a conversation: texts of special tokens, by their names in transformers."""
+        return dict(self._variables)
+
+    @property
     def source(self) -> str | None:
         """The template of conversations without tools, as its authors wrote it."""
         return self._templates.get("default")

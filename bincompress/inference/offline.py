@@ -9,10 +9,10 @@ from typing import Any
 from bincompress.errors import BincompressError
 from bincompress.inference.answers import Answers
 from bincompress.inference.generate import GenerationSettings, Model
+from bincompress.inference.prompt_requests import PromptRequests
 from bincompress.inference.prompts import Prompt, check_lengths, settings_of
 from bincompress.inference.scheduler import Limits, Scheduler
-from bincompress.inference.sequence import Ended, Piece, PromptRead, Request
-from bincompress.model.errors import TemplateError
+from bincompress.inference.sequence import Ended, Piece, PromptRead
 
 
 def write_answers(
@@ -31,6 +31,7 @@ def write_answers(
     Raises PromptFileError.
     """
     check_lengths(prompts, defaults.context)
+    requests = PromptRequests(model, prompts)
     chosen = {prompt.line: settings_of(prompt, defaults) for prompt in prompts}
     keys = {prompt.line: prompt.key(chosen[prompt.line], engine) for prompt in prompts}
     answers = Answers(out, keys, {prompt.line: prompt.id for prompt in prompts})
@@ -38,9 +39,10 @@ def write_answers(
     failed = written = 0
     try:
         left = [prompt for prompt in prompts if prompt.line not in answers.done]
+        requests.compile(left)
         progress(len(answers.done), len(prompts))
         scheduler = Scheduler(model, limits)
-        for prompt, answer in _answered(scheduler, left, chosen):
+        for prompt, answer in _answered(scheduler, left, requests, chosen):
             answers.add({"line": prompt.line, "id": prompt.id, "key": keys[prompt.line], **answer})
             written += 1
             failed += "error" in answer
@@ -54,7 +56,10 @@ def write_answers(
 
 
 def _answered(
-    scheduler: Scheduler, prompts: list[Prompt], chosen: dict[int, GenerationSettings]
+    scheduler: Scheduler,
+    prompts: list[Prompt],
+    requests: PromptRequests,
+    chosen: dict[int, GenerationSettings],
 ) -> Iterator[tuple[Prompt, dict[str, Any]]]:
     """Yield each prompt with its answer, in the order in which they are finished."""
     events: queue.SimpleQueue[tuple[Prompt, int, PromptRead | Piece | Ended]] = queue.SimpleQueue()
@@ -64,12 +69,12 @@ def _answered(
         while waiting and running < 2 * scheduler.limits.parallel:
             prompt = waiting.popleft()
             try:
-                ids = _tokens(scheduler.model, prompt)
+                request = requests.request(prompt, chosen[prompt.line])
 
-                def tell(event: Any, prompt: Prompt = prompt, size: int = len(ids)) -> None:
+                def tell(event: Any, prompt: Prompt = prompt, size: int = len(request.prompt)) -> None:
                     events.put((prompt, size, event))
 
-                scheduler.submit([(Request(tuple(ids), chosen[prompt.line]), tell)])
+                scheduler.submit([(request, tell)])
                 running += 1
             except BincompressError as error:
                 yield prompt, {"error": str(error)}
@@ -80,21 +85,8 @@ def _answered(
             elif isinstance(event, Ended):
                 running -= 1
                 text = "".join(pieces.pop(prompt.line, []))
-                yield prompt, _answer(text, size, event)
-
-
-def _answer(text: str, size: int, ended: Ended) -> dict[str, Any]:
-    if ended.error is not None:
-        return {"error": str(ended.error) or type(ended.error).__name__}
-    return {
-        "text": text, "finish_reason": ended.reason, "prompt_tokens": size, "completion_tokens": ended.sampled,
-    }  # fmt: skip
-
-
-def _tokens(model: Model, prompt: Prompt) -> list[int]:
-    if prompt.messages is None:
-        ids = model.tokenizer.encode(prompt.text or "")
-        return ids or ([] if model.tokenizer.bos_id is None else [model.tokenizer.bos_id])
-    if model.template is None:
-        raise TemplateError("the model has no chat template; give a prompt in place of messages")
-    return model.tokenizer.encode(model.template.render(prompt.messages), special=False)
+                if event.error is not None:
+                    yield prompt, {"error": str(event.error) or type(event.error).__name__}
+                    continue
+                counts = {"prompt_tokens": size, "completion_tokens": event.sampled}
+                yield prompt, requests.answer(prompt, text, event.reason) | counts

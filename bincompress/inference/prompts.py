@@ -11,12 +11,15 @@ from typing import Any, NoReturn
 
 from bincompress.errors import BincompressError
 from bincompress.inference.generate import GenerationSettings
+from bincompress.inference.request_fields import Fields
+from bincompress.inference.response_format import response_format
 from bincompress.sources.text import UTF_8
 
 _NUMBERS = (
     "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "typical_p",
     "dry_multiplier", "dry_base", "xtc_probability", "xtc_threshold",
 )  # fmt: skip
+_FORM = ("response_format", "tools", "tool_choice", "parallel_tool_calls")
 _WHOLE = ("max_tokens", "top_k", "seed", "dry_allowed_length", "dry_penalty_last_n")
 _LARGEST = (1 << 63) - 1  # of whole numbers, as in a request to the server
 _DEEPEST = 64  # levels of lists and objects
@@ -35,10 +38,13 @@ class Prompt:
     messages: list[dict[str, Any]] | None
     id: Any = None
     settings: dict[str, Any] = field(default_factory=dict)
+    form: dict[str, Any] = field(default_factory=dict)  # what it asks of the answer's form, and the tools it offers
 
     def key(self, chosen: GenerationSettings, engine: str) -> str:
         """Return what tells this prompt with these settings from others; engine: what tells the model (`engine_of`)."""
         told = [self.text, self.messages, self.id, asdict(chosen), engine]
+        if self.form:  # in its own order, as that of a schema's properties is the order of the answer's
+            told.append(json.dumps(self.form))
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -61,7 +67,7 @@ def read_values(path: Path) -> list[tuple[int, Any]]:
 
 def _value(path: Path, number: int, line: str) -> Any:
     try:
-        given = json.loads(line, parse_constant=_no_number)
+        given = json.loads(line, parse_constant=_no_number, object_pairs_hook=_once_each)
         problem = _unwritable(given)
     except RecursionError:
         problem = "nested too deeply"
@@ -84,6 +90,9 @@ def _prompt(path: Path, number: int, given: Any) -> Prompt:
     fine = isinstance(messages, list) and all(isinstance(each, dict) for each in messages)
     if text is None and not (fine and messages):
         raise refuse("messages: expected a list of objects with role and content")
+    form = {name: value for name in _FORM if (value := given.pop(name, None)) is not None}
+    if text is not None and (name := next((name for name in form if name != "response_format"), None)):
+        raise refuse(f"{name}: expected messages, not a prompt")
     settings: dict[str, Any] = {}
     for name, value in given.items():
         if name == "stop":
@@ -98,14 +107,26 @@ def _prompt(path: Path, number: int, given: Any) -> Prompt:
             if abs(value) > most:
                 raise refuse(f"{name}: expected at most {most:,}, found {value!r:.40}")
         else:
-            raise refuse(f"{name!r:.40} is not supported; expected {', '.join(sorted((*_NUMBERS, *_WHOLE, 'stop')))}")
+            known = ", ".join(sorted((*_NUMBERS, *_WHOLE, *_FORM, "stop")))
+            raise refuse(f"{name!r:.40} is not supported; expected {known}")
         settings[name] = value
-    made = Prompt(number, text, messages, own, settings)
+    made = Prompt(number, text, messages, own, settings, form)
     try:
         settings_of(made, GenerationSettings())
+        response_format(Fields(form))
     except BincompressError as error:
         raise refuse(str(error)) from None
     return made
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object; of two fields of one name, one would be ignored."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"{twice!a:.40} is there twice in one object")
+    return found
 
 
 def _no_number(name: str) -> NoReturn:

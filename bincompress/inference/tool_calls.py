@@ -48,6 +48,10 @@ class ToolCall:
     arguments: str
     id: str
 
+    def as_object(self) -> dict[str, Any]:
+        """Return it as an object of JSON, in OpenAI's form."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
 
 def form_of(template: str) -> CallForm | None:
     """Return the form of calls that a chat template's text tells its model, or None where it is not known."""
@@ -150,6 +154,12 @@ class CallReader:
             given, self._held, self._begun = self._held, "", True
             return given, []
         return "", []
+
+    def whole(self, text: str) -> tuple[str, list[ToolCall]]:
+        """Return the text and the calls of a whole answer."""
+        given, calls = self.push(text)
+        rest, last = self.finish()
+        return given + rest, [*calls, *last]
 
     def finish(self) -> tuple[str, list[ToolCall]]:
         """Return what is left at the end of the answer."""

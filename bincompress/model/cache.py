@@ -12,6 +12,7 @@ from bincompress.model import rope
 from bincompress.model.config import ModelConfig
 from bincompress.model.errors import PromptError
 from bincompress.model.recurrence_fields import Recurrent
+from bincompress.process.pages import zeros_by_page
 from cpu_kernels.decoder.attention import BLOCK, padded
 from cpu_kernels.decoder.quantized_cache import SCALE_ROWS, set_factors
 
@@ -85,9 +86,11 @@ class KvCache:
         # Zeros are handed out by the system page by page, so what a short text does not reach costs no memory.
         try:
             heads = [0 if config.is_recurrent(layer) else config.kv_heads for layer in range(config.layers)]
-            self.keys: list[NDArray[Any]] = [np.zeros((own, *_key_shape(config, blocks, kind)), item) for own in heads]
+            self.keys: list[NDArray[Any]] = [
+                zeros_by_page((own, *_key_shape(config, blocks, kind)), item) for own in heads
+            ]
             self.values: list[NDArray[Any]] = [
-                np.zeros((own, blocks * BLOCK, padded(config.head_dim)), item) for own in heads
+                zeros_by_page((own, blocks * BLOCK, padded(config.head_dim)), item) for own in heads
             ]
             sizes = config.recurrent
             which = [layer for layer in range(config.layers) if config.is_recurrent(layer)]
@@ -106,11 +109,33 @@ class KvCache:
         self._of_layer = [self._ropes.index(own) for own in config.ropes]
         # Of the positions that were reached: a table for the whole context may take gigabytes that no text uses.
         self._reached = 0
+        self._placed, self._places = -1, np.empty(0, np.int64)
         self._tables = [rope.table(own, config.head_dim, 0) for own in self._ropes]
 
     def rotation(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return a layer's cosines and sines of the positions that were reached, each (positions, rotated / 2)."""
         return self._tables[self._of_layer[layer]]
+
+    def places(self) -> NDArray[np.int64]:
+        """Return where each layer's arrays lie and how long they are, int64 (layers, TEXT); it changes with `reach`.
+
+        TEXT: the words of `cpu_kernels.decoder.next_tokens`, of which the position is left 0.
+        """
+        if self._placed != self._reached:
+            self._placed = self._reached
+            self._places = np.array(
+                [
+                    [
+                        keys.ctypes.data, values.ctypes.data, *keys.shape[1:3], *values.shape[1:], 0,
+                        cosines.ctypes.data, sines.ctypes.data, cosines.shape[1],
+                    ]
+                    for keys, values, (cosines, sines) in zip(
+                        self.keys, self.values, map(self.rotation, range(len(self.keys))), strict=True
+                    )
+                ],
+                np.int64,
+            )  # fmt: skip
+        return self._places
 
     def state(self, layer: int) -> State:
         """Return the state of a layer without attention."""

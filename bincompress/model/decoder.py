@@ -167,6 +167,7 @@ class Decoder:
         if len(self._buffers.stream) < n:
             self._buffers = Buffers.for_tokens(self.config, n)
         work, steps = self._buffers.first(n), self._steps
+        steps.take(parts)
         steps.begin(work, vectors, self.layers[0].input_norm)
         for number, layer in enumerate(self.layers):
             following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm

@@ -11,6 +11,7 @@ from bincompress.model.cache import Part as Part
 from bincompress.model.config import ModelConfig
 from bincompress.model.experts import ExpertLayer
 from bincompress.model.linear import Floats, Linear
+from bincompress.model.next_tokens import NextTokens
 from bincompress.model.recurrent import RecurrentLayer
 from bincompress.model.rope import growth
 from bincompress.model.threads import over_ranges
@@ -107,7 +108,14 @@ class Steps:
         self._no_qkv_bias = np.zeros((config.heads + 2 * config.kv_heads) * config.head_dim, np.float32)
         self._gate = GATES[config.activation]
         head_dim = np.float32(config.head_dim)
+        self._all_next = False  # the pass is one token of each of several texts
         self._query_scale = np.float32(1 / np.sqrt(head_dim) if config.query_scale is None else config.query_scale)
+
+        self._next = NextTokens(config, workers, self._scratch, self._query_scale)
+
+    def take(self, parts: Sequence[Part]) -> None:
+        """Prepare for a pass over these parts."""
+        self._all_next = self._next.take(parts)
 
     def begin(self, work: Buffers, vectors: Floats, weight: Floats) -> None:
         """Let the stream be the tokens' vectors (overwritten), and normalize it."""
@@ -180,9 +188,27 @@ class Steps:
         if config.qk_norm == "whole":
             self._norm_whole(qkv, layer)
             bias, q_norm, k_norm = self._no_qkv_bias, NO_NORM, NO_NORM
+        window = config.windows[number] or NO_WINDOW
+        if self._all_next:
+            self._next.attend(qkv, work.mixed, bias, q_norm, k_norm, number, window)
+        else:
+            self._attend_parts(work, layer, qkv, number, window, parts, bias, q_norm, k_norm)
+        if config.gated:
+            over_ranges(
+                self.workers,
+                lambda start, stop, _: gate_by_sigmoid(work.mixed, gates, start, stop),
+                len(gates),
+                _ROWS_PER_THREAD,
+            )
+
+    def _attend_parts(
+        self, work: Buffers, layer: Layer, qkv: Floats, number: int, window: int, parts: Sequence[Part],
+        bias: Floats, q_norm: Floats, k_norm: Floats,
+    ) -> None:  # fmt: skip
+        """Let the tokens of each part read those before them, one part after the other."""
+        config = self.config
         for part in parts:
             self._place(part, qkv[part.start : part.stop], number, bias, q_norm, k_norm)
-        window = config.windows[number] or NO_WINDOW
         attend = (ATTEND_WITH_SINKS if config.sinks else ATTEND)[parts[0].cache.keys[number].dtype]
         if config.sinks:
             for scratch in self._scratch:
@@ -195,13 +221,6 @@ class Steps:
             )  # fmt: skip
         else:
             self._attend_shared(attend, work, qkv, number, parts, window)
-        if config.gated:
-            over_ranges(
-                self.workers,
-                lambda start, stop, _: gate_by_sigmoid(work.mixed, gates, start, stop),
-                len(gates),
-                _ROWS_PER_THREAD,
-            )
 
     def _fits_one_thread(self, part: Part, window: int) -> bool:
         """Return whether one thread computes a part's scores: it has no other, or they are few."""

@@ -7,6 +7,7 @@ only, has what it needs in kernel_cache.py and aligned_memory.py).
 
 import contextlib
 import ctypes
+import mmap
 import os
 import socket
 import tempfile
@@ -22,7 +23,6 @@ except ImportError:  # Windows
 
 # Windows locks bytes, and nobody else can read them meanwhile: one that no file of ours comes to.
 _LOCKED_BYTE = 1 << 43
-_MAPPED_FROM = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 _reading = threading.Lock()
 
 
@@ -108,12 +108,15 @@ def give_back_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def map_large_arrays(least: int = 1 << 17) -> None:
-    """Let each array of this many bytes and more have pages of its own, in this process, from now on.
+def private_pages(size: int) -> mmap.mmap | None:
+    """Return so many bytes of zeros in pages of their own, or None where a system has no such call.
 
-    glibc begins so, but takes larger and larger arrays from its heap once some were freed. There, zeros are written
-    where pages of the system are zero untouched: a cache for a whole context takes its memory before it is filled, and
-    what is freed stays with the process.
+    A page takes memory when it is first written to, and all go back when nobody refers to them any more. Raises
+    MemoryError.
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(_MAPPED_FROM, least)
+    if not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows
+        return None
+    try:
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError, ValueError) as error:
+        raise MemoryError(f"{size:,} bytes: {error}") from None

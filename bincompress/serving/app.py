@@ -18,18 +18,20 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from bincompress.errors import BincompressError
+from bincompress.inference.request_fields import Fields
 from bincompress.serving import ollama
-from bincompress.serving.asking import Asked, check_model
+from bincompress.serving.asking import Asked
 from bincompress.serving.bodies import in_thread, read_json
 from bincompress.serving.embeddings import embeddings
 from bincompress.serving.forms import in_form
 from bincompress.serving.openai_answering import Answer, Chat, Completion, error_body
-from bincompress.serving.openai_asking import chat, completion, messages_of, rendered, variables_of
+from bincompress.serving.openai_asking import chat, completion
 from bincompress.serving.openapi import openapi
-from bincompress.serving.reading import Fields, RequestError
+from bincompress.serving.reading import RequestError
 from bincompress.serving.responses import responses
 from bincompress.serving.service import Service, log
-from bincompress.serving.texts import Streamed, Texts, of_request, refused, while_connected
+from bincompress.serving.texts import Streamed, of_request, refused, respond
+from bincompress.serving.tokenizing import detokenize, tokenize, tokenizer_info
 
 Handler = Callable[[Request], Awaitable[Response]]
 _OPEN = ("/", "/health")  # for whom has no key
@@ -45,7 +47,8 @@ def application(service: Service) -> Starlette:
         ("/v1/chat/completions", "POST", chat_completions), ("/v1/responses", "POST", responses),
         ("/v1/embeddings", "POST", embeddings),
         ("/tokenize", "POST", tokenize),
-        ("/detokenize", "POST", detokenize), ("/api/chat", "POST", ollama.chat),
+        ("/detokenize", "POST", detokenize), ("/tokenizer_info", "GET", tokenizer_info),
+        ("/api/chat", "POST", ollama.chat),
         ("/api/generate", "POST", ollama.generate), ("/api/tags", "GET", ollama.tags),
         ("/api/version", "GET", ollama.version), ("/openapi.json", "GET", openapi),
     ]  # fmt: skip
@@ -207,48 +210,9 @@ async def _answered(
     scheduler = service.ready()
     fields = await read_json(request, service)
     asked = await in_thread(service, ask, fields, service)
-    texts = Texts(scheduler, await in_form(request, service, asked.requests, asked.form))
+    requests = await in_form(request, service, asked.requests, asked.form)
     answer = Answer(form(service, asked), service, asked)
-    request.state.answer = answer
-    if asked.stream:
-        return Streamed(answer.chunks(texts), "text/event-stream")
-    with texts:
-        return JSONResponse(await while_connected(request.receive, answer.whole(texts)))
-
-
-async def tokenize(request: Request) -> Response:
-    """Return the tokens of a text, or of a conversation by the model's template."""
-    service: Service = of_request(request)
-    service.ready()
-    fields = await read_json(request, service)
-    ids = await in_thread(service, _tokens, fields, service)
-    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.ready().limits.context})
-
-
-def _tokens(fields: Fields, service: Service) -> list[int]:
-    check_model(fields, service)
-    if fields.given("messages"):
-        found = rendered(service, messages_of(fields, service.model.template), variables_of(fields, service))
-    else:
-        prompt, special = fields.take("prompt", str), fields.take("add_special_tokens", bool)
-        if prompt is None:
-            fields.refuse("prompt", "expected a text, or messages")
-        found = service.model.tokenizer.encode(prompt, special=special is not False)
-    fields.finish()
-    return found
-
-
-async def detokenize(request: Request) -> Response:
-    """Return the text of tokens."""
-    service: Service = of_request(request)
-    vocab = service.model.decoder.config.vocab
-    fields = await read_json(request, service)
-    check_model(fields, service)
-    ids = fields.take("tokens", list)
-    fields.finish()
-    if ids is None or not all(type(token) is int and 0 <= token < vocab for token in ids):
-        fields.refuse("tokens", f"expected a list of tokens, 0 to {vocab - 1}")
-    return JSONResponse({"prompt": await in_thread(service, service.model.tokenizer.decode, ids, False)})
+    return await respond(request, scheduler, requests, answer, "text/event-stream" if asked.stream else None)
 
 
 def _page() -> tuple[bytes, dict[str, str]]:

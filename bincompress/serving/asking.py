@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bincompress.inference.generate import GenerationSettings
+from bincompress.inference.offered_tools import Tools
+from bincompress.inference.request_fields import Fields
 from bincompress.inference.sampling import Sampling
 from bincompress.inference.sequence import Request
-from bincompress.serving.reading import Fields
 from bincompress.serving.service import Service
-from bincompress.serving.tools import Tools
 
 MOST_STOPS, LONGEST_STOP = 16, 256
 # Numbers of the sampling, each with the least and the most that a request may ask.

@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from bincompress.serving.reading import Fields, RequestError, parse, shown
+from bincompress.inference.request_fields import Fields, shown
+from bincompress.serving.reading import RequestError, parse
 from bincompress.serving.service import Service
 
 Found = TypeVar("Found")

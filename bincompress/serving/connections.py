@@ -5,11 +5,22 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from bincompress.serving.outlet import CONNECTION
+
 
 def bounded_protocol(seconds: float) -> type[H11Protocol]:
     """Return uvicorn's HTTP protocol, which aborts a connection that stalls for so many seconds."""
 
     class Bounded(H11Protocol):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            app = self.app
+
+            async def connected(scope: Any, receive: Any, send: Any) -> None:
+                await app({**scope, CONNECTION: self.transport}, receive, send)
+
+            self.app = connected
+
         _timer: asyncio.TimerHandle | None = None
         _waits = False  # for the rest of a request's headers, or of a body that no one reads any more
 

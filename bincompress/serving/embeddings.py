@@ -10,10 +10,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bincompress.inference.generate import GenerationSettings, room_after
+from bincompress.inference.request_fields import Fields
 from bincompress.serving.asking import check_model
 from bincompress.serving.bodies import in_thread, read_json
 from bincompress.serving.openai_asking import texts_of
-from bincompress.serving.reading import Fields, RequestError
+from bincompress.serving.reading import RequestError
 from bincompress.serving.service import Service
 from bincompress.serving.texts import of_request, while_connected
 

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -13,16 +13,19 @@ from starlette.responses import JSONResponse, Response
 
 from bincompress import __version__
 from bincompress.errors import BincompressError
+from bincompress.inference.messages import messages_of
+from bincompress.inference.offered_tools import Tools, tools_of
+from bincompress.inference.request_fields import Fields, shown
+from bincompress.inference.response_format import ollama_format
 from bincompress.inference.sequence import Ended, Piece, PromptRead, Request
 from bincompress.inference.tool_calls import ToolCall
 from bincompress.serving.asking import check_model, lengths_of, request_for, sampling_of, stops_of
 from bincompress.serving.bodies import in_thread, read_json
-from bincompress.serving.forms import in_form, ollama_format
-from bincompress.serving.openai_asking import messages_of, rendered
-from bincompress.serving.reading import Fields, RequestError, shown
+from bincompress.serving.forms import in_form
+from bincompress.serving.openai_asking import rendered
+from bincompress.serving.reading import RequestError
 from bincompress.serving.service import Service
-from bincompress.serving.texts import Streamed, Texts, of_request, refused, while_connected
-from bincompress.serving.tools import Tools, tools_of
+from bincompress.serving.texts import of_request, refused, respond
 
 _DURATION = re.compile(r"[+-]?([0-9]{1,18}(\.[0-9]{0,18})?(ns|us|µs|ms|s|m|h)){1,8}|[+-]?[0-9]{1,18}")
 _NAMES = {"repetition_penalty": "repeat_penalty"}
@@ -75,13 +78,10 @@ async def _answer(http: HttpRequest, is_chat: bool) -> Response:
     began = time.monotonic_ns()
     fields = await read_json(http, service)
     asked = await in_thread(service, _asked, fields, service, is_chat, began)
-    texts = Texts(scheduler, await in_form(http, service, [asked.request], asked.form))
-    answer = _Answer(service, asked)
-    http.state.answer = answer
-    if asked.stream:
-        return Streamed(answer.lines(texts), "application/x-ndjson")
-    with texts:
-        return JSONResponse(await while_connected(http.receive, answer.whole(texts)))
+    requests = await in_form(http, service, [asked.request], asked.form)
+    return await respond(
+        http, scheduler, requests, _Answer(service, asked), "application/x-ndjson" if asked.stream else None
+    )
 
 
 def _asked(fields: Fields, service: Service, is_chat: bool, began: int) -> _Asked:
@@ -93,7 +93,7 @@ def _asked(fields: Fields, service: Service, is_chat: bool, began: int) -> _Aske
     most = lengths_of(options, "num_predict", least=-2)
     context = options.number("num_ctx", 1, service.ready().limits.context, whole=True)
     options.finish()
-    tools = tools_of(fields, service) if is_chat else None
+    tools = tools_of(fields, service.model) if is_chat else None
     ids = _chat_ids(fields, service, tools) if is_chat else _prompt_ids(fields, service)
     form = ollama_format(fields)
     if form is not None and tools is not None:
@@ -180,6 +180,7 @@ class _Answer:
         self._reader = None if asked.tools is None else asked.tools.reader()
         self._content: list[str] = []
         self._calls: list[ToolCall] = []
+        self._last: dict[str, Any] | None = None  # line
 
     @property
     def usage(self) -> dict[str, int]:
@@ -191,23 +192,29 @@ class _Answer:
         """The prompt, as the model reads it, for the log."""
         return self._service.model.tokenizer.decode(self._asked.request.prompt, False)
 
-    async def whole(self, texts: Texts) -> dict[str, Any]:
-        """Return the answer once it has ended."""
-        last: dict[str, Any] = {}
-        async for _, event in texts.events():
-            last = self._line(event) or last
-        return {**last, **self._part("".join(self._content), self._calls)}
+    def note(self, number: int, event: PromptRead | Piece | Ended) -> None:
+        """Note what is told of the text, as the line that says it."""
+        self._last = self._line(event)
 
-    async def lines(self, texts: Texts) -> AsyncIterator[bytes]:
-        """Yield the answer as lines of JSON."""
-        with texts:
-            try:
-                async for _, event in texts.events():
-                    line = self._line(event)
-                    if line is not None:
-                        yield _encoded(line)
-            except RequestError as error:
-                yield _encoded({"error": error.message})
+    def chunk(self, number: int, event: PromptRead | Piece | Ended) -> bytes:
+        """Return a line of JSON, if there is anything to say."""
+        return b"" if self._last is None else _encoded(self._last)
+
+    def begin(self) -> bytes:
+        """Return what a stream begins with: nothing."""
+        return b""
+
+    def end(self) -> bytes:
+        """Return what a stream ends with: nothing more than its last line."""
+        return b""
+
+    def failed(self, error: RequestError) -> bytes:
+        """Return the line that tells of an error."""
+        return _encoded({"error": error.message})
+
+    def complete(self) -> dict[str, Any]:
+        """Return the answer as a whole."""
+        return {**(self._last or {}), **self._part("".join(self._content), self._calls)}
 
     def _part(self, text: str, calls: Sequence[ToolCall] = ()) -> dict[str, Any]:
         if not self._asked.is_chat:

@@ -3,7 +3,7 @@
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from bincompress.inference.logprobs import TokenLogprob
@@ -14,7 +14,6 @@ from bincompress.serving.asking import Asked
 from bincompress.serving.reading import RequestError
 from bincompress.serving.service import Service
 from bincompress.serving.text_offsets import TextOffsets
-from bincompress.serving.texts import Texts
 
 
 class Chat:
@@ -64,19 +63,17 @@ class Chat:
         """Return a choice as a whole."""
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if self._tools is not None:
-            reader = self._reader(number)
-            given, calls = reader.push(text)
-            rest, last = reader.finish()
-            message["content"] = given + rest or (None if reader.count else "")
-            if reader.count:
-                message["tool_calls"] = [_call(call) for call in (*calls, *last)]
+            given, calls = self._reader(number).whole(text)
+            message["content"] = given or (None if calls else "")
+            if calls:
+                message["tool_calls"] = [call.as_object() for call in calls]
         return {"message": message}
 
     def _delta(self, number: int, text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
         found = _delta(text)
         if calls:
             first = self._reader(number).count - len(calls)
-            found["delta"]["tool_calls"] = [{"index": first + at, **_call(call)} for at, call in enumerate(calls)]
+            found["delta"]["tool_calls"] = [{"index": first + at, **call.as_object()} for at, call in enumerate(calls)]
         return found
 
     def _reader(self, number: int) -> CallReader:
@@ -88,10 +85,6 @@ class Chat:
 
 def _delta(text: str) -> dict[str, Any]:
     return {"delta": {"content": text} if text else {}}
-
-
-def _call(call: ToolCall) -> dict[str, Any]:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 class Completion:
@@ -181,6 +174,8 @@ class Answer:
         self.sampled = 0
         self.written: list[list[str]] = [[] for _ in asked.requests]  # for the log
         self._first = True
+        self._tokens: list[list[TokenLogprob]] = [[] for _ in asked.requests]  # of an answer as a whole
+        self._reasons: list[str | None] = [None] * len(asked.requests)
 
     @property
     def prompt(self) -> str:
@@ -189,53 +184,8 @@ class Answer:
         read = [tokenizer.decode(request.prompt, False) for request in self._asked.requests[:: self._asked.choices]]
         return "\n\n".join(read)
 
-    async def whole(self, texts: Texts) -> dict[str, Any]:
-        """Return the answer once all of its texts have ended."""
-        logprobs: list[list[TokenLogprob]] = [[] for _ in self._asked.requests]
-        reasons: list[str | None] = [None] * len(logprobs)
-        async for number, event in texts.events():
-            self._note(number, event)
-            if isinstance(event, PromptRead | Piece):
-                logprobs[number] += event.tokens
-            else:
-                reasons[number] = event.reason
-                logprobs[number] += self._form.end_tokens(event)
-        choices = [
-            {
-                "index": number,
-                **self._form.complete(number, "".join(self.written[number])),
-                "logprobs": self._logprobs(number, tokens, self._asked.echo),
-                "finish_reason": self._form.reason(number, reasons[number]),
-            }
-            for number, tokens in enumerate(logprobs)
-        ]
-        return {**self._head, "object": self._form.whole, "choices": choices, "usage": self.usage}
-
-    async def chunks(self, texts: Texts) -> AsyncIterator[bytes]:
-        """Yield the answer as server-sent events."""
-        with texts:
-            try:
-                async for number, event in texts.events():
-                    self._note(number, event)
-                    if isinstance(event, PromptRead):
-                        opening = self._form.opening(number)
-                        if opening.get("text") != "" or event.tokens:
-                            tokens = event.tokens if self._asked.echo else None
-                            yield self._chunk(number, opening, tokens, None, prompt=True)
-                    elif isinstance(event, Piece):
-                        part = self._form.piece(number, event.text)
-                        if event.tokens or not self._asked.tools or part.get("delta"):
-                            yield self._chunk(number, part, event.tokens, None)
-                    else:
-                        part, ends = self._form.last(number), self._form.end_tokens(event) or None
-                        yield self._chunk(number, part, ends, self._form.reason(number, event.reason))
-                if self._asked.include_usage:
-                    yield _event({**self._head, "object": self._form.part, "choices": [], "usage": self.usage})
-            except RequestError as error:
-                yield _event(error_body(error))
-            yield b"data: [DONE]\n\n"
-
-    def _note(self, number: int, event: PromptRead | Piece | Ended) -> None:
+    def note(self, number: int, event: PromptRead | Piece | Ended) -> None:
+        """Note what is told of one of the texts."""
         metrics = self._service.metrics
         if isinstance(event, PromptRead):
             self._reused += event.reused if number % self._asked.choices == 0 else 0
@@ -247,6 +197,52 @@ class Answer:
         else:
             self.sampled += event.sampled
             metrics.seconds.observe(time.monotonic() - self._begin)
+            self._reasons[number] = event.reason
+        if not self._asked.stream:
+            self._tokens[number] += self._form.end_tokens(event) if isinstance(event, Ended) else event.tokens
+
+    def complete(self) -> dict[str, Any]:
+        """Return the answer as a whole."""
+        choices = [
+            {
+                "index": number,
+                **self._form.complete(number, "".join(self.written[number])),
+                "logprobs": self._logprobs(number, tokens, self._asked.echo),
+                "finish_reason": self._form.reason(number, self._reasons[number]),
+            }
+            for number, tokens in enumerate(self._tokens)
+        ]
+        return {**self._head, "object": self._form.whole, "choices": choices, "usage": self.usage}
+
+    def begin(self) -> bytes:
+        """Return what a stream begins with: nothing."""
+        return b""
+
+    def chunk(self, number: int, event: PromptRead | Piece | Ended) -> bytes:
+        """Return a server-sent event, if there is anything to say."""
+        if isinstance(event, PromptRead):
+            opening = self._form.opening(number)
+            if opening.get("text") == "" and not event.tokens:
+                return b""
+            return self._chunk(number, opening, event.tokens if self._asked.echo else None, None, prompt=True)
+        if isinstance(event, Piece):
+            part = self._form.piece(number, event.text)
+            if not event.tokens and self._asked.tools and not part.get("delta"):
+                return b""
+            return self._chunk(number, part, event.tokens, None)
+        part, ends = self._form.last(number), self._form.end_tokens(event) or None
+        return self._chunk(number, part, ends, self._form.reason(number, event.reason))
+
+    def end(self) -> bytes:
+        """Return the end of a stream."""
+        counted = b""
+        if self._asked.include_usage:
+            counted = _event({**self._head, "object": self._form.part, "choices": [], "usage": self.usage})
+        return counted + _DONE
+
+    def failed(self, error: RequestError) -> bytes:
+        """Return the end of a stream that tells of an error."""
+        return _event(error_body(error)) + _DONE
 
     def _logprobs(self, number: int, tokens: Sequence[TokenLogprob] | None, prompt: bool = False) -> Any:
         if self._asked.logprobs is None or tokens is None:
@@ -272,6 +268,9 @@ class Answer:
             "total_tokens": read + self.sampled,
             "prompt_tokens_details": {"cached_tokens": self._reused},
         }
+
+
+_DONE = b"data: [DONE]\n\n"
 
 
 def _event(found: dict[str, Any]) -> bytes:

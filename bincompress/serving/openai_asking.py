@@ -3,7 +3,10 @@
 from typing import Any
 
 from bincompress.errors import BincompressError
-from bincompress.inference.chat import ChatTemplate
+from bincompress.inference.messages import messages_of
+from bincompress.inference.offered_tools import Tools, tools_of
+from bincompress.inference.request_fields import Fields, shown
+from bincompress.inference.response_format import response_format
 from bincompress.serving.asking import (
     Asked,
     check_model,
@@ -14,13 +17,10 @@ from bincompress.serving.asking import (
     seeded,
     stops_of,
 )
-from bincompress.serving.forms import response_format
-from bincompress.serving.reading import Fields, RequestError, shown
+from bincompress.serving.reading import RequestError
 from bincompress.serving.service import Service
 from bincompress.serving.texts import refused
-from bincompress.serving.tools import Tools, calls_of, result_of, tools_of, with_calls
 
-ROLES = ("system", "user", "assistant", "tool")
 _SHOWN = 60  # characters of a name in a message
 _RESERVED = ("self", "messages", "tools", "xml_tools", "documents", "add_generation_prompt")
 _USUAL_LENGTH = 16  # of OpenAI's completions
@@ -56,7 +56,7 @@ def chat(fields: Fields, service: Service) -> Asked:
     check_model(fields, service)
     messages = messages_of(fields, service.model.template)
     common = _Common(fields, service, 1)
-    tools = tools_of(fields, service)
+    tools = tools_of(fields, service.model)
     wanted, alternatives = (
         fields.take("logprobs", bool),
         fields.number("top_logprobs", 0, MOST_ALTERNATIVES, whole=True),
@@ -110,53 +110,6 @@ def variables_of(fields: Fields, service: Service, tools: bool = False) -> dict[
         if not used:
             fields.refuse("chat_template_kwargs", f"this model's chat template does not use {name[:_SHOWN]!r}")
     return variables
-
-
-def messages_of(fields: Fields, template: ChatTemplate | None) -> list[dict[str, Any]]:
-    """Return the messages, each with its role and a text, calls of tools and their results as the template has them."""
-    given = fields.take("messages", list)
-    if not given:
-        fields.refuse("messages", "expected at least one message")
-    try:
-        return [_message(entry, f"messages[{number}]", template) for number, entry in enumerate(given)]
-    except BincompressError as error:  # of the template
-        raise refused(error) from error
-
-
-def _message(entry: Any, place: str, template: ChatTemplate | None) -> dict[str, Any]:
-    if not isinstance(entry, dict):
-        Fields({}).refuse(place, f"expected an object, found {shown(entry)}")
-    own = Fields(entry, f"{place}.")
-    role = own.take("role", str)
-    if role not in ROLES:
-        own.refuse("role", f"expected {', '.join(ROLES)}; found {shown(role)}")
-    calls = calls_of(own, f"{place}.") if role == "assistant" else []
-    message: dict[str, Any] = {"role": role, "content": _content(own, optional=bool(calls))}
-    thought = own.take("reasoning_content", str) if role == "assistant" else None
-    if thought is not None:
-        message["reasoning_content"] = thought
-    if role == "tool":
-        message |= result_of(own, template)
-    own.neutral("tool_calls", [])
-    own.finish()
-    return with_calls(message, calls, template)
-
-
-def _content(own: Fields, optional: bool) -> str:
-    content = own.take("content", str, list)
-    if content is None and optional:
-        return ""
-    if content is None:
-        own.refuse("content", "expected a text")
-    if isinstance(content, str):
-        return content
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
-            own.refuse("content", f"expected parts with type and text alone, found one of type {shown(kind)}")
-        texts.append(part["text"])
-    return "".join(texts)
 
 
 class _Common:

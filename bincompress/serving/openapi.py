@@ -7,6 +7,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bincompress import __version__
+from bincompress.inference.messages import ROLES
+from bincompress.inference.offered_tools import MOST_TOOLS, NAME
 from bincompress.serving.asking import (
     LARGEST,
     LONGEST_STOP,
@@ -15,10 +17,9 @@ from bincompress.serving.asking import (
     SAMPLING_NUMBERS,
     SAMPLING_WHOLE,
 )
-from bincompress.serving.openai_asking import MOST_ALTERNATIVES, ROLES
+from bincompress.serving.openai_asking import MOST_ALTERNATIVES
 from bincompress.serving.service import Service
 from bincompress.serving.texts import of_request
-from bincompress.serving.tools import MOST_TOOLS, NAME
 
 Schema = dict[str, Any]
 TEXT: Schema = {"type": "string"}
@@ -182,7 +183,7 @@ _READ = {
     "/health": "Whether the model is loaded", "/metrics": "Counts for Prometheus",
     "/facts": "What is known of the model", "/v1/models": "The one model", "/v1/models/{name}": "The one model",
     "/api/tags": "The one model, as Ollama lists it", "/api/version": "The version",
-    "/openapi.json": "This description",
+    "/openapi.json": "This description", "/tokenizer_info": "Special tokens and the chat template",
 }  # fmt: skip
 _WRITTEN = {
     "/v1/completions": "Continue texts", "/v1/chat/completions": "Answer a conversation",

@@ -3,21 +3,21 @@
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from bincompress.inference.request_fields import FieldError, Fields, shown
 from bincompress.inference.sequence import Ended, Piece, PromptRead
 from bincompress.serving.asking import Asked
 from bincompress.serving.bodies import in_thread, read_json
 from bincompress.serving.forms import in_form
 from bincompress.serving.openai_answering import error_body
 from bincompress.serving.openai_asking import chat
-from bincompress.serving.reading import Fields, RequestError, shown
+from bincompress.serving.reading import RequestError
 from bincompress.serving.service import Service
-from bincompress.serving.texts import Streamed, Texts, of_request, while_connected
+from bincompress.serving.texts import of_request, refused, respond
 
 _PARTS = ("input_text", "output_text")
 # What a chat calls alike.
@@ -35,13 +35,9 @@ async def responses(request: HttpRequest) -> Response:
     scheduler = service.ready()
     fields = await read_json(request, service)
     asked, echoed = await in_thread(service, _asked, fields, service)
-    texts = Texts(scheduler, await in_form(request, service, asked.requests, asked.form))
+    requests = await in_form(request, service, asked.requests, asked.form)
     answer = _Answer(service, asked, echoed)
-    request.state.answer = answer
-    if asked.stream:
-        return Streamed(answer.chunks(texts), "text/event-stream")
-    with texts:
-        return JSONResponse(await while_connected(request.receive, answer.whole(texts)))
+    return await respond(request, scheduler, requests, answer, "text/event-stream" if asked.stream else None)
 
 
 def _asked(fields: Fields, service: Service) -> tuple[Asked, dict[str, Any]]:
@@ -70,11 +66,12 @@ def _asked(fields: Fields, service: Service) -> tuple[Asked, dict[str, Any]]:
     echoed = {"instructions": instructions, "max_output_tokens": most, "metadata": metadata}
     try:
         return chat(Fields(told), service), echoed
-    except RequestError as error:
+    except (FieldError, RequestError) as error:
         for name, own in _NAMES.items():
             if error.param is not None and error.message.startswith(name):
+                found = refused(error)
                 message, param = own + error.message[len(name) :], error.param.replace(name, own, 1)
-                raise RequestError(error.status, message, param, error.retry_after) from None
+                raise RequestError(found.status, message, param, found.retry_after) from None
         raise
 
 
@@ -140,6 +137,7 @@ class _Answer:
             **echoed, "temperature": sampling.temperature, "top_p": sampling.top_p, "tools": [], "tool_choice": "auto",
             "parallel_tool_calls": True, "store": False, "error": None,
         }  # fmt: skip
+        self._place = {"output_index": 0, "content_index": 0, "item_id": self._item}
         self._begin = time.monotonic()
         self._reason: str | None = None
         self._reused = self.sampled = self._number = 0
@@ -155,37 +153,18 @@ class _Answer:
         """Tokens, for the log."""
         return {"prompt_tokens": len(self._asked.requests[0].prompt), "completion_tokens": self.sampled}
 
-    async def whole(self, texts: Texts) -> dict[str, Any]:
-        """Return the answer once its text has ended."""
-        async for _, event in texts.events():
-            self._note(event)
-        return self._ended()
-
-    async def chunks(self, texts: Texts) -> AsyncIterator[bytes]:
-        """Yield the answer as the events of a stream."""
+    def begin(self) -> bytes:
+        """Return the events that a stream begins with."""
         begun = {**self._head, "status": "in_progress", "output": [], "incomplete_details": None, "usage": None}
-        place = {"output_index": 0, "content_index": 0, "item_id": self._item}
-        with texts:
-            try:
-                yield self._event("response.created", response=begun)
-                yield self._event("response.in_progress", response=begun)
-                yield self._event("response.output_item.added", output_index=0, item=self._message("in_progress"))
-                yield self._event("response.content_part.added", **place, part=_text(""))
-                async for _, event in texts.events():
-                    self._note(event)
-                    if isinstance(event, Piece) and event.text:
-                        yield self._event("response.output_text.delta", **place, delta=event.text, logprobs=[])
-                ended = self._ended()
-                text, status = "".join(self.written[0]), ended["status"]
-                yield self._event("response.output_text.done", **place, text=text, logprobs=[])
-                yield self._event("response.content_part.done", **place, part=_text(text))
-                yield self._event("response.output_item.done", output_index=0, item=self._message(status, text))
-                yield self._event(f"response.{status}", response=ended)
-            except RequestError as error:
-                told = error_body(error)["error"]
-                yield self._event("error", code=told["type"], message=told["message"], param=told["param"])
+        return b"".join((
+            self._event("response.created", response=begun),
+            self._event("response.in_progress", response=begun),
+            self._event("response.output_item.added", output_index=0, item=self._message("in_progress")),
+            self._event("response.content_part.added", **self._place, part=_text("")),
+        ))  # fmt: skip
 
-    def _note(self, event: PromptRead | Piece | Ended) -> None:
+    def note(self, number: int, event: PromptRead | Piece | Ended) -> None:
+        """Note what is told of the text."""
         metrics = self._service.metrics
         if isinstance(event, PromptRead):
             self._reused = event.reused
@@ -197,8 +176,30 @@ class _Answer:
             self.sampled, self._reason = event.sampled, event.reason
             metrics.seconds.observe(time.monotonic() - self._begin)
 
-    def _ended(self) -> dict[str, Any]:
-        """Return the whole answer."""
+    def chunk(self, number: int, event: PromptRead | Piece | Ended) -> bytes:
+        """Return the event of a stream that gives text, if there is any."""
+        if not isinstance(event, Piece) or not event.text:
+            return b""
+        return self._event("response.output_text.delta", **self._place, delta=event.text, logprobs=[])
+
+    def end(self) -> bytes:
+        """Return the events that a stream ends with."""
+        ended = self.complete()
+        text, status = "".join(self.written[0]), ended["status"]
+        return b"".join((
+            self._event("response.output_text.done", **self._place, text=text, logprobs=[]),
+            self._event("response.content_part.done", **self._place, part=_text(text)),
+            self._event("response.output_item.done", output_index=0, item=self._message(status, text)),
+            self._event(f"response.{status}", response=ended),
+        ))  # fmt: skip
+
+    def failed(self, error: RequestError) -> bytes:
+        """Return the event that tells of an error."""
+        told = error_body(error)["error"]
+        return self._event("error", code=told["type"], message=told["message"], param=told["param"])
+
+    def complete(self) -> dict[str, Any]:
+        """Return the answer as a whole."""
         status = "incomplete" if self._reason == "length" else "completed"
         read = len(self._asked.requests[0].prompt)
         return {

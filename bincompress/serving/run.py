@@ -14,7 +14,7 @@ import uvicorn
 from bincompress.errors import BincompressError
 from bincompress.inference.generate import Model
 from bincompress.inference.scheduler import Limits
-from bincompress.process.systems import bind_alone, map_large_arrays
+from bincompress.process.systems import bind_alone
 from bincompress.serving.app import application
 from bincompress.serving.connections import bounded_protocol
 from bincompress.serving.service import Service
@@ -63,7 +63,6 @@ def serve(
     load: returns the model, in a thread of its own; the server answers 503 meanwhile. told: is given the address once
     it listens. Raises BincompressError where the address is taken, and what `load` raises.
     """
-    map_large_arrays()
     # The thread that writes waits for that which answers at each kernel's end: for half a millisecond at most, not 5.
     sys.setswitchinterval(_SWITCH_SECONDS)
     service = Service(settings, limits)

@@ -12,9 +12,10 @@ from typing import NoReturn
 from bincompress.errors import BincompressError
 from bincompress.inference.constraint import Grammars
 from bincompress.inference.generate import Model
+from bincompress.inference.request_fields import shown
 from bincompress.inference.scheduler import Limits, Scheduler
 from bincompress.serving.metrics import Metrics
-from bincompress.serving.reading import RequestError, shown
+from bincompress.serving.reading import RequestError
 from bincompress.serving.settings import ServeSettings
 
 _READERS = 4

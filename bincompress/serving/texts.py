@@ -1,19 +1,21 @@
-"""The texts of one HTTP request, from the scheduler's thread to the event loop and to a client that may go away."""
+"""The texts of one HTTP request, from the scheduler's thread to a client that may go away."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from bincompress.errors import BincompressError
 from bincompress.inference.generate import TooLongError
+from bincompress.inference.request_fields import FieldError
 from bincompress.inference.scheduler import BusyError, ClosedError, Scheduler
 from bincompress.inference.sequence import CancelledError, DeadlineError, Ended, Piece, PromptRead, Request
 from bincompress.model.errors import PromptError, SamplingError, TemplateError
+from bincompress.serving.outlet import Outlet
 from bincompress.serving.reading import RequestError
 from bincompress.serving.service import log
 
@@ -22,12 +24,40 @@ Found = TypeVar("Found")
 _LONGEST_WAIT = 60  # seconds that a client is told to wait at most
 
 
+class Made(Protocol):
+    """An answer that is being made of what is told of its texts; the scheduler's thread calls all but `complete`."""
+
+    def note(self, number: int, event: Event) -> None:
+        """Note what is told of one of the texts."""
+
+    def chunk(self, number: int, event: Event) -> bytes:
+        """Return what a stream says of it, perhaps nothing; it was noted before."""
+
+    def begin(self) -> bytes:
+        """Return what a stream begins with."""
+
+    def end(self) -> bytes:
+        """Return what a stream ends with once all texts have ended."""
+
+    def failed(self, error: RequestError) -> bytes:
+        """Return what a stream ends with where a text failed."""
+
+    def complete(self) -> dict[str, Any]:
+        """Return the answer as a whole, once all texts have ended."""
+
+
 class Texts:
     """Texts that were asked for together; leaving the block cancels what is not finished."""
 
-    def __init__(self, scheduler: Scheduler, asked: Sequence[Request]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        asked: Sequence[Request],
+        tell: Callable[[int, Event], None],
+        done: Callable[[RequestError | None], None],
+    ) -> None:
+        """tell, done: are called in the scheduler's thread; done, at last: with the error, where a text failed."""
+        self._tell, self._done = tell, done
         self._open = len(asked)
         try:
             self._texts = scheduler.submit([(request, self._listener(n)) for n, request in enumerate(asked)])
@@ -35,11 +65,25 @@ class Texts:
             raise refused(error, scheduler) from error
 
     def _listener(self, number: int) -> Callable[[Event], None]:
-        def tell(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever would be told
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
+        return lambda event: self._heard(number, event)
 
-        return tell
+    def _heard(self, number: int, event: Event) -> None:
+        if not self._open:
+            return  # one has failed
+        try:
+            if isinstance(event, Ended) and event.error is not None:
+                raise event.error
+            self._tell(number, event)
+            if isinstance(event, Ended):
+                self._open -= 1
+                if not self._open:
+                    self._done(None)
+        except Exception as error:
+            self._open = 0
+            found = refused(error)
+            if found.status == 500:
+                log.error("a text failed", exc_info=error)
+            self._done(found)
 
     def __enter__(self) -> "Texts":
         return self
@@ -49,18 +93,43 @@ class Texts:
             text.cancel()
         self._texts.clear()  # each knows who listens, which is this: nothing is to wait for the collector of cycles
 
-    async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """Yield which text it is and what is told of it, until all have ended; raise RequestError where one failed."""
-        while self._open:
-            number, event = await self._events.get()
-            if isinstance(event, Ended):
-                self._open -= 1
-                if event.error is not None:
-                    found = refused(event.error)
-                    if found.status == 500:
-                        log.error("a text failed", exc_info=event.error)
-                    raise found
-            yield number, event
+
+async def respond(
+    http: HttpRequest, scheduler: Scheduler, asked: Sequence[Request], answer: Made, stream: str | None
+) -> Response:
+    """Return the answer to a request: as JSON once it is whole, or as a stream of a media type."""
+    http.state.answer = answer
+    if stream is not None:
+        return _streamed(scheduler, asked, answer, stream)
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: RequestError | None) -> None:
+        if not ended.done():
+            ended.set_result(None) if error is None else ended.set_exception(error)
+
+    def done(error: RequestError | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever would be told
+            loop.call_soon_threadsafe(settle, error)
+
+    with Texts(scheduler, asked, answer.note, done):
+        await while_connected(http.receive, ended)
+    return JSONResponse(answer.complete())
+
+
+def _streamed(scheduler: Scheduler, asked: Sequence[Request], answer: Made, media_type: str) -> "Streamed":
+    outlet = Outlet()
+    outlet.put(answer.begin())
+
+    def tell(number: int, event: Event) -> None:
+        answer.note(number, event)
+        if data := answer.chunk(number, event):
+            outlet.put(data)
+
+    def done(error: RequestError | None) -> None:
+        outlet.put(answer.end() if error is None else answer.failed(error), last=True)
+
+    return Streamed(Texts(scheduler, asked, tell, done), outlet, media_type)
 
 
 def refused(error: Exception, scheduler: Scheduler | None = None) -> RequestError:
@@ -68,6 +137,8 @@ def refused(error: Exception, scheduler: Scheduler | None = None) -> RequestErro
     match error:
         case RequestError():
             return error
+        case FieldError():
+            return RequestError(400, error.message, error.param)
         case BusyError():
             return RequestError(429, str(error), retry_after=_wait(scheduler))
         case ClosedError() | CancelledError():
@@ -114,10 +185,10 @@ async def _gone(receive: Receive) -> None:
 
 
 class Streamed(Response):
-    """An answer in chunks, as they are made; the maker is closed when the client goes away."""
+    """An answer that is sent as it is made; its texts are cancelled when the client goes away."""
 
-    def __init__(self, chunks: AsyncIterator[bytes], media_type: str) -> None:
-        self.chunks = chunks
+    def __init__(self, texts: Texts, outlet: Outlet, media_type: str) -> None:
+        self._texts, self._outlet = texts, outlet
         self.status_code = 200
         self.background = None
         self.media_type = media_type
@@ -129,18 +200,17 @@ class Streamed(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
         try:
-            await while_connected(receive, self._send(send))
+            with self._texts:
+                await while_connected(receive, self._send(scope, send))
         except RequestError:
             return  # there is no one to be told
         finally:
-            await self.chunks.aclose()  # type: ignore[attr-defined]
+            self._outlet.close()
             self.ended()
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for chunk in self.chunks:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._outlet.send_to(scope, send)
 
 
 def of_request(request: HttpRequest) -> Any:

@@ -167,6 +167,9 @@ def _attend(
                 result[token, at + d] = scratch[sum_at + row * wide + d] * scale
 
 
+attend = inline(_attend)
+
+
 def _signature(cached: Any) -> Any:
     size, f4 = types.intp, types.float32
     return types.void(

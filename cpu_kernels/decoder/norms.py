@@ -155,7 +155,7 @@ GATES: dict[str, Kernel] = {"silu": gate, "gelu_tanh": gelu_gate, "relu2": relu2
 
 
 @inline
-def _finish_head(
+def finish_head(
     head: Any, norm: Any, normalise: bool, epsilon: Any, cosines: Any, sines: Any, scale: float32
 ) -> None:  # fmt: skip
     """Normalise (if asked), rotate and scale one head (dim,) in place; cosines and sines (rotated / 2,).
@@ -180,7 +180,7 @@ def _finish_head(
 def _finish_head_in_pairs(
     head: Any, norm: Any, normalise: bool, epsilon: Any, cosines: Any, sines: Any, scale: float32
 ) -> None:  # fmt: skip
-    """As `_finish_head`, with each item rotated with its neighbour."""
+    """As `finish_head`, with each item rotated with its neighbour."""
     half = cosines.size
     if normalise:
         inverse = inverse_norm(head, 0, head.size, epsilon)
@@ -196,16 +196,19 @@ def _finish_head_in_pairs(
 
 
 @inline
-def _finish_query(query: Any, keys: Any, head: int) -> None:
+def leave_query(query: Any, keys: Any, head: int) -> None:
     """Leave a query as it is: a cache of floats needs nothing more."""
 
 
 @inline
-def _put_token(key: Any, value: Any, keys: Any, values: Any, head: int, position: int) -> None:
+def put_floats(key: Any, value: Any, keys: Any, values: Any, head: int, position: int) -> None:
     """Write a head's key and value (dim,) of one token to a cache of floats."""
     for d in range(key.size):
         keys[head, position // BLOCK, d, position % BLOCK] = stored_as(key[d], keys)
         values[head, position, d] = stored_as(value[d], values)
+
+
+_finish_head, _finish_query, _put_token = finish_head, leave_query, put_floats
 
 
 def _place(

@@ -43,7 +43,7 @@ def call(typing: Any, function: Any, block: Any, first: Any, last: Any) -> Any:
 
 
 def _array_of(item: Any, dimensions: int) -> Any:
-    """Return a function for kernels that makes an array from an address and one or two sizes."""
+    """Return a function for kernels that makes an array from an address and up to four sizes."""
     if not NATIVE_CALLS:
         return _carray_of(item, dimensions)
     kind = types.Array(item, dimensions, "C")
@@ -52,15 +52,25 @@ def _array_of(item: Any, dimensions: int) -> Any:
         address, *shape = arguments
         return numba_private.array_at(context, builder, kind, address, shape)
 
+    signature = kind(*[types.int64] * (1 + dimensions))
+
     @intrinsic
     def items(typing: Any, address: Any, size: Any) -> Any:
-        return kind(types.int64, types.int64), generate
+        return signature, generate
 
     @intrinsic
     def rows(typing: Any, address: Any, rows: Any, columns: Any) -> Any:
-        return kind(types.int64, types.int64, types.int64), generate
+        return signature, generate
 
-    return items if dimensions == 1 else rows
+    @intrinsic
+    def parts(typing: Any, address: Any, parts: Any, rows: Any, columns: Any) -> Any:
+        return signature, generate
+
+    @intrinsic
+    def groups(typing: Any, address: Any, groups: Any, parts: Any, rows: Any, columns: Any) -> Any:
+        return signature, generate
+
+    return (items, rows, parts, groups)[dimensions - 1]
 
 
 def _carray_of(item: Any, dimensions: int) -> Any:
@@ -81,13 +91,25 @@ def _carray_of(item: Any, dimensions: int) -> Any:
     def rows(address: Any, rows: Any, columns: Any) -> Any:
         return carray(pointer(address), (rows, columns))
 
-    return items if dimensions == 1 else rows
+    @inline
+    def parts(address: Any, parts: Any, rows: Any, columns: Any) -> Any:
+        return carray(pointer(address), (parts, rows, columns))
+
+    @inline
+    def groups(address: Any, groups: Any, parts: Any, rows: Any, columns: Any) -> Any:
+        return carray(pointer(address), (groups, parts, rows, columns))
+
+    return (items, rows, parts, groups)[dimensions - 1]
 
 
 uint8_items, int32_items = _array_of(types.uint8, 1), _array_of(types.int32, 1)
 int64_items, float32_items = _array_of(types.int64, 1), _array_of(types.float32, 1)
 int8_rows, int32_rows, float32_rows = (_array_of(item, 2) for item in (types.int8, types.int32, types.float32))
 uint16_rows = _array_of(types.uint16, 2)
+
+# Of a cache of keys and values (see attention.py).
+float32_keys, uint16_keys, int8_keys = (_array_of(item, 4) for item in (types.float32, types.uint16, types.int8))
+float32_values, uint16_values, int8_values = (_array_of(item, 3) for item in (types.float32, types.uint16, types.int8))
 
 
 @intrinsic(prefer_literal=True)

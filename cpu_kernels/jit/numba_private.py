@@ -241,7 +241,7 @@ def call_native(context: Any, builder: Any, function: Any, arguments: list[Any])
 
 
 def array_at(context: Any, builder: Any, kind: Any, address: Any, shape: list[Any]) -> Any:
-    """Return a C-contiguous array of a type (`kind`, of one or two dimensions) at an address, which owns nothing.
+    """Return a C-contiguous array of a type (`kind`) at an address, which owns nothing.
 
     Numba's own function for it, carray, takes 0.1 s to compile at each use.
     """
@@ -250,7 +250,10 @@ def array_at(context: Any, builder: Any, kind: Any, address: Any, shape: list[An
     size = ir.Constant(ir.IntType(64), context.get_abi_sizeof(item))
     made.data = builder.inttoptr(address, item.as_pointer())
     made.shape = cgutils.pack_array(builder, shape)
-    made.strides = cgutils.pack_array(builder, [size] if len(shape) == 1 else [builder.mul(size, shape[1]), size])
+    strides = [size]
+    for items in reversed(shape[1:]):
+        strides.insert(0, builder.mul(strides[0], items))
+    made.strides = cgutils.pack_array(builder, strides)
     made.itemsize = size
     made.nitems = functools.reduce(lambda left, right: builder.mul(left, right, flags=["nsw"]), shape)
     return made._getvalue()

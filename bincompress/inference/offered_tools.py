@@ -1,6 +1,5 @@
-"""What tools does a request offer, and what do its messages say of calls and their results?"""
+"""Which tools does a request offer, and which of them is to be called?"""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,9 +7,9 @@ from typing import Any
 
 from bincompress.errors import BincompressError
 from bincompress.inference.chat import ChatTemplate
-from bincompress.inference.tool_calls import CallForm, CallReader, call_grammar, form_of, marks_of, written
-from bincompress.serving.reading import Fields, RequestError, shown
-from bincompress.serving.service import Service
+from bincompress.inference.generate import Model
+from bincompress.inference.request_fields import FieldError, Fields, shown
+from bincompress.inference.tool_calls import CallForm, CallReader, call_grammar, form_of, marks_of
 
 MOST_TOOLS = 128
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -31,7 +30,7 @@ class Tools:
         return CallReader(self.form, [tool["function"]["name"] for tool in self.given], self.several)
 
 
-def tools_of(fields: Fields, service: Service) -> Tools | None:
+def tools_of(fields: Fields, model: Model) -> Tools | None:
     """Return the tools that a request offers; None where it offers none, or wants none to be called."""
     given = fields.take("tools", list) or []
     several = fields.take("parallel_tool_calls", bool) is not False
@@ -44,7 +43,7 @@ def tools_of(fields: Fields, service: Service) -> Tools | None:
     choice, named = _choice(fields, schemas)
     if not tools or choice == "none":
         return None
-    form = _form(service.model.template, fields)
+    form = _form(model.template, fields)
     if choice == "auto":
         for number, tool in enumerate(tools):
             if tool["function"].get("strict"):
@@ -52,7 +51,7 @@ def tools_of(fields: Fields, service: Service) -> Tools | None:
                     f"tools[{number}].function.strict",
                     "true is enforced with tool_choice 'required' or a named function; expected false, or nothing",
                 )
-    tokens = {mark: service.model.tokenizer.number_of(mark) for mark in marks_of(form)}
+    tokens = {mark: model.tokenizer.number_of(mark) for mark in marks_of(form)}
     known = {mark: token for mark, token in tokens.items() if token is not None}
     grammar = None
     if choice != "auto":
@@ -60,8 +59,8 @@ def tools_of(fields: Fields, service: Service) -> Tools | None:
         try:
             grammar = call_grammar(form, wanted, several and named is None, known)
         except BincompressError as error:
-            raise RequestError(400, f"tools: {error}", "tools") from None
-    marks = service.model.tokenizer.special_ids & frozenset(known.values())
+            raise FieldError(f"tools: {error}", "tools") from None
+    marks = model.tokenizer.special_ids & frozenset(known.values())
     return Tools(tools, form, several, marks, grammar)
 
 
@@ -114,57 +113,3 @@ def _tool(given: Any, place: str) -> dict[str, Any]:
             found[key] = value
     function.finish()
     return {"type": "function", "function": found}
-
-
-def calls_of(own: Fields, place: str) -> list[dict[str, Any]]:
-    """Return the calls of an assistant's message, their arguments as objects."""
-    calls = []
-    for number, each in enumerate(own.take("tool_calls", list) or []):
-        if not isinstance(each, dict):
-            own.refuse("tool_calls", f"expected objects, found {shown(each)}")
-        call = Fields(each, f"{place}tool_calls[{number}].")
-        given, kind = call.take("id", str), call.take("type", str)
-        call.take("index", int)
-        if kind not in (None, "function"):
-            call.refuse("type", f"expected function, found {shown(kind)}")
-        function = Fields(call.take("function", dict) or {}, f"{place}tool_calls[{number}].function.")
-        call.finish()
-        name, arguments = function.take("name", str), function.take("arguments", str, dict)
-        function.finish()
-        if isinstance(arguments, str):
-            arguments = _object(function, arguments)
-        if name is None:
-            function.refuse("name", "expected a text")
-        found = {"type": "function", "function": {"name": name, "arguments": arguments or {}}}
-        calls.append(found if given is None else {"id": given, **found})
-    return calls
-
-
-def _object(function: Fields, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        function.refuse("arguments", "expected a JSON object as a text")
-    return found
-
-
-def with_calls(message: dict[str, Any], calls: list[dict[str, Any]], template: ChatTemplate | None) -> dict[str, Any]:
-    """Return an assistant's message with its calls, as the template takes them or as the model wrote them."""
-    if not calls or template is None or template.knows("tool_calls"):
-        return {**message, "tool_calls": calls} if calls else message
-    form = form_of(template.text(tools=True))
-    if form is None:
-        raise RequestError(400, "messages: this model's chat template does not take tool_calls", "messages")
-    text = "\n".join(filter(None, [message["content"], written(form, [call["function"] for call in calls])]))
-    return {**message, "content": text}
-
-
-def result_of(own: Fields, template: ChatTemplate | None) -> dict[str, Any]:
-    """Return what a tool's message says beside its role and content."""
-    if template is not None and not (template.knows("tool") or template.knows("ipython")):
-        own.refuse("role", "this model's chat template does not know the role tool")
-    found = {"tool_call_id": own.take("tool_call_id", str), "name": own.take("name", str)}
-    found["name"] = found["name"] or own.take("tool_name", str)  # as Ollama has it
-    return {name: value for name, value in found.items() if value is not None}
