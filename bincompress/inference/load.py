@@ -58,6 +58,7 @@ class Loaded:
     paths: dict[str, str]  # by tensor: which kernel multiplies it
     nbytes: int  # of the matrices as they are laid out
     assets: dict[str, bytes]
+    notes: tuple[str, ...] = ()  # what a user should know of how it was loaded
 
 
 def checked_threads(threads: int | None) -> int:
@@ -127,7 +128,7 @@ def load(
         tokenizers[0],
         load_template(loaded.assets),
         GenerationSettings(sampling=chosen, cache=kept),
-        notes=not_obeyed(loaded.assets),
+        notes=(*not_obeyed(loaded.assets), *loaded.notes),
         prompt_lookup=prompt_lookup,
     )
 
@@ -201,8 +202,7 @@ def load_decoder(
     chosen = _sound_kernel(kernel, settings, trial=residents is not None)
     apart = frozenset(experts if residents is not None else ())
     source = StoreSource(store, config, settings, workers, chosen, apart)
-    needed = _needed(store, config)
-    more = _more(store, config, assets) if memory is None else min(needed, memory)
+    more = _more(store, config, assets) if memory is None else min(_needed(store, config), memory)
     check_memory(url, more, free_memory())
     if residents is not None:
         store.forget(experts)
@@ -216,7 +216,7 @@ def load_decoder(
             source = StoreSource(store, config, settings, workers, sound, apart)
             decoder = Decoder(config, source, workers, residents)
     give_back_freed_memory()
-    return Loaded(decoder, source.paths, source.nbytes, assets)
+    return Loaded(decoder, source.paths, source.nbytes, assets, source.notes)
 
 
 def _sound_kernel(asked: str | None, settings: ActivationSettings, trial: bool) -> str | None:
@@ -282,7 +282,7 @@ def _more(store: Store, config: ModelConfig, assets: Mapping[str, bytes]) -> int
 
 def _stored_bytes(store: Store, name: str) -> int:
     try:
-        return int(store.report(name)["stored_bytes"])
+        return store.stored_bytes(name)
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise DamagedError(f"{store.url}: a tensor's attributes lack its stored bytes ({error!r})") from None
 
