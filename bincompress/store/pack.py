@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol
+from typing import Literal, Protocol
 
 from bincompress.errors import DamagedError, StoreError
 from bincompress.process.out_file import refuse_unwritable
@@ -13,7 +13,7 @@ from bincompress.store.laid_out import VERSION as VERSION_LAID_OUT
 from bincompress.store.laid_out import LaidOut, forms_in
 from bincompress.store.layout import MODEL, NODES, VERSION, group_node
 from bincompress.store.lock import exclusive
-from bincompress.store.new_file import explained, new_file
+from bincompress.store.new_file import Pieces, explained, new_file
 from bincompress.store.pack_files import PackFiles, RemoteRanges, names_a_pack
 from bincompress.store.replace import check_place, clear, look
 from bincompress.store.store import Store, open_store
@@ -89,8 +89,10 @@ def pack(
         refuse_unwritable(Path(file), "FILE", makes_folders=True)
     _check(opened, on_stage, f"{store}: not packed")
     with explained(file), new_file(file) as path:
-        with open(path, "r+b") as out:
-            _write(opened, keys, beside, total, out, on_stage)
+        with open(path, "r+b", buffering=0) as out:
+            pieces = Pieces(out)
+            _write(opened, keys, beside, total, pieces, on_stage)
+            pieces.flush()
         _check(open_store(str(path)), on_stage, f"{file}: not written: what was read back differs")
     if not is_local(file):
         _check(open_store(file), on_stage, f"{file}: was written, but what was read back differs")
@@ -224,7 +226,7 @@ def _check(store: Store, on_stage: OnStage, what: str) -> None:
         on_stage("verify", done, total)
 
 
-def _write(store: Store, keys: list[str], beside: Beside | None, total: int, out: BinaryIO, on_stage: OnStage) -> None:
+def _write(store: Store, keys: list[str], beside: Beside | None, total: int, out: Pieces, on_stage: OnStage) -> None:
     entries: list[Entry] = []
     done = 0
     for key in keys if beside is None else in_order([*keys, *beside.keys()]):

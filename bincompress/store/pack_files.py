@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from bincompress.errors import DamagedError, StoreError
 from bincompress.process.faults import explain
-from bincompress.process.systems import open_to_read, read_at
+from bincompress.process.systems import open_to_read, prefer_large_pages, read_at
 from bincompress.store.files import Bytes, Files, is_local
 from bincompress.store.location import files_at
 from bincompress.store.zip_format import Entry, Window, array_of, is_metadata, read_directory
@@ -222,6 +222,7 @@ class PackFiles:
             return None
         begin = found[0].start
         content = self._source.mapped(begin, found[-1].end - begin)
+        prefer_large_pages(content.obj)
         return Region({entry.name: (entry.start - begin, entry.size) for entry in found}, content)
 
     def size(self, key: str) -> int | None:
