@@ -18,7 +18,7 @@ import numpy as np
 
 from bincompress.methods.lowrank import LowRankSettings, rank_of
 from bincompress.model.linear import Linear
-from bincompress.model.low_rank_linear import LowRankLinear
+from bincompress.model.low_rank_linear import LowRankLinear, low_rank_linear
 from bincompress.model.packed_linear import ActivationSettings, PackedLinear
 from bincompress.tensors.low_rank import LowRankTensor
 from cpu_kernels.matmul.prepacking import Part, prepack_rows
@@ -50,7 +50,7 @@ def low_rank(
         planes = words(chance, rank, size // 64), words(chance, rank, cols // 64)
         own = scales(chance, size), scales(chance, rank), scales(chance, cols)
         tensors.append(LowRankTensor(planes[0], planes[1], own[0], own[1], own[2]))
-    return LowRankLinear(tensors, ActivationSettings(), workers)
+    return low_rank_linear(tensors, ActivationSettings(), workers)
 
 
 def seconds(layers: list[list[Linear]], inputs: dict[int, Any]) -> float:

@@ -23,6 +23,7 @@ class RangeServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: RangeServer
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and body leave together: apart, each answer takes 40 ms more
 
     def log_message(self, *arguments: object) -> None:
         pass

@@ -15,7 +15,7 @@ from bincompress.errors import DamagedError, RecipeError, StoreError
 from bincompress.inference.load import load_decoder
 from bincompress.methods import Inputs, make_settings, method_named
 from bincompress.methods.rounding.sign_factors import _descend, sign_factors
-from bincompress.model.low_rank_linear import MIDDLE_BITS, DecodedLowRank, LowRankEmbedding, LowRankLinear
+from bincompress.model.low_rank_linear import MIDDLE_BITS, DecodedLowRank, LowRankEmbedding, low_rank_linear
 from bincompress.model.packed_linear import ActivationSettings
 from bincompress.sources.checkpoint import open_checkpoint, read_weight
 from bincompress.store.export import export
@@ -87,7 +87,7 @@ def test_listed_weights_replace_what_the_formula_gives() -> None:
     np.testing.assert_allclose(LowRankEmbedding(listed).rows_of(np.array([1])), expected[[1]], rtol=1e-4, atol=1e-4)
     x = np.random.default_rng(1).standard_normal((3, 130)).astype(np.float32)
     with Workers(1) as workers:
-        for linear in (DecodedLowRank(listed, workers), LowRankLinear([listed], ActivationSettings(), workers)):
+        for linear in (DecodedLowRank(listed, workers), low_rank_linear([listed], ActivationSettings(), workers)):
             error = linear(x) - x @ expected.T
             assert float(np.square(error).mean() / np.square(x @ expected.T).mean()) < 5e-3
 
@@ -181,7 +181,7 @@ def test_products_are_those_of_the_twin(threads: int, bits: Any) -> None:
     tensors = [random_tensor(rows, 140, rank, rank)[0] for rows, rank in ((70, 40), (33, 150), (200, 64))]
     x = np.random.default_rng(7).standard_normal((5, 140)).astype(np.float32)
     with Workers(threads) as workers:
-        linear = LowRankLinear(tensors, ActivationSettings(bits), workers)
+        linear = low_rank_linear(tensors, ActivationSettings(bits), workers)
         found = linear(x)
         alone = np.concatenate([linear(token[None]) for token in x])
         np.testing.assert_array_equal(found, alone)

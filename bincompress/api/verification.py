@@ -9,9 +9,12 @@ from bincompress.api.progress import OnCount, uncounted
 from bincompress.calibration.statistics import open_statistics
 from bincompress.compression.recompute import Proof, compare, plan_proof
 from bincompress.errors import BincompressError
+from bincompress.model.laying_out import compare as laid_out_problems
 from bincompress.reporting.inspection import inspect as inspect_store
 from bincompress.sources.hub import open_source
+from bincompress.store.laid_out import forms_in
 from bincompress.store.store import Store, open_store
+from bincompress.store.verify import parts
 from bincompress.store.verify import verify as verify_store
 
 
@@ -53,9 +56,9 @@ def verify(
     opened = open_store(str(store))
     proof = prove(opened, source, sample, seed, statistics)
     jobs = proof.jobs if proof is not None else ()
-    total = len(opened.tensors()) + 2 + len(jobs)
+    total = parts(opened) + len(forms_in(opened)) + len(jobs)
     problems: dict[str, str] = {}
-    results = chain(verify_store(opened), compare(proof) if proof is not None else ())
+    results = chain(verify_store(opened), laid_out_problems(opened), compare(proof) if proof is not None else ())
     for number, (name, problem) in enumerate(results, 1):
         if problem:
             problems.setdefault(name, problem)

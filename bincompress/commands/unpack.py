@@ -29,3 +29,9 @@ def command(file: str, store: str, overwrite: bool, as_json: bool) -> None:
         print_json(asdict(done))
         return
     click.echo(f"{done.store}: written and read back, {done.entries:,} files of {done.nbytes:,} bytes")
+    if done.laid_out:
+        click.echo(
+            f"note: {done.file}: the matrices that it holds laid out for {', '.join(done.laid_out)} are no part of the "
+            "store; `bincompress pack --layout` makes them again",
+            err=True,
+        )

@@ -72,16 +72,23 @@ def check(store: Store, proof: Proof | None, quiet: bool) -> dict[str, str]:
     """Return the problems of a store by tensor, with a progress bar."""
     from tqdm import tqdm
 
-    from bincompress.store.verify import unsealed, verify
+    from bincompress.store.laid_out import forms_in
+    from bincompress.store.verify import parts, unsealed, verify
+
+    forms = forms_in(store)
 
     def results() -> Iterator[tuple[str, str]]:
         yield from verify(store)
+        if forms:
+            from bincompress.model.laying_out import compare as laid_out_problems
+
+            yield from laid_out_problems(store)
         if proof is not None:
             from bincompress.compression.recompute import compare
 
             yield from compare(proof)
 
-    total = len(store.tensors()) + 2 + (0 if proof is None else len(proof.jobs))
+    total = parts(store) + len(forms) + (0 if proof is None else len(proof.jobs))
     problems: dict[str, str] = {}
     with (
         kernels_announced(),

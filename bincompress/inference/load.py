@@ -13,7 +13,7 @@ from bincompress.inference.chat import load_template
 from bincompress.inference.generate import GenerationSettings, Model
 from bincompress.inference.model_kernels import kernels_beside_llamas
 from bincompress.inference.sampling import Sampling
-from bincompress.inference.warmup import expect
+from bincompress.inference.warmup import expect, first_token_kernels
 from bincompress.model.cache import cache_bytes, cache_type
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.config import ModelConfig
@@ -28,9 +28,10 @@ from bincompress.model.store_source import StoreSource, store_config
 from bincompress.model.tokenizer import Tokenizer, load_tokenizer
 from bincompress.process.blas import one_blas_thread
 from bincompress.process.machine import free_memory, size_text, usable_cpus
-from bincompress.process.systems import give_back_freed_memory
+from bincompress.process.systems import forget_library_pages, give_back_freed_memory
 from bincompress.sources.checkpoint import Checkpoint
 from bincompress.store.store import Store, open_store
+from cpu_kernels.jit.kernel_cache import is_compiled
 from cpu_kernels.matmul.prepacking import kernels
 from cpu_kernels.parallel.workers import Workers
 from cpu_kernels.self_test import sound_kernel
@@ -58,6 +59,7 @@ class Loaded:
     paths: dict[str, str]  # by tensor: which kernel multiplies it
     nbytes: int  # of the matrices as they are laid out
     assets: dict[str, bytes]
+    notes: tuple[str, ...] = ()  # what a user should know of how it was loaded
 
 
 def checked_threads(threads: int | None) -> int:
@@ -127,7 +129,7 @@ def load(
         tokenizers[0],
         load_template(loaded.assets),
         GenerationSettings(sampling=chosen, cache=kept),
-        notes=not_obeyed(loaded.assets),
+        notes=(*not_obeyed(loaded.assets), *loaded.notes),
         prompt_lookup=prompt_lookup,
     )
 
@@ -195,14 +197,14 @@ def load_decoder(
     config = store_config(store, assets)
     expect(kernels_beside_llamas(config))
     before(assets)
+    _take_kernels(config)
     workers = Workers(checked_threads(threads))
     experts = _expert_names(config)
     residents = None if memory is None else _residents(store, config, experts, memory, workers.threads)
     chosen = _sound_kernel(kernel, settings, trial=residents is not None)
     apart = frozenset(experts if residents is not None else ())
     source = StoreSource(store, config, settings, workers, chosen, apart)
-    needed = _needed(store, config)
-    more = _more(store, config, assets) if memory is None else min(needed, memory)
+    more = _more(store, config, assets) if memory is None else min(_needed(store, config), memory)
     check_memory(url, more, free_memory())
     if residents is not None:
         store.forget(experts)
@@ -216,7 +218,20 @@ def load_decoder(
             source = StoreSource(store, config, settings, workers, sound, apart)
             decoder = Decoder(config, source, workers, residents)
     give_back_freed_memory()
-    return Loaded(decoder, source.paths, source.nbytes, assets)
+    return Loaded(decoder, source.paths, source.nbytes, assets, source.notes)
+
+
+def _take_kernels(config: ModelConfig) -> None:
+    """Load the kernels that are compiled already, and give back what that takes, before the matrices take theirs.
+
+    Without it the height of a process is 50 MB more. Those that are to be compiled are compiled when they are needed,
+    some of them by another process meanwhile.
+    """
+    wanted = [*first_token_kernels(), *kernels_beside_llamas(config)]
+    if all(is_compiled(kernel.name()) for kernel in wanted):
+        for kernel in wanted:
+            kernel.compile()
+    forget_library_pages()
 
 
 def _sound_kernel(asked: str | None, settings: ActivationSettings, trial: bool) -> str | None:
@@ -282,7 +297,7 @@ def _more(store: Store, config: ModelConfig, assets: Mapping[str, bytes]) -> int
 
 def _stored_bytes(store: Store, name: str) -> int:
     try:
-        return int(store.report(name)["stored_bytes"])
+        return store.stored_bytes(name)
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise DamagedError(f"{store.url}: a tensor's attributes lack its stored bytes ({error!r})") from None
 

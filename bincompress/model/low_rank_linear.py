@@ -2,13 +2,12 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from bincompress.model.linear import FEW_TOKENS, Floats, write_product
-from bincompress.model.packed_linear import ActivationSettings
+from bincompress.model.packed_linear import ActivationSettings, Listed
 from bincompress.model.threads import over_ranges
 from bincompress.process.blas import one_blas_thread
 from bincompress.tensors.low_rank import LowRankTensor, signs, signs_at
@@ -26,6 +25,33 @@ _TILE_SIGNS = 1 << 20  # that are float32 at a time: 4 MB a thread
 _PER_THREAD = 64
 
 
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A matrix in low-rank form whose factors, (rank, cols) and (rows, rank), are laid out for a kernel."""
+
+    right: PackedMatrix
+    left: PackedMatrix
+    column_scale: Floats  # (cols,)
+    listed: Listed | None
+
+
+def low_rank_linear(
+    tensors: Sequence[LowRankTensor],
+    settings: ActivationSettings,
+    workers: Workers,
+    kernel: str | None = None,
+    own_pages: bool = False,
+) -> "LowRankLinear":
+    """Return tensors with one input as a matrix; own_pages: its memory is given back as soon as it is not used."""
+    return LowRankLinear([_factors(tensor, kernel, own_pages) for tensor in tensors], settings, workers)
+
+
+def _factors(tensor: LowRankTensor, kernel: str | None, own_pages: bool) -> Factors:
+    right, left = lay_out_factors(tensor, kernel, own_pages)
+    listed = low_rank_differences(tensor) if tensor.listed_index.size else None
+    return Factors(right, left, tensor.column_scale.astype(np.float32), listed)
+
+
 class LowRankLinear:
     """Matrices in low-rank form with one input, rows one below the other, as products of one plane each.
 
@@ -35,25 +61,15 @@ class LowRankLinear:
 
     tokens_alike: int | None = None  # a token's product is the same beside any number of others
 
-    def __init__(
-        self,
-        tensors: Sequence[LowRankTensor],
-        settings: ActivationSettings,
-        workers: Workers,
-        kernel: str | None = None,
-        own_pages: bool = False,
-    ) -> None:
-        """own_pages: whether its memory is given back as soon as it is no longer used."""
-        self.rows, self.cols = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1]
-        self._pairs = [_laid_out(tensor, kernel, own_pages) for tensor in tensors]
-        self._in_scale = np.stack([tensor.column_scale.astype(np.float32) for tensor in tensors])
+    def __init__(self, factors: Sequence["Factors"], settings: ActivationSettings, workers: Workers) -> None:
+        self._pairs = [(one.right, one.left) for one in factors]
+        self.rows, self.cols = sum(left.rows for _, left in self._pairs), self._pairs[0][0].cols
+        self._in_scale = np.stack([one.column_scale for one in factors])
         self.nbytes = sum(first.nbytes + second.nbytes for first, second in self._pairs) + self._in_scale.nbytes
         self.path = f"low rank {self._pairs[0][0].kernel} {self._pairs[0][0].instruction_set}"
-        first_rows = np.cumsum([0, *(tensor.shape[0] for tensor in tensors)])
+        first_rows = np.cumsum([0, *(left.rows for _, left in self._pairs)])
         self._listed = [
-            (int(row), _Listed(tensor))
-            for row, tensor in zip(first_rows, tensors, strict=False)
-            if tensor.listed_index.size
+            (int(row), one.listed) for row, one in zip(first_rows, factors, strict=False) if one.listed is not None
         ]
         self._settings, self._workers = settings, workers
         self._of_token: ChainedProducts | None = None  # made when the first token is written: its kernel is loaded then
@@ -97,7 +113,7 @@ class DecodedLowRank:
         self.nbytes = tensor.nbytes
         self.path = "low rank decoded float32"
         self._tensor, self._workers = tensor, workers
-        self._listed = _Listed(tensor) if tensor.listed_index.size else None
+        self._listed = low_rank_differences(tensor) if tensor.listed_index.size else None
 
     def __call__(self, x: Floats) -> Floats:
         """Return x (n, cols) times the transposed matrix, (n, rows)."""
@@ -152,32 +168,28 @@ class LowRankEmbedding:
         return rows[places]
 
 
-class _Listed:
-    """Weights that are not what the factors say, as differences from that."""
-
-    def __init__(self, tensor: LowRankTensor) -> None:
-        self._rows, self._cols = np.divmod(tensor.listed_index.astype(np.int64), tensor.shape[1])
-        self._difference = np.empty(self._rows.size, np.float32)
-        with one_blas_thread():
-            for row in np.unique(self._rows):
-                here = self._rows == row
-                formula = tensor.weights_at(np.array([row]))[0, self._cols[here]]
-                self._difference[here] = tensor.listed_value[here] - formula
-
-    def add(self, x: Floats, result: Floats, first_row: int) -> None:
-        """Add their share to result (n, rows), whose column `first_row` is the matrix's first row."""
-        places: Any = (slice(None), self._rows + first_row)
-        np.add.at(result, places, x[:, self._cols] * self._difference)
+def low_rank_differences(tensor: LowRankTensor) -> Listed:
+    """Return what the listed weights of a matrix are above what its factors say."""
+    rows, cols = np.divmod(tensor.listed_index.astype(np.int64), tensor.shape[1])
+    difference = np.empty(rows.size, np.float32)
+    with one_blas_thread():
+        for row in np.unique(rows):
+            here = rows == row
+            formula = tensor.weights_at(np.array([row]))[0, cols[here]]
+            difference[here] = tensor.listed_value[here] - formula
+    return Listed(rows, cols, difference)
 
 
-def _laid_out(tensor: LowRankTensor, kernel: str | None, own_pages: bool) -> tuple[PackedMatrix, PackedMatrix]:
-    """Return the two matrices, (rank, cols) and (rows, rank), for this CPU's kernel."""
+def lay_out_factors(
+    tensor: LowRankTensor, kernel: str | None = None, own_pages: bool = False, family: str | None = None
+) -> tuple[PackedMatrix, PackedMatrix]:
+    """Return the two matrices, (rank, cols) and (rows, rank); the options are those of `prepack_rows`."""
     rows, cols = tensor.shape
     right = Part(tensor.right[None], np.ascontiguousarray(tensor.rank_scale)[None, :, None])
     turned = [tensor.left_by_rows(slice(row, row + _ROWS_AT_ONCE)) for row in range(0, rows, _ROWS_AT_ONCE)]
     row_scale = np.ascontiguousarray(tensor.row_scale)[None, :, None]
     left = Part(np.concatenate(turned)[None], row_scale, exponent=tensor.exponent)
     return (
-        prepack_rows([right], cols, cols, kernel=kernel, own_pages=own_pages),
-        prepack_rows([left], tensor.rank, tensor.rank, kernel=kernel, own_pages=own_pages),
+        prepack_rows([right], cols, cols, kernel=kernel, own_pages=own_pages, family=family),
+        prepack_rows([left], tensor.rank, tensor.rank, kernel=kernel, own_pages=own_pages, family=family),
     )

@@ -3,8 +3,6 @@
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -15,12 +13,12 @@ from bincompress.model.config import ModelConfig, parse
 from bincompress.model.errors import NotFiniteError
 from bincompress.model.layout import settle
 from bincompress.model.linear import DenseLinear, Embedding, Floats, KeptEmbedding, Linear
-from bincompress.model.low_rank_linear import DecodedLowRank, LowRankEmbedding, LowRankLinear
-from bincompress.model.lowering import Lowered, lower
+from bincompress.model.low_rank_linear import DecodedLowRank, LowRankEmbedding, LowRankLinear, low_rank_linear
+from bincompress.model.mapped_matrices import mapped_matrices
+from bincompress.model.matrices import LOW_RANK, Entry, differences, lay_out, runs
 from bincompress.model.packed_linear import (
     ActivationSettings,
     DecodedLinear,
-    Listed,
     PackedEmbedding,
     PackedLinear,
     ScaledLinear,
@@ -28,21 +26,14 @@ from bincompress.model.packed_linear import (
 )
 from bincompress.store.arrays import in_runs
 from bincompress.store.store import Store, let_go
-from bincompress.tensors.dequantize import dequantize
 from bincompress.tensors.forms import Stored
 from bincompress.tensors.low_rank import LowRankTensor
 from bincompress.tensors.packed import PackedTensor
 from bincompress.tensors.weight import Weight
-from cpu_kernels.matmul.prepacking import prepack_rows
 from cpu_kernels.parallel.workers import Workers
 
-Entry = tuple[str, Stored | None, Lowered | None]  # a tensor's name, how it is stored, and its planes
-
 _Matrix = PackedLinear | ScaledLinear | LowRankLinear | DecodedLinear | DecodedLowRank | DenseLinear
-_LOW_RANK = "low rank"  # what neighbours of that form share
-
 _TOKENS_MAPPED = 16  # single tokens whose rows of a table stay mapped: a page brings up to 2 MB around it
-_ROWS_AT_ONCE = 256  # whose planes are decoded to find what listed weights differ by
 
 
 class StoreSource:
@@ -79,6 +70,8 @@ class StoreSource:
         self._kernel = kernel
         self._apart = apart
         self._tied = config.declaration.names.embedding if config.tied else None
+        # notes: what a user should know of how the store is loaded
+        self._mapped, self.notes = mapped_matrices(store, settings, workers, kernel, apart)
         self._tables: dict[str, Embedding] = {}
         self._lock = threading.Lock()
         self.paths: dict[str, str] = {}  # by tensor: which kernel multiplies it
@@ -122,27 +115,33 @@ class StoreSource:
 
     def _forms(self, names: Sequence[str]) -> Iterator[Linear]:
         """Yield the matrices in order; neighbours of one layout become one."""
-        found = [(name, *self._read(name)) for name in names]
-        for kind, group in groupby(found, key=lambda entry: _kind(entry, self._settings.bits)):
-            entries = list(group)
+        place = 0
+        while place < len(names):
+            found = None if self._mapped is None else self._mapped.next_of(names[place:])
+            if found is not None:
+                yield self._noted(*found)
+                place += len(found[0])
+                continue
+            begin, place = place, place + 1
+            while place < len(names) and not (self._mapped is not None and self._mapped.has(names[place:])):
+                place += 1
+            yield from self._from_planes(names[begin:place])
+
+    def _from_planes(self, names: Sequence[str]) -> Iterator[Linear]:
+        for kind, entries in runs([(name, self._read(name)) for name in names], self._settings.bits):
             if kind is None:
                 for name, packed, _ in entries:
                     yield self._noted([name], self._decoded(name, packed))
-            elif kind == _LOW_RANK:
+            elif kind == LOW_RANK:
                 tensors = [packed for _, packed, _ in entries if isinstance(packed, LowRankTensor)]
                 own_pages = entries[0][0] in self._apart
-                linear = LowRankLinear(tensors, self._settings, self._workers, self._kernel, own_pages)
+                linear = low_rank_linear(tensors, self._settings, self._workers, self._kernel, own_pages)
                 yield self._noted([name for name, _, _ in entries], linear)
             else:
-                yield self._noted([name for name, _, _ in entries], self._laid_out(entries))
+                yield self._noted([name for name, _, _ in entries], self._from_entries(entries))
 
-    def _read(self, name: str) -> tuple[Stored | None, Lowered | None]:
-        if self._kinds[name] != "packed":
-            return None, None
-        packed = self._store.read_stored(name, check_hashes=True)
-        if self._settings.bits == 16 or isinstance(packed, LowRankTensor):
-            return packed, None
-        return packed, lower(packed)
+    def _read(self, name: str) -> Stored | None:
+        return self._store.read_stored(name, check_hashes=True) if self._kinds[name] == "packed" else None
 
     def _decoded(self, name: str, packed: Stored | None) -> DenseLinear | DecodedLinear | DecodedLowRank:
         """Return a matrix that is multiplied in float32."""
@@ -152,21 +151,13 @@ class StoreSource:
             return DecodedLowRank(packed, self._workers)
         return DecodedLinear(packed, self._workers)
 
-    def _laid_out(self, entries: Sequence[Entry]) -> PackedLinear | ScaledLinear:
-        lowered = [entry for _, _, entry in entries if entry is not None]
+    def _from_entries(self, entries: Sequence[Entry]) -> PackedLinear | ScaledLinear:
         tensors = [packed for _, packed, _ in entries if isinstance(packed, PackedTensor)]
-        matrix = prepack_rows(
-            [entry.part for entry in lowered],
-            lowered[0].block,
-            tensors[0].shape[1],
-            plane_weights=lowered[0].plane_weights,
-            kernel=self._kernel,
-            own_pages=entries[0][0] in self._apart,
-        )
+        matrix = lay_out(entries, self._kernel, own_pages=entries[0][0] in self._apart)
         listed, row = [], 0
         for packed in tensors:
             if packed.listed_index.size:
-                listed.append((row, _differences(packed)))
+                listed.append((row, differences(packed)))
             row += packed.shape[0]
         linear = PackedLinear(matrix, listed, self._settings, self._workers)
         in_scale = tensors[0].in_scale
@@ -264,32 +255,3 @@ class _Shapes(Mapping[str, tuple[int, ...]]):
 def _check_complete(store: Store) -> None:
     if store.attributes["status"] != "complete":
         raise StoreError(f"{store.url}: not complete; run the same `bincompress compress` again to finish it")
-
-
-def _kind(entry: Entry, bits: int) -> object:
-    """Return what neighbours have to share to be laid out as one matrix; None where a tensor is multiplied in float32.
-
-    bits: of the activations.
-    """
-    name, packed, lowered = entry
-    if isinstance(packed, LowRankTensor):
-        return None if bits == 16 else _LOW_RANK
-    if lowered is None or packed is None:
-        return None
-    return lowered.kind if packed.in_scale is None else name
-
-
-def _differences(packed: PackedTensor) -> Listed:
-    """Return what the listed weights of a matrix are above what its planes say."""
-    rows, cols = np.divmod(packed.listed_index.astype(np.int64), packed.shape[1])
-    difference = np.empty(rows.size, np.float32)
-    bare = replace(packed, listed_index=np.empty(0, np.uint64), listed_value=np.empty(0, np.float32), in_scale=None)
-    values = packed.listed_value if packed.in_scale is None else packed.listed_value / packed.in_scale[cols]
-    start = 0
-    while start < rows.size:
-        first = int(rows[start])
-        stop = int(np.searchsorted(rows, first + _ROWS_AT_ONCE))
-        decoded = dequantize(bare, slice(first, int(rows[stop - 1]) + 1))
-        difference[start:stop] = values[start:stop] - decoded[rows[start:stop] - first, cols[start:stop]]
-        start = stop
-    return Listed(rows, cols, difference)

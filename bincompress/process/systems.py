@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -23,6 +24,8 @@ except ImportError:  # Windows
 
 # Windows locks bytes, and nobody else can read them meanwhile: one that no file of ours comes to.
 _LOCKED_BYTE = 1 << 43
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{3}p) ")
+_LIBRARY = re.compile(r" /.*\.so[.0-9]*$")
 _reading = threading.Lock()
 
 
@@ -100,6 +103,46 @@ def forget_pages(mapped: Any) -> None:
     if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
         with contextlib.suppress(OSError):
             mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def forget_library_pages() -> None:
+    """Let the system take back what this process has read of libraries, which is read again when it is used.
+
+    Importing LLVM and the like reads 60 MB of them, of which a model that runs needs 3. Linux; nothing elsewhere.
+    Only mappings that cannot be written to and hold no page of this process's own: nothing else could be read again.
+    """
+    import mmap
+
+    with contextlib.suppress(OSError, AttributeError, TypeError, ValueError):
+        forget = ctypes.CDLL(None).madvise
+        for begin, end in _read_only_libraries(Path("/proc/self/smaps").read_text("utf-8", "replace")):
+            forget(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def _read_only_libraries(smaps: str) -> list[tuple[int, int]]:
+    """Return where libraries are mapped privately, not writable and without a page of the process's own."""
+    found: list[tuple[int, int]] = []
+    mapping: tuple[int, int] | None = None
+    for line in smaps.splitlines():
+        if head := _MAPPING.match(line):
+            mapping = (int(head[1], 16), int(head[2], 16)) if _LIBRARY.search(line) and "w" not in head[3] else None
+        elif mapping is not None and line.startswith("Anonymous:"):
+            if line.split()[1] == "0":
+                found.append(mapping)
+            mapping = None
+    return found
+
+
+def prefer_large_pages(mapped: Any) -> None:
+    """Let the system read a mapped file into large pages, where it can; what it has read already stays as it is.
+
+    Products of matrices in small pages take 1.05 to 1.1 x the time (Zen 4, ext4 of Linux 6.18).
+    """
+    import mmap
+
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
+        with contextlib.suppress(OSError):
+            mapped.madvise(mmap.MADV_HUGEPAGE)
 
 
 def give_back_freed_memory() -> None:

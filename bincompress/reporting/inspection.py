@@ -7,6 +7,7 @@ from typing import Any
 from bincompress.errors import DamagedError
 from bincompress.methods import KEEP, METHODS
 from bincompress.reporting.experts import by_kind
+from bincompress.store.laid_out import forms_in
 from bincompress.store.store import Store
 
 _LONGEST = 1e9  # seconds
@@ -56,6 +57,7 @@ def _total(store: Store, reports: list[dict[str, Any]]) -> dict[str, Any]:
         "stored_bytes": sum(report["stored_bytes"] for report in done),
         "stored_bits": _bits(done),
         "store_bytes": store.total_bytes(),
+        "laid_out": forms_in(store),
         "packed": _part(packed),
         "binary": _part(linear),
         "ranks": sorted(report["rank"] for report in packed if type(report.get("rank")) is int),
@@ -223,6 +225,10 @@ def totals(total: dict[str, Any]) -> list[str]:
         f"stored {total['stored_bits']:.3f} bits, "
         f"embeddings, norms and head as stored; {total['store_bytes']:,} bytes in the store"
     )
+    lines += [
+        f"laid out       for the kernels that read {form}, too: {nbytes:,} bytes more in the file"
+        for form, nbytes in total["laid_out"].items()
+    ]
     lines += _lossless_lines(total)
     if total["status"] != "complete":
         missing = total["tensors"] - total["complete"]

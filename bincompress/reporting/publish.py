@@ -15,7 +15,7 @@ from bincompress.store.hub import CARD, FILE, card_fields, upload
 from bincompress.store.pack import OnStage, pack, untold
 from bincompress.store.pack_files import PackFiles
 from bincompress.store.store import Store, open_store
-from bincompress.store.verify import verify
+from bincompress.store.verify import parts, verify
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _base(store: Store, given: str | None) -> tuple[str | None, str | None]:
 def _packed(store: Store, on_stage: OnStage) -> Iterator[Path]:
     """Yield a store as one sound file of this machine: its own, or one that is there as long as the block."""
     if isinstance(store.files, PackFiles) and is_local(store.url):
-        total = len(store.tensors()) + 2
+        total = parts(store)
         for done, (name, problem) in enumerate(verify(store), 1):
             if problem:
                 raise DamagedError(f"{store.url}: not uploaded: {name}: {problem}")

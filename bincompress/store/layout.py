@@ -23,6 +23,7 @@ VERSION = 1
 LOW_RANK_VERSION = 2  # of a store with a tensor in low-rank form, which programs that know version 1 alone refuse
 VERSIONS = (VERSION, LOW_RANK_VERSION)
 NODES = "nodes"  # what a store behind a URL knows of its finished tensors, in one object
+LAID_OUT = "laid_out"  # what a packed store holds beside it: matrices as the product kernels read them
 NEW = ".bincompress-new"  # a folder in a store's, where what is to take its place is written first
 SEAL = "sealed"  # the attribute that the others are under
 

@@ -4,22 +4,36 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal, Protocol
 
 from bincompress.errors import DamagedError, StoreError
 from bincompress.process.out_file import refuse_unwritable
 from bincompress.store.files import is_local
+from bincompress.store.laid_out import VERSION as VERSION_LAID_OUT
+from bincompress.store.laid_out import LaidOut, forms_in
 from bincompress.store.layout import MODEL, NODES, VERSION, group_node
 from bincompress.store.lock import exclusive
-from bincompress.store.new_file import explained, new_file
+from bincompress.store.new_file import Pieces, explained, new_file
 from bincompress.store.pack_files import PackFiles, RemoteRanges, names_a_pack
 from bincompress.store.replace import check_place, clear, look
 from bincompress.store.store import Store, open_store
-from bincompress.store.verify import verify
-from bincompress.store.zip_format import LARGEST_ENTRY, Entry, directory, in_order, is_metadata
+from bincompress.store.verify import parts, verify
+from bincompress.store.zip_format import LARGEST_ENTRY, Entry, directory, in_order, is_laid_out, is_metadata
 
 EXTENSION = ".bincompress.zip"  # of the name that `compress --pack` gives
 OnStage = Callable[[str, int, int], None]  # what is being done; bytes, or tensors of a check, done and in all
+
+
+class Beside(Protocol):
+    """What a packed file is to hold beside a store, under keys that sort among its own."""
+
+    forms: list[str]
+
+    def keys(self) -> list[str]:
+        """Return all keys."""
+
+    def content(self, key: str) -> bytes:
+        """Return the bytes of a key; keys are asked for in their order."""
 
 
 def untold(stage: str, done: int, total: int) -> None:
@@ -36,6 +50,7 @@ class Packed:
     entries: int
     unchanged: bool = False  # whether the file held this store already
     left_out: tuple[str, ...] = ()  # what lies in the store's folder and is no part of it
+    laid_out: tuple[str, ...] = ()  # the forms in which the file holds matrices too
 
 
 def beside(store: str) -> str:
@@ -44,39 +59,51 @@ def beside(store: str) -> str:
     return f"{place}{EXTENSION}"
 
 
-def pack(store: str, file: str, *, overwrite: bool = False, on_stage: OnStage = untold) -> Packed:
+def pack(
+    store: str,
+    file: str,
+    *,
+    overwrite: bool = False,
+    on_stage: OnStage = untold,
+    lay_out: Callable[[Store], Beside] | None = None,
+) -> Packed:
     """Write a finished store as one file: a zip file whose arrays can be memory-mapped.
 
     store: a folder or an fsspec URL; file: a path or an fsspec URL that ends in ".zip". Everything is held against its
     hash before, and read back after. The file appears whole under its name, or not at all; equal stores give equal
     bytes. A file that holds this store already is left as it is. overwrite: another packed store there is replaced,
-    and nothing else ever is. Raises StoreError, or DamagedError naming what is damaged.
+    and nothing else ever is. lay_out: gives the matrices that the file is to hold as kernels read them; the store may
+    then be a packed one. Raises StoreError, or DamagedError naming what is damaged.
     """
     there = check_target(file, store, overwrite=True)
     opened = open_store(store)
-    keys, left_out = _parts(opened)
+    keys, left_out = _parts(opened, again=lay_out is not None)
+    beside = None if lay_out is None else lay_out(opened)
+    forms = () if beside is None else tuple(beside.forms)
     total = sum(size for key, size in opened.files.sizes().items() if key in set(keys))
-    if there == "pack" and _holds(file, opened, keys):
+    if there == "pack" and _holds(file, opened, keys, forms):
         _check(open_store(file), on_stage, f"{file}: holds this store, but is damaged; remove it, and pack again")
-        return Packed(store, file, total, len(keys), True, left_out)
+        return Packed(store, file, total, len(keys), True, left_out, forms)
     check_target(file, store, overwrite)
     if is_local(file):
         refuse_unwritable(Path(file), "FILE", makes_folders=True)
     _check(opened, on_stage, f"{store}: not packed")
     with explained(file), new_file(file) as path:
-        with open(path, "r+b") as out:
-            _write(opened, keys, total, out, on_stage)
+        with open(path, "r+b", buffering=0) as out:
+            pieces = Pieces(out)
+            _write(opened, keys, beside, total, pieces, on_stage)
+            pieces.flush()
         _check(open_store(str(path)), on_stage, f"{file}: not written: what was read back differs")
     if not is_local(file):
         _check(open_store(file), on_stage, f"{file}: was written, but what was read back differs")
-    return Packed(store, file, total, len(keys), False, left_out)
+    return Packed(store, file, total, len(keys), False, left_out, forms)
 
 
 def unpack(file: str, store: str, *, overwrite: bool = False, on_stage: OnStage = untold) -> Packed:
     """Write a packed file as a store again, a folder or what lies below an fsspec URL; its files have the same bytes.
 
     The same call finishes what an interrupted one began. overwrite: a store there is replaced. Raises StoreError, or
-    DamagedError where the file is damaged; then nothing is written.
+    DamagedError where the file is damaged; then nothing is written. Matrices that are laid out are left out.
     """
     opened = open_store(file)
     files = opened.files
@@ -88,15 +115,16 @@ def unpack(file: str, store: str, *, overwrite: bool = False, on_stage: OnStage 
             raise StoreError(f"{store}: holds a store; nothing was changed: --overwrite replaces it")
         _check(opened, on_stage, f"{file}: not unpacked")
         clear(place, VERSION)
-        total, done = sum(entry.size for entry in files.entries.values()), 0
-        for key, entry in files.entries.items():  # the root is the last
+        chosen = {key: entry for key, entry in files.entries.items() if not is_laid_out(key)}
+        total, done = sum(entry.size for entry in chosen.values()), 0
+        for key, entry in chosen.items():  # the root is the last
             if key == "zarr.json" and not is_local(store):
                 place.files.write(f"{NODES}/zarr.json", [group_node({"tensors": opened.all_attributes()})])
             place.files.write(key, [files.read(key) or b""])
             done += entry.size
             on_stage("unpack", done, total)
     _check(open_store(store), on_stage, f"{store}: was written, but what was read back differs")
-    return Packed(store, file, total, len(files.entries))
+    return Packed(store, file, total, len(chosen), laid_out=tuple(forms_in(opened)))
 
 
 def check_target(file: str, store: str, overwrite: bool) -> Literal["free", "pack"]:
@@ -129,12 +157,17 @@ def check_target(file: str, store: str, overwrite: bool) -> Literal["free", "pac
     return "pack"
 
 
-def _parts(store: Store) -> tuple[list[str], tuple[str, ...]]:
-    """Return a finished store's keys in their order, and what else lies there; raises StoreError where none can be."""
-    if isinstance(store.files, PackFiles):
+def _parts(store: Store, again: bool) -> tuple[list[str], tuple[str, ...]]:
+    """Return a finished store's keys in their order, and what else lies there; raises StoreError where none can be.
+
+    again: whether it may be a packed one.
+    """
+    if isinstance(store.files, PackFiles) and not again:
         raise StoreError(f"{store.url}: is packed already; copy the file")
     if store.attributes["status"] != "complete":
         raise StoreError(f"{store.url}: not complete; run the same `bincompress compress` again before packing it")
+    if isinstance(store.files, PackFiles):
+        return [key for key in store.files.entries if not is_laid_out(key)], ()
     place = look(store.url, MODEL)
     kinds = store.tensors()
     arrays = {name: set(store.hashes(name)) for name, kind in kinds.items() if kind == "packed"}
@@ -165,12 +198,19 @@ def _belongs(top: str, parts: list[str], kinds: dict[str, str], arrays: dict[str
     return top == "plain" or len(parts) == 2 or parts[1] in arrays[name]
 
 
-def _holds(file: str, store: Store, keys: list[str]) -> bool:
-    """Return whether a packed file is one of this store: sizes and metadata are equal, and hashes are among it."""
-    found = open_store(file).files
+def _holds(file: str, store: Store, keys: list[str], forms: tuple[str, ...]) -> bool:
+    """Return whether a packed file is one of this store: sizes and metadata are equal, and hashes are among it.
+
+    forms: in which it is to hold matrices, too.
+    """
+    there = open_store(file)
+    found = there.files
     assert isinstance(found, PackFiles)
+    if tuple(forms_in(there)) != forms or any(LaidOut(there, form).version != VERSION_LAID_OUT for form in forms):
+        return False
     sizes = store.files.sizes()
-    if {key: entry.size for key, entry in found.entries.items()} != {key: sizes[key] for key in keys}:
+    own = {key: entry.size for key, entry in found.entries.items() if not is_laid_out(key)}
+    if own != {key: sizes[key] for key in keys}:
         return False
     metadata = [key for key in keys if is_metadata(key)]
     contents = zip(metadata, store.files.read_many(metadata), strict=True)
@@ -179,18 +219,18 @@ def _holds(file: str, store: Store, keys: list[str]) -> bool:
 
 def _check(store: Store, on_stage: OnStage, what: str) -> None:
     """Raise DamagedError where a store is not what was written."""
-    total = len(store.tensors()) + 2
+    total = parts(store)
     for done, (name, problem) in enumerate(verify(store), 1):
         if problem:
             raise DamagedError(f"{what}: {name}: {problem.removeprefix(f'{store.url}: ').removeprefix(f'{name}: ')}")
         on_stage("verify", done, total)
 
 
-def _write(store: Store, keys: list[str], total: int, out: BinaryIO, on_stage: OnStage) -> None:
+def _write(store: Store, keys: list[str], beside: Beside | None, total: int, out: Pieces, on_stage: OnStage) -> None:
     entries: list[Entry] = []
     done = 0
-    for key in keys:
-        content = store.files.read(key)
+    for key in keys if beside is None else in_order([*keys, *beside.keys()]):
+        content = beside.content(key) if beside is not None and is_laid_out(key) else store.files.read(key)
         if content is None:
             raise StoreError(f"{store.url}: {key} was removed while the store was packed; pack it again")
         if len(content) > LARGEST_ENTRY:
@@ -201,6 +241,6 @@ def _write(store: Store, keys: list[str], total: int, out: BinaryIO, on_stage: O
         out.write(entry.header)
         out.write(content)
         entries.append(entry)
-        done += len(content)
+        done += 0 if is_laid_out(key) else len(content)
         on_stage("pack", done, total)
     out.write(directory(entries))

@@ -7,6 +7,7 @@ import threading
 import weakref
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit
 
 from bincompress.errors import DamagedError, StoreError
 from bincompress.process.faults import explain
-from bincompress.process.systems import open_to_read, read_at
+from bincompress.process.systems import open_to_read, prefer_large_pages, read_at
 from bincompress.store.files import Bytes, Files, is_local
 from bincompress.store.location import files_at
 from bincompress.store.zip_format import Entry, Window, array_of, is_metadata, read_directory
@@ -132,6 +133,23 @@ class RemoteRanges:
 _NO_PARTS = "the server does not answer requests for parts of a file (HTTP ranges); download the file, and use it here"
 
 
+@dataclass(frozen=True)
+class Region:
+    """Neighbouring arrays of a packed store in one mapping: a file may be mapped only so many times."""
+
+    places: dict[str, tuple[int, int]]  # by key: where its bytes begin, and how many there are
+    content: memoryview
+
+    def mapped(self, key: str, size: int) -> memoryview:
+        """Return the bytes of a key, of which there are so many; raises ValueError where that is not so."""
+        if key not in self.places:
+            raise ValueError(f"its file {key} is missing")
+        begin, found = self.places[key]
+        if found != size:
+            raise ValueError(f"{found:,} bytes; expected {size:,}")
+        return self.content[begin : begin + size]
+
+
 class PackFiles:
     """The files of a packed store, which is only read. What is read is checked, what is mapped is not."""
 
@@ -196,6 +214,16 @@ class PackFiles:
         if entry.size != size:
             raise ValueError(f"{entry.size:,} bytes; expected {size:,}")
         return self._source.mapped(entry.start, size) if isinstance(self._source, LocalRanges) else None
+
+    def region(self, prefix: str) -> "Region | None":
+        """Map all arrays below a prefix as one; None where the file is not on this machine, or has none there."""
+        found = [entry for name, entry in self.entries.items() if name.startswith(prefix) and not is_metadata(name)]
+        if not found or not isinstance(self._source, LocalRanges):
+            return None
+        begin = found[0].start
+        content = self._source.mapped(begin, found[-1].end - begin)
+        prefer_large_pages(content.obj)
+        return Region({entry.name: (entry.start - begin, entry.size) for entry in found}, content)
 
     def size(self, key: str) -> int | None:
         """See `Files`."""

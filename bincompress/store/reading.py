@@ -1,5 +1,6 @@
 """How is a store read? Attributes, arrays and assets, each held against its hash and the format."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from bincompress.sources.checkpoint import ITEM_BYTES, OTHER_DTYPES
 from bincompress.store.arrays import first_not_finite, in_runs, map_array, map_parts, read_array
 from bincompress.store.files import Files, LocalFiles, is_local
 from bincompress.store.layout import (
+    LAID_OUT,
     LOW_RANK_VERSION,
     NODES,
     SEAL,
@@ -29,7 +31,7 @@ from bincompress.store.layout import (
 )
 from bincompress.store.location import files_at
 from bincompress.store.pack_files import PackFiles, names_a_pack, store_files
-from bincompress.store.report import report_problem
+from bincompress.store.report import LARGEST_WHOLE, report_problem
 from bincompress.tensors.forms import ARRAYS, Stored, always, assemble, is_low_rank
 from bincompress.tensors.packed import PackedTensor
 from bincompress.tensors.weight import DTYPE_NAMES, Weight
@@ -171,6 +173,15 @@ class StoreReader:
             raise DamagedError(f"{self.url}: {name}: {problem}")
         return dict(report or {})
 
+    def stored_bytes(self, name: str) -> int:
+        """Return the bytes of a complete tensor's arrays, as its report says; raises DamagedError if it does not.
+
+        The rest of the report, which nothing but a table shows, is not looked at: loading asks for every tensor.
+        """
+        report = self.complete_attributes(name).get("report")
+        found = report.get("stored_bytes") if isinstance(report, dict) else None
+        return found if type(found) is int and 0 <= found <= LARGEST_WHOLE else int(self.report(name)["stored_bytes"])
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a complete tensor."""
         if self.attributes["tensors"][name] != "packed":
@@ -265,6 +276,21 @@ class StoreReader:
         if any(not_finite(Weight(run, one.dtype), run.shape) for one in found for run in in_runs(one.bits)):
             self.read_plain(name, check_hashes=True)
         return found
+
+    def read_part(self, name: str, key: str) -> NDArray[Any] | None:
+        """Map or read one array of a packed tensor, held against its hash; None where the tensor has none of it."""
+        if key not in self.hashes(name):
+            return None
+        values = self._read(name, key)
+        self._check_hash(name, key, values)
+        return values
+
+    def listed(self, name: str) -> int:
+        """Return how many weights of a packed tensor are listed; raises DamagedError."""
+        key = "listed_index"
+        if key not in self.hashes(name):
+            return 0
+        return math.prod(self._layout(name, f"{self._path(name)}/{key}", key).shape)
 
     def stored_arrays(self, name: str) -> Iterator[tuple[str, NDArray[Any]]]:
         """Read the arrays of a tensor, checksums included, and yield them by the name of their hash."""
@@ -365,7 +391,7 @@ class StoreReader:
 
     def total_bytes(self) -> int:
         """Return the bytes of everything in the store: chunks, metadata, assets and logs."""
-        return sum(self.files.sizes().values())
+        return sum(size for key, size in self.files.sizes().items() if not key.startswith(f"{LAID_OUT}/"))
 
 
 def not_finite(weight: Weight, shape: tuple[int, ...]) -> str:

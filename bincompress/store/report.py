@@ -6,7 +6,7 @@ from typing import Any
 _WHOLE = ("groups", "stored_bytes", "weights")
 _NUMBERS = ("nominal_bits", "stored_bits", "relative_error", "squared_error", "squared_norm")
 _LARGEST = 1e200  # far from where sums over tensors overflow
-_LARGEST_WHOLE = 1 << 62
+LARGEST_WHOLE = 1 << 62
 _LARGEST_BITS = 1e9
 _MOST_NUMBERS = 1 << 16  # of a list, such as a histogram's counts
 _LARGEST_COUNT = 1 << 48
@@ -43,7 +43,7 @@ def _is_number(value: Any) -> bool:
     """Return whether a value is a number from 0 that can be added up."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return 0 <= value <= (_LARGEST_WHOLE if isinstance(value, int) else _LARGEST)
+    return 0 <= value <= (LARGEST_WHOLE if isinstance(value, int) else _LARGEST)
 
 
 def _is_plain(value: Any) -> bool:

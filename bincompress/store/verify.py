@@ -7,7 +7,8 @@ import numpy as np
 
 from bincompress.errors import StoreError
 from bincompress.store.files import is_local
-from bincompress.store.layout import MODEL, NODES, SEAL, array_hash
+from bincompress.store.laid_out import VERSION, LaidOut, forms_in
+from bincompress.store.layout import LAID_OUT, MODEL, NODES, SEAL, array_hash
 from bincompress.store.pack_files import PackFiles
 from bincompress.store.reading import StoreReader, not_finite
 from bincompress.tensors.forms import Stored
@@ -17,7 +18,7 @@ _SHOWN = 3  # names in a message
 
 
 def verify(store: StoreReader) -> Iterator[tuple[str, str]]:
-    """Yield (name, problem) for every tensor, for the assets and the root; the problem is empty where all is well.
+    """Yield (name, problem) for every tensor, for assets, laid-out matrices and root; empty where all is well.
 
     Everything is read anew, from each node's own metadata. What no hash covers is in `unsealed`, and no problem.
     """
@@ -34,10 +35,27 @@ def verify(store: StoreReader) -> Iterator[tuple[str, str]]:
         yield "assets", ""
     except (StoreError, KeyError) as error:
         yield "assets", str(error)
+    for form in forms_in(own):
+        try:
+            yield f"{LAID_OUT}/{form}", _laid_out_problem(own, form)
+        except StoreError as error:
+            yield f"{LAID_OUT}/{form}", str(error)
     try:
         yield "zarr.json", _root_problem(own) or _rest_problem(own)
     except StoreError as error:
         yield "zarr.json", str(error)
+
+
+def parts(store: StoreReader) -> int:
+    """Return how many names `verify` yields."""
+    return len(store.tensors()) + len(forms_in(store)) + 2
+
+
+def _laid_out_problem(store: StoreReader, form: str) -> str:
+    found = LaidOut(store, form)
+    if found.version != VERSION:
+        return f"{store.url}: {LAID_OUT}/{form}: version {found.version!r:.40}; this program can check {VERSION} alone"
+    return next(found.problems(), "")
 
 
 def unsealed(store: StoreReader) -> list[str]:

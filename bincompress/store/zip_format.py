@@ -8,14 +8,15 @@ file. docs/format.md specifies it; tests read what is written with zipfile and w
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from bincompress.errors import DamagedError, StoreError
 from bincompress.sources.json_files import POINTER, begins_a_pointer
-from bincompress.store.layout import MODEL
+from bincompress.store.layout import LAID_OUT, MODEL
 
 ALIGNMENT = 64  # bytes, of a chunk's first: a cache line, and a multiple of every item's size
+PAGE = 4096  # the same of what kernels read where it lies: no page is also another entry's
 LARGEST_ENTRY = 0xFFFFFFFE  # bytes, beyond which its own header would be another; chunks are below 256 MB
 LIMIT = 0xFFFFFFFF  # of an offset in the directory; from there the eight bytes of zip64
 MOST_DIRECTORY = 256 << 20  # bytes
@@ -31,6 +32,8 @@ _MODE = 0o100644 << 16  # of a file, readable
 _LINK, _KIND = 0o120000, 0o170000
 _PADDING_ID = 0xD935  # of the extra field with which zipalign fills up
 _COMMENT = b"bincompress pack 1 "
+_COMMENT_LAID_OUT = b"bincompress pack 2 "  # which programs that know version 1 alone refuse
+_OWNED = replace(MODEL, groups=(*MODEL.groups, LAID_OUT))
 _CHUNK = re.compile(r"(.*?)/c((?:/\d+)*)", re.ASCII)
 _MOST_DIGITS = 18  # of a chunk's place, below 2^63; Python refuses to read thousands
 
@@ -80,13 +83,19 @@ def is_metadata(name: str) -> bool:
     return name.endswith("zarr.json")
 
 
+def is_laid_out(name: str) -> bool:
+    """Return whether an entry is of a laid-out matrix, which is no part of the store itself."""
+    return name.startswith(f"{LAID_OUT}/")
+
+
 def padding(name: str, offset: int) -> bytes:
-    """Return the extra field after which a chunk's data begins at a multiple of 64; metadata has none."""
+    """Return the extra field after which a chunk's data begins at a multiple of 64 or 4,096; metadata has none."""
     if is_metadata(name):
         return b""
     bare = offset + _LOCAL.size + len(name) + 6
-    fill = -bare % ALIGNMENT
-    return struct.pack("<3H", _PADDING_ID, 2 + fill, ALIGNMENT) + bytes(fill)
+    alignment = PAGE if is_laid_out(name) else ALIGNMENT
+    fill = -bare % alignment
+    return struct.pack("<3H", _PADDING_ID, 2 + fill, alignment) + bytes(fill)
 
 
 def array_of(name: str) -> str:
@@ -118,7 +127,8 @@ def directory(entries: Sequence[Entry]) -> bytes:
     begin = entries[-1].end if entries else 0
     metadata = next((entry.offset for entry in entries if is_metadata(entry.name)), begin)
     records = b"".join(map(_record, entries))
-    comment = _COMMENT + f"{metadata:016x}".encode()
+    version = _COMMENT_LAID_OUT if any(is_laid_out(entry.name) for entry in entries) else _COMMENT
+    comment = version + f"{metadata:016x}".encode()
     count, size = len(entries), len(records)
     end64 = b""
     if count >= 0xFFFF or size >= LIMIT or begin >= LIMIT:
@@ -196,7 +206,8 @@ def read_directory(window: Window, whole: bool) -> dict[str, Entry]:
             f"{begin:,} does not fit"
         )
     mark = window.read(at + _END.size, size)
-    start = int(mark[len(_COMMENT) :], 16) if re.fullmatch(_COMMENT + rb"[0-9a-f]{16}", mark) else begin
+    known = re.fullmatch(rb"(?:%b|%b)[0-9a-f]{16}" % (_COMMENT, _COMMENT_LAID_OUT), mark)
+    start = int(mark[len(_COMMENT) :], 16) if known else begin
     window.hold(start if whole and begin - _HELD <= start <= begin else max(begin, size - _HELD))
     content = window.read(begin, end)
     return _checked(url, content, _entries(url, content, count), window.read(begin, size))
@@ -244,7 +255,7 @@ def _problem(
             f"a zip file whose entry {shown} is compressed; a packed store holds its entries as they are: unzip it "
             "into a folder, and `bincompress pack` that"
         )
-    if not name.endswith("/") and not (name.isascii() and MODEL.owns(name) and all(p not in ("", ".") for p in parts)):
+    if not name.endswith("/") and not (name.isascii() and _OWNED.owns(name) and all(p not in ("", ".") for p in parts)):
         return f"a zip file with the entry {shown}, which is no part of a store"
     chunk = _CHUNK.fullmatch(name)
     if chunk is not None and any(len(number) > _MOST_DIGITS for number in chunk[2].split("/")):

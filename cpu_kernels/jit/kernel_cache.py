@@ -85,6 +85,12 @@ def kernel_folder(kernel: str) -> Path | None:
     return folder / kernel
 
 
+def is_compiled(kernel: str) -> bool:
+    """Return whether the cache has a kernel of this name; one of another CPU or version lies in another folder."""
+    base = cache_folder()
+    return base is not None and any((base / kernel).glob("*.nbc"))
+
+
 @contextlib.contextmanager
 def kernel_lock(folder: Path) -> Iterator[Callable[[], None]]:
     """Yield a function that waits until no other process compiles the kernel of this folder; held until the end."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _ARENA = 128 << 20  # bytes; what is not used yet takes no memory, and a small model never fills it
-_LINE = 64
+ALIGNMENT = 64  # a cache line
 
 
 @dataclass
@@ -31,15 +31,15 @@ _last: _Arena | None = None  # one object, so that an interrupt cannot set one p
 
 def aligned(size: int, zero: bool = False) -> NDArray[np.uint8]:
     """Return uint8 (size,) that begins with a cache line, in memory of its own."""
-    found = np.zeros(size + _LINE - 1, np.uint8) if zero else np.empty(size + _LINE - 1, np.uint8)
-    start = -found.ctypes.data % _LINE
+    found = np.zeros(size + ALIGNMENT - 1, np.uint8) if zero else np.empty(size + ALIGNMENT - 1, np.uint8)
+    start = -found.ctypes.data % ALIGNMENT
     return found[start : start + size]
 
 
 def allocate(size: int, own_pages: bool = False) -> NDArray[np.uint8]:
     """Return zeros, uint8 (size,), that begin with a cache line: the next part of an arena, or pages of their own."""
     global _last
-    whole = -(-size // _LINE) * _LINE
+    whole = -(-size // ALIGNMENT) * ALIGNMENT
     if own_pages or whole > _ARENA // 2:
         return _fresh(whole)[:size]
     with _lock:

@@ -12,10 +12,20 @@ from numpy.typing import NDArray
 from cpu_kernels.jit import cpu_features
 from cpu_kernels.jit.compiler import Kernel
 from cpu_kernels.matmul import stream as layout
-from cpu_kernels.matmul.aligned_memory import aligned, allocate
+from cpu_kernels.matmul.aligned_memory import ALIGNMENT, aligned, allocate
+from cpu_kernels.matmul.tiling import Shape, Tiling, tiling_of
 from cpu_kernels.parallel.workers import Pool, share
 
 _EXPONENTS = 64  # of stored scales: within what a row's multiplier and the products with it can be
+
+# Kinds of CPU that a matrix can be laid out for, on any machine: the kernel, and the instruction set's number.
+FAMILIES = {
+    "avx512": ("lookup", cpu_features.AVX512BW),
+    "avx2": ("lookup", cpu_features.AVX2),
+    "ssse3": ("lookup", cpu_features.SSSE3),
+    "neon": ("lookup", cpu_features.NEON),
+    "portable": ("popcount", cpu_features.PORTABLE),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,37 +52,6 @@ class Part:
         """Return `sets` with their power of two, as the bits of float32."""
         exact = (np.ldexp(part.astype(np.float32), self.exponent) for part in self.sets)
         return [np.ascontiguousarray(part).view(np.int32) for part in exact]
-
-
-@dataclass(frozen=True)
-class _Tiling:
-    """Where the bytes of a stream lie."""
-
-    tile: int  # rows
-    rows: int
-    count: int  # planes
-    sets: int  # of scales and offsets
-    blocks: int
-    k_tiles: int
-    k_tiles_per_block: int
-    k_tile_words: int
-
-    @property
-    def tiles(self) -> int:
-        return -(-self.rows // self.tile)
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of bits of a whole block."""
-        return self.k_tiles_per_block * self.count * self.k_tile_words * 8 * self.tile
-
-    def header(self, half: int) -> int:
-        """Return the bytes of scales and offsets of a block."""
-        return self.sets * self.tile * (2 if half else 4)
-
-    def tile_bytes(self, half: int) -> int:
-        """Return the bytes of a tile."""
-        return self.blocks * self.header(half) + self.k_tiles * self.count * self.k_tile_words * 8 * self.tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +118,15 @@ def choose(name: str | None) -> tuple[str, int]:
     raise ValueError(f"kernel {name!r} is unknown or needs what this CPU lacks; available: {', '.join(kernels())}")
 
 
+def form_of(kernel: str | None = None, family: str | None = None) -> str:
+    """Return the name of the form in which a kernel of this CPU, or a family's, reads matrices, such as "lookup64".
+
+    Streams of one form have the same bytes, whatever CPU they are made on or for.
+    """
+    name, code = choose(kernel) if family is None else FAMILIES[family]
+    return f"{name}{cpu_features.tile_rows(code)}"
+
+
 def prepack(
     planes: NDArray[np.uint64],
     scale: NDArray[Any],
@@ -168,54 +156,71 @@ def prepack_rows(
     kernel: str | None = None,
     pool: Pool | None = None,
     own_pages: bool = False,
+    family: str | None = None,
 ) -> PackedMatrix:
     """Lay out several matrices, one below the other, as one: products with the same input (q, k, v) in one go.
 
-    own_pages: in memory that no other matrix shares, which is given back as soon as this one is no longer used.
+    own_pages: in memory that no other matrix shares, which is given back as soon as this one is no longer used. family:
+    of FAMILIES, for another CPU than this one, instead of a kernel.
     """
-    name, code = choose(kernel)
-    whole_row = block >= cols
-    if not whole_row and block % 64:
-        raise ValueError(f"block: {block}; expected a multiple of 64 or at least the {cols} columns")
-    k_tile_words = 2 if whole_row or block % 128 == 0 else 1
-    k_tiles = -(-cols // (64 * k_tile_words))
-    count = parts[0].planes.shape[0]
-    if plane_weights is not None and len(plane_weights) != count:
-        raise ValueError(f"plane_weights: {len(plane_weights)} numbers for {count} planes")
-    scale_sets = count if plane_weights is None else 1
-    tiling = _Tiling(
-        tile=cpu_features.tile_rows(code),
+    name, code = choose(kernel) if family is None else FAMILIES[family]
+    shape = Shape(
         rows=sum(part.planes.shape[1] for part in parts),
-        count=count,
-        sets=scale_sets + (parts[0].offset is not None),
-        blocks=1 if whole_row else -(-cols // block),
-        k_tiles=k_tiles,
-        k_tiles_per_block=k_tiles if whole_row else block // (64 * k_tile_words),
-        k_tile_words=k_tile_words,
+        cols=cols,
+        block=block,
+        planes=parts[0].planes.shape[0],
+        plane_weights=None if plane_weights is None else tuple(plane_weights),
+        has_offset=parts[0].offset is not None,
     )
+    tiling = tiling_of(shape, cpu_features.tile_rows(code))
     _check_parts(parts, tiling, plane_weights is not None, -(-cols // 64))
     stream, multipliers, half = _stream_begun(parts, tiling, pool, own_pages)
     _write_tiles(parts, tiling, half, layout.packer(int(name == "lookup"), tiling.tile), stream, pool)
+    return _matrix(shape, tiling, name, code, stream, multipliers, half)
+
+
+def from_stream(
+    shape: Shape, half: bool, stream: NDArray[np.uint8], multipliers: NDArray[np.float32], kernel: str | None = None
+) -> PackedMatrix:
+    """Return a matrix whose stream, of `form_of(kernel)`, and multipliers (rows,) are there: nothing is laid out.
+
+    half: whether its scales are float16. The arrays are only read; the stream begins with a cache line. Raises
+    ValueError where their sizes are not those of such a matrix: kernels read as far as its shape says.
+    """
+    name, code = choose(kernel)
+    tiling = tiling_of(shape, cpu_features.tile_rows(code))
+    _expect("stream", stream, np.uint8, (tiling.stream_bytes(int(half)),))
+    _expect("multipliers", multipliers, np.float32, (shape.rows,))
+    if stream.ctypes.data % ALIGNMENT or multipliers.ctypes.data % 4:
+        raise ValueError(f"stream: begins at {stream.ctypes.data % ALIGNMENT} bytes past a multiple of {ALIGNMENT}")
+    return _matrix(shape, tiling, name, code, stream, multipliers, int(half))
+
+
+def _matrix(
+    shape: Shape, tiling: Tiling, name: str, code: int, stream: NDArray[np.uint8],
+    multipliers: NDArray[np.float32], half: int,
+) -> PackedMatrix:  # fmt: skip
+    weights = shape.plane_weights
     return PackedMatrix(
-        rows=tiling.rows,
-        cols=cols,
-        block=block,
+        rows=shape.rows,
+        cols=shape.cols,
+        block=shape.block,
         kernel=name,
         instruction_set=cpu_features.NAMES[code],
         stream=stream,
         multipliers=multipliers,
-        plane_weights=np.ones(count, np.float32) if plane_weights is None else np.array(plane_weights, np.float32),
-        k_tiles=k_tiles,
+        plane_weights=np.ones(shape.planes, np.float32) if weights is None else np.array(weights, np.float32),
+        k_tiles=tiling.k_tiles,
         k_tiles_per_block=tiling.k_tiles_per_block,
-        k_tile_words=k_tile_words,
-        scale_sets=scale_sets,
-        has_offset=tiling.sets - scale_sets,
+        k_tile_words=tiling.k_tile_words,
+        scale_sets=shape.scale_sets,
+        has_offset=int(shape.has_offset),
         half=half,
         code=code,
     )
 
 
-def _check_parts(parts: Sequence[Part], tiling: _Tiling, shared: bool, words: int) -> None:
+def _check_parts(parts: Sequence[Part], tiling: Tiling, shared: bool, words: int) -> None:
     for part in parts:
         height = part.planes.shape[1]
         if (part.offset is None) != (parts[0].offset is None):
@@ -229,7 +234,7 @@ def _check_parts(parts: Sequence[Part], tiling: _Tiling, shared: bool, words: in
 
 
 def _stream_begun(
-    parts: Sequence[Part], tiling: _Tiling, pool: Pool | None, own_pages: bool
+    parts: Sequence[Part], tiling: Tiling, pool: Pool | None, own_pages: bool
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], int]:
     """Return a stream, the rows' multipliers and whether its scales are float16.
 
@@ -250,12 +255,12 @@ def _stream_begun(
         np.clip(exponents[row:end], 32, 220, out=exponents[row:end])
         multipliers[row:end] = np.ldexp(1.0, exponents[row:end] - 127 - layout.TOP)
         singles += found
-    size = tiling.tiles * tiling.tile_bytes(half=1)
+    size = tiling.stream_bytes(half=1)
     # In an arena it could not be given back.
     stream = aligned(size, zero=True) if singles else allocate(size, own_pages)
     if all(_write_singles(*piece, exponents, tiling, 1, stream, pool) == 0 for piece in singles):
         return stream, multipliers, 1
-    stream = allocate(tiling.tiles * tiling.tile_bytes(half=0), own_pages)
+    stream = allocate(tiling.stream_bytes(half=0), own_pages)
     for part, row in zip(parts, edges[:-1], strict=True):
         for piece in _placed(part, row):
             _write_singles(*piece, exponents, tiling, 0, stream, pool)
@@ -272,7 +277,7 @@ def _write_singles(
     first_set: int,
     bits: NDArray[np.int32],
     exponents: NDArray[np.int32],
-    tiling: _Tiling,
+    tiling: Tiling,
     half: int,
     stream: NDArray[np.uint8],
     pool: Pool | None,
@@ -293,7 +298,7 @@ def _write_singles(
 
 
 def _write_tiles(
-    parts: Sequence[Part], tiling: _Tiling, half: int, write: Kernel, stream: NDArray[np.uint8], pool: Pool | None
+    parts: Sequence[Part], tiling: Tiling, half: int, write: Kernel, stream: NDArray[np.uint8], pool: Pool | None
 ) -> None:
     """Write the parts' bits into the stream, and the scales that are float16 and stay as they are stored."""
     row = 0
