@@ -1,8 +1,8 @@
 """Where can the limits of the best groups of a large float32 matrix lie? Counts by bit pattern, and rows of windows.
 
-Float32 magnitudes sort as their bit patterns do. A *cell* is a range of 2 ** shift patterns; cells in which no limit
-can lie stay whole, the others are counted again in 32 parts. `narrowed_groups` in the methods runs this to single
-patterns.
+Float32 magnitudes sort as their bit patterns do. A *cell* is a range of 2 ** shift patterns, with a shift for each
+*octave*, the patterns of one exponent; cells in which no limit can lie stay whole, the others are counted again in 8
+parts. `narrowed_groups` in the methods runs this to single patterns.
 """
 
 import numba
@@ -11,31 +11,42 @@ import numpy as np
 from cpu_kernels.jit.compiler import inline, kernel, out, view
 from cpu_kernels.quantize.intrinsics import above, lowest_bit
 
-F4, F8, I4, I8 = numba.float32, numba.float64, numba.int32, numba.int64
+F4, F8, I1, I4, I8 = numba.float32, numba.float64, numba.int8, numba.int32, numba.int64
 U1, U4, U8 = numba.uint8, numba.uint32, numba.uint64
 
 PARTS_SHIFT = 3
 MAGNITUDE = np.uint32(0x7FFFFFFF)
-MOST_COUNTED = 1 << 24  # weights: their number and the sum of their places in a cell fit one 64-bit integer
-_NUMBER_SHIFT = 39  # of cells of up to 2 ** 15 patterns
-_LOOKUP_SHIFT = 15
+OCTAVE_SHIFT = 23
+OCTAVES = 256
+WIDEST_SHIFT = 18  # of cells that are counted
+MOST_COUNTED = 1 << 20  # weights: their number and the sum of their places in an octave fit one 64-bit integer
+_NUMBER_SHIFT = 43
+LOOKUP_SHIFT = 15
 _WORD = 64
 _LANES = 16
 
 
-@kernel(I8(view(U4, 1), U4, out(U8, 1), out(I4, 1), out(F8, 2)))
-def count_cells(bits, shift, scratch, cells, sums):
-    """Count float32 magnitudes by cells of 2 ** shift patterns (at most 2 ** 15); return how many cells hold any.
+@inline
+def _cell(key, shifts, first):
+    """Return the number of the cell that a magnitude is in."""
+    octave = key >> np.uint32(OCTAVE_SHIFT)
+    return np.uint32(first[octave] + (key >> shifts[octave]))  # without sign: an index that may be negative is slower
 
-    bits: uint32 (at most MOST_COUNTED). scratch: uint64 (2 ** (31 - shift)), zeros on entry and after it. cells: int32,
-    become the numbers of these cells; sums: float64 (2, cells), how many patterns are in each, and their places' sum.
+
+@kernel(I8(view(U4, 1), view(U4, 1), view(U4, 1), out(U8, 1), out(I4, 1), out(F8, 2)))
+def count_cells(bits, shifts, first, scratch, cells, sums):
+    """Count float32 magnitudes by cells of 2 ** shift patterns (at most 2 ** WIDEST_SHIFT); return how many hold any.
+
+    bits: uint32 (at most MOST_COUNTED). shifts: uint32 (256), of each octave; first: uint32 (256), what is added to
+    `magnitude >> shift` there, modulo 2 ** 32, to make the cells' numbers. scratch: uint64 (cells of all octaves),
+    zeros on entry and after it. cells: int32, become the numbers of these cells; sums: float64 (2, cells), how many
+    patterns are in each, and the sum of their places in the octave.
     """
     # One addition a weight for both sums.
     one = np.uint64(1 << _NUMBER_SHIFT)
-    last = np.uint32((np.uint32(1) << shift) - np.uint32(1))
     for i in range(bits.size):
         key = bits[i] & MAGNITUDE
-        scratch[key >> shift] += one | np.uint64(key & last)
+        scratch[_cell(key, shifts, first)] += one | np.uint64(key & np.uint32((1 << OCTAVE_SHIFT) - 1))
     found = 0
     for cell in range(scratch.size):
         both = scratch[cell]
@@ -68,8 +79,8 @@ def sum_of_squares(values):
 @inline
 def _part(key, slot, shift, table):
     """Count a pattern in its part of a cell that is split; return the part."""
-    part = np.int64(slot) << PARTS_SHIFT | np.int64(key >> np.uint32(shift) & np.uint32((1 << PARTS_SHIFT) - 1))
-    place = np.uint64(key & np.uint32((1 << shift) - 1))
+    part = np.int64(slot) << PARTS_SHIFT | np.int64(key >> shift & np.uint32((1 << PARTS_SHIFT) - 1))
+    place = np.uint64(key & np.uint32((np.uint32(1) << shift) - np.uint32(1)))
     table[part, 0] += np.uint64(1)
     table[part, 1] += place
     table[part, 2] += place * place
@@ -85,15 +96,14 @@ def _inside(bits, begin, low, high):
     return word
 
 
-@kernel(I8(view(U4, 1), U4, view(I4, 1), view(U4, 1), view(U4, 1), I8, out(U8, 2), out(U4, 1), out(I4, 1)))
-def split_first(bits, first_shift, slots, low, high, shift, table, keys, parts):
-    """Count the magnitudes of the cells that are split in their parts of 2 ** shift patterns; return how many.
+@kernel(I8(view(U4, 1), view(U4, 1), view(U4, 1), view(I1, 1), view(I1, 1), view(U4, 1), view(U4, 1), out(U4, 1)))
+def find_keys(bits, shifts, first, split, near, low, high, keys):
+    """Find the non-zero magnitudes of the cells that are split; return how many.
 
-    first_shift, slots: int32 (2 ** (31 - first_shift)): which rows of the table a cell's parts have, -1 for cells that
-    stay whole. low, high: the non-zero patterns of these cells as ranges, above low up to high, if they are few; empty
-    otherwise. table: uint64 (8 * cells split, 3), zeros on entry; becomes the number, the sum and the sum of squares of
-    the patterns' places in the part. keys, parts: become the non-zero magnitudes and their rows, with room for one more
-    than there are.
+    shifts, first: as in `count_cells`; split: int8 (cells), 1 for a cell that is split, else 0; near: int8 (2 **
+    (31 - LOOKUP_SHIFT)), 1 for a range of 2 ** LOOKUP_SHIFT patterns that has patterns of such a cell, else 0. low,
+    high: the non-zero patterns of these cells as ranges, above low up to high, if they are few; empty otherwise. keys:
+    uint32 (n + 1), become the magnitudes.
     """
     found = 0
     whole = bits.size // _WORD * _WORD if low.size else 0
@@ -103,25 +113,45 @@ def split_first(bits, first_shift, slots, low, high, shift, table, keys, parts):
             keys[found] = bits[begin + lowest_bit(word)] & MAGNITUDE
             found += 1
             word &= word - np.uint64(1)
+    # A lookup by a fixed shift first: the cell's own takes 2 ns.
+    maybe = found
     for i in range(whole, bits.size):
         key = bits[i] & MAGNITUDE
+        keys[maybe] = key
+        maybe += near[key >> np.uint32(LOOKUP_SHIFT)]
+    for i in range(found, maybe):
+        key = keys[i]
         keys[found] = key
-        found += np.int64((slots[key >> first_shift] >= 0) & (key != 0))
-    for i in range(found):
-        parts[i] = _part(keys[i], slots[keys[i] >> first_shift], shift, table)
+        found += np.int64(split[_cell(key, shifts, first)] & (key != 0))
     return found
 
 
-@kernel(I8(out(U4, 1), out(I4, 1), view(I4, 1), I8, out(U8, 2)))
-def split_again(keys, parts, slots, shift, table):
-    """Do what `split_first` does for the parts that are split further, in place; return how many are left."""
+@kernel(numba.void(view(U4, 1), view(U4, 1), view(U4, 1), view(I4, 1), view(U4, 1), out(U8, 2), out(I4, 1)))
+def split_first(keys, shifts, first, slots, part_shifts, table, parts):
+    """Count magnitudes in the parts of their cells.
+
+    shifts, first: as in `count_cells`. slots: int32 (cells), which rows of the table a cell's parts have. part_shifts:
+    uint32 (slots): a part has 2 ** shift patterns. table: uint64 (8 * slots, 3), zeros on entry; becomes the number,
+    the sum and the sum of squares of the patterns' places in the part. parts: become the magnitudes' rows.
+    """
+    for i in range(keys.size):
+        slot = slots[_cell(keys[i], shifts, first)]
+        parts[i] = _part(keys[i], slot, part_shifts[slot], table)
+
+
+@kernel(I8(out(U4, 1), out(I4, 1), view(I4, 1), view(U4, 1), out(U8, 2)))
+def split_again(keys, parts, slots, part_shifts, table):
+    """Do what `split_first` does for the parts that are split further, in place; return how many are left.
+
+    slots: int32 (parts), -1 for parts that stay whole.
+    """
     found = 0
     for i in range(keys.size):
         slot = slots[parts[i]]
         if slot >= 0:
             key = keys[i]
             keys[found] = key
-            parts[found] = _part(key, slot, shift, table)
+            parts[found] = _part(key, slot, part_shifts[slot], table)
             found += 1
     return found
 
@@ -134,23 +164,23 @@ def codes_by_limits(bits, upper, zero_code, codes):
     uint8 (n).
     """
     # A lookup by cell tells the limits below the cell, and the first in it: 0.6 ns a weight, for any number of limits.
-    cells = 1 << 31 - _LOOKUP_SHIFT
+    cells = 1 << 31 - LOOKUP_SHIFT
     below, inside = np.empty(cells, np.uint8), np.empty(cells, np.uint32)
     limit = 0
     for cell in range(cells):
-        last = np.uint32(cell << _LOOKUP_SHIFT | (1 << _LOOKUP_SHIFT) - 1)
+        last = np.uint32(cell << LOOKUP_SHIFT | (1 << LOOKUP_SHIFT) - 1)
         below[cell] = limit
         inside[cell] = upper[limit] if limit < upper.size and upper[limit] < last else last
         while limit < upper.size and upper[limit] <= last:
             limit += 1
     for i in range(bits.size):
         key = bits[i] & MAGNITUDE
-        cell = key >> np.uint32(_LOOKUP_SHIFT)
+        cell = key >> np.uint32(LOOKUP_SHIFT)
         codes[i] = below[cell] + np.uint8(key > inside[cell])
     # Where a cell has several limits, its magnitudes above the first look on.
     several = False
     for limit in range(1, upper.size):
-        several |= upper[limit] >> np.uint32(_LOOKUP_SHIFT) == upper[limit - 1] >> np.uint32(_LOOKUP_SHIFT)
+        several |= upper[limit] >> np.uint32(LOOKUP_SHIFT) == upper[limit - 1] >> np.uint32(LOOKUP_SHIFT)
     if several:
         for i in range(bits.size):
             while codes[i] < upper.size and (bits[i] & MAGNITUDE) > upper[codes[i]]:

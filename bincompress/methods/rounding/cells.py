@@ -6,14 +6,51 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpu_kernels.quantize.counting import find_zeros
-from cpu_kernels.quantize.narrowing import MOST_COUNTED, PARTS_SHIFT, count_cells, split_again, split_first
+from cpu_kernels.quantize.narrowing import (
+    LOOKUP_SHIFT,
+    MOST_COUNTED,
+    OCTAVE_SHIFT,
+    OCTAVES,
+    PARTS_SHIFT,
+    WIDEST_SHIFT,
+    count_cells,
+    find_keys,
+    split_again,
+    split_first,
+)  # fmt: skip
 
 EPSILON = 2.0**-53
-_INFINITY = 0x7F800000
-_FEW_KEYS = 1 << 15  # that are sorted sooner than counted in ever smaller cells
+_FEW_KEYS = 1 << 16  # that are sorted sooner than counted in ever smaller cells
+_NARROW_OCTAVES = 6  # above the typical magnitude's
 _FEW_RANGES = 8  # of patterns: a weight is then compared with each sooner than looked up
-_OCTAVE_SHIFT = 23
-_OCTAVES = 8  # below the greatest magnitude's, that are not one cell each at first
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cells that magnitudes are counted in first: about as wide below a typical magnitude, and wider above it."""
+
+    shifts: NDArray[np.uint32]  # (octaves): a cell has 2 ** shift patterns
+    first: NDArray[np.uint32]  # (octaves): number of an octave's first cell, less its pattern in units of a cell
+    size: int  # cells
+
+    @staticmethod
+    def around(typical: float, shift: int) -> "Grid":
+        """Return a grid of cells of 2 ** shift patterns in the octave of a typical magnitude, which is finite."""
+        octave = int(np.float32(typical).view(np.uint32)) >> OCTAVE_SHIFT
+        octaves = np.arange(OCTAVES)
+        shifts = shift + np.maximum(octave - octaves, 0)
+        shifts[octaves > octave + _NARROW_OCTAVES] = WIDEST_SHIFT
+        shifts = np.minimum(shifts, WIDEST_SHIFT).astype(np.uint32)
+        cells = np.append(0, np.cumsum(1 << (OCTAVE_SHIFT - shifts.astype(np.int64))))
+        first = cells[:-1] - (octaves << OCTAVE_SHIFT >> shifts)  # modulo 2 ** 32
+        return Grid(shifts, first.astype(np.uint32), int(cells[-1]))
+
+    def base(self, row: NDArray[np.int64]) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        """Return the first pattern of numbered cells, and the shift of each."""
+        starts = self.first + (np.arange(OCTAVES, dtype=np.uint32) << np.uint32(OCTAVE_SHIFT) >> self.shifts)
+        octave = np.searchsorted(starts, row, side="right") - 1
+        shifts = self.shifts[octave]
+        return (row.astype(np.uint32) - self.first[octave]) << shifts, shifts
 
 
 @dataclass(frozen=True)
@@ -34,70 +71,92 @@ class Cells:
         return tuple(np.concatenate([[0.0], np.cumsum(part)]) for part in parts)
 
 
-def first_cells(bits: NDArray[np.uint32], shift: int) -> tuple[Cells, int] | None:
-    """Return the cells of 2 ** shift patterns and the number of zeros; None where not all is finite."""
-    size = 1 << 31 - shift
-    scratch, cells, sums = np.zeros(size, np.uint64), np.empty(size, np.int32), np.empty((2, size))
+def first_cells(bits: NDArray[np.uint32], grid: Grid) -> tuple[Cells, int]:
+    """Return the cells of a grid that hold magnitudes, which are finite, and the number of zeros."""
+    scratch, cells, sums = np.zeros(grid.size, np.uint64), np.empty(grid.size, np.int32), np.empty((2, grid.size))
     found = []
     for begin in range(0, bits.size, MOST_COUNTED):
-        number = count_cells(bits[begin : begin + MOST_COUNTED], np.uint32(shift), scratch, cells, sums)
-        found.append((cells[:number].astype(np.uint32), sums[:, :number].copy()))
+        number = count_cells(bits[begin : begin + MOST_COUNTED], grid.shifts, grid.first, scratch, cells, sums)
+        found.append((cells[:number].astype(np.int64), sums[:, :number].copy()))
     row, total = found[0]
     if len(found) > 1:
         row = np.unique(np.concatenate([own for own, _ in found]))
         total = np.zeros((2, row.size))
         for own, part in found:
             total[:, np.searchsorted(row, own)] += part
-    if row[-1] >= _INFINITY >> shift:
-        return None
     zeros = int(find_zeros(bits, np.empty(0, np.uint64))) if row[0] == 0 else 0
-    total[0, 0] -= zeros
-    row, (counts, places) = row[total[0] > 0], total[:, total[0] > 0]
+    if zeros:
+        total[0, 0] -= zeros
+        row, total = row[total[0] > 0], total[:, total[0] > 0]
+    counts, places = total
+    base, shifts = grid.base(row)
+    places = places - counts * (base & np.uint32((1 << OCTAVE_SHIFT) - 1))  # in the cell
     # No sum of squares is counted, but bounded: it is greatest with all places at either end. As squares it serves too:
     # what is added to the cost of a cell's magnitudes adds the same to every grouping's.
-    most = places * ((1 << shift) - 1)
-    return _counted(row << np.uint32(shift), shift, counts, places, most, row.astype(np.int64)), zeros
+    most = places * ((1 << shifts.astype(np.int64)) - 1)
+    return _counted(base, shifts, counts, places, most, row), zeros
 
 
 class Finest:
     """The magnitudes that lie in cells which are split, less with every split, counted in parts of these cells."""
 
-    def __init__(self, bits: NDArray[np.uint32], shift: int) -> None:
+    def __init__(self, bits: NDArray[np.uint32], grid: Grid) -> None:
         self._bits: NDArray[np.uint32] | None = bits  # until the first split
-        self._shift = shift  # of the cells that are split first
-        self._rows = 1 << 31 - shift
+        self._grid = grid
+        self._rows = grid.size
         self.keys, self._parts = np.empty(0, np.uint32), np.empty(0, np.int32)
 
-    def parts(self, cells: Cells, split: NDArray[np.bool_], shift: int) -> tuple[Cells, int]:
-        """Return the parts of 2 ** shift patterns of the cells that are split, and shift.
+    def parts(self, cells: Cells, split: NDArray[np.bool_]) -> tuple[Cells, bool]:
+        """Return the parts of the cells that are split, and whether each is a single pattern.
 
-        Where few magnitudes are left, or a cell has fewer patterns than parts, each pattern is a part.
+        They are where few magnitudes are left, or no cell has more patterns than parts.
         """
-        single = shift < 0
-        shift = max(shift, 0)
+        row = cells.row[split]
+        width = (cells.top[split] - cells.base[split]).astype(np.float64) + 1.0
+        shifts = np.maximum(np.log2(width).astype(np.int64) - PARTS_SHIFT, 0).astype(np.uint32)
         slots = np.full(self._rows, -1, np.int32)
-        slots[cells.row[split]] = np.arange(np.count_nonzero(split))
-        table = np.zeros((np.count_nonzero(split) << PARTS_SHIFT, 3), np.uint64)
-        self._rows = table.shape[0]
+        slots[row] = np.arange(row.size)
         if self._bits is not None:
-            held = int(cells.counts[split].sum()) + 1
-            self.keys, self._parts = np.empty(held, np.uint32), np.empty(held, np.int32)
-            left = split_first(
-                self._bits, np.uint32(self._shift), slots, *_ranges(cells, split), shift, table, self.keys, self._parts
-            )
-            self._bits = None
+            known = self._grid.shifts, self._grid.first
+            self.keys = np.empty(self._bits.size + 1, np.uint32)
+            tables = (slots >= 0).astype(np.int8), _near(cells, split)
+            left = find_keys(self._bits, *known, *tables, *_ranges(cells, split), self.keys)
+            self.keys, self._bits = self.keys[:left].copy(), None
+            if self.keys.size <= _FEW_KEYS:
+                return self._patterns(), True
+            self._parts = np.empty(self.keys.size, np.int32)
+            table = np.zeros((row.size << PARTS_SHIFT, 3), np.uint64)
+            split_first(self.keys, *known, slots, shifts, table, self._parts)
         else:
-            left = split_again(self.keys, self._parts, slots, shift, table)
-        self.keys, self._parts = self.keys[:left], self._parts[:left]
-        if single or left <= _FEW_KEYS:
-            base, counts = np.unique(self.keys, return_counts=True)
-            number, nothing = counts.astype(np.float64), np.zeros(counts.size)
-            return _counted(base, 0, number, nothing, nothing, np.arange(base.size)), 0
-        steps = np.arange(1 << PARTS_SHIFT, dtype=np.uint32) << np.uint32(shift)
-        row = np.flatnonzero(table[:, 0])
-        base = (cells.base[split][:, None] + steps).reshape(-1)[row]
-        number, places, squares = table[row].T.astype(np.float64)
-        return _counted(base, shift, number, places, squares, row), shift
+            table = np.zeros((row.size << PARTS_SHIFT, 3), np.uint64)
+            left = split_again(self.keys, self._parts, slots, shifts, table)
+            self.keys, self._parts = self.keys[:left], self._parts[:left]
+            if left <= _FEW_KEYS:
+                return self._patterns(), True
+        self._rows = table.shape[0]
+        steps = np.arange(1 << PARTS_SHIFT, dtype=np.uint32) << shifts[:, None]
+        own = np.flatnonzero(table[:, 0])
+        number, places, squares = table[own].T.astype(np.float64)
+        base = (cells.base[split][:, None] + steps).reshape(-1)[own]
+        return _counted(base, shifts[own >> PARTS_SHIFT], number, places, squares, own), not shifts.any()
+
+    def _patterns(self) -> Cells:
+        """Return a cell for each pattern."""
+        self.keys.sort()
+        first = np.flatnonzero(np.append(True, self.keys[1:] != self.keys[:-1])[: self.keys.size])
+        number = np.diff(np.append(first, self.keys.size)).astype(np.float64)
+        nothing = np.zeros(first.size)
+        return _counted(
+            self.keys[first], np.zeros(first.size, np.uint32), number, nothing, nothing, np.arange(first.size)
+        )
+
+
+def _near(cells: Cells, split: NDArray[np.bool_]) -> NDArray[np.int8]:
+    """Return which ranges of 2 ** LOOKUP_SHIFT patterns have patterns of cells that are split."""
+    ends = np.zeros((1 << 31 - LOOKUP_SHIFT) + 1, np.int64)
+    np.add.at(ends, cells.base[split] >> np.uint32(LOOKUP_SHIFT), 1)
+    np.add.at(ends, (cells.top[split] >> np.uint32(LOOKUP_SHIFT)) + np.uint32(1), -1)
+    return (np.cumsum(ends[:-1]) > 0).astype(np.int8)
 
 
 def _ranges(cells: Cells, split: NDArray[np.bool_]) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
@@ -110,15 +169,16 @@ def _ranges(cells: Cells, split: NDArray[np.bool_]) -> tuple[NDArray[np.uint32],
 
 
 def _counted(
-    base: NDArray[np.uint32], shift: int, number: NDArray[np.float64], places: NDArray[np.float64],
+    base: NDArray[np.uint32], shifts: NDArray[np.uint32], number: NDArray[np.float64], places: NDArray[np.float64],
     squares: NDArray[np.float64], row: NDArray[np.int64],
 ) -> Cells:  # fmt: skip
     """Return cells of 2 ** shift patterns with the number, the sum and the sum of squares of the places in them."""
     start = base.view(np.float32).astype(np.float64)
-    step = np.ldexp(1.0, np.maximum(base >> np.uint32(23), 1).astype(np.int32) - 150)  # between neighbouring patterns
+    exponent = np.maximum(base >> np.uint32(OCTAVE_SHIFT), 1).astype(np.int32) - 150
+    step = np.ldexp(1.0, exponent)  # between neighbouring patterns
     return Cells(
         base,
-        base + np.uint32((1 << shift) - 1),
+        base + ((np.uint32(1) << shifts) - np.uint32(1)),
         number.astype(np.int64),
         number * start + step * places,
         number * start**2 + 2 * start * step * places + step**2 * squares,
@@ -128,10 +188,10 @@ def _counted(
     )
 
 
-def merged(cells: Cells, shift: int) -> Cells:
-    """Return the cells of 2 ** shift patterns that smaller ones make; of small magnitudes, of an octave each."""
-    octave = cells.base >> np.uint32(_OCTAVE_SHIFT)
-    own = np.where(octave + _OCTAVES < octave[-1:], np.uint32(_OCTAVE_SHIFT), np.uint32(shift)).astype(np.uint32)
+def merged(cells: Cells, grid: Grid, shift: int) -> Cells:
+    """Return the cells that those of a grid make which are 2 ** shift times as wide, but in one octave."""
+    octave = cells.base >> np.uint32(OCTAVE_SHIFT)
+    own = np.minimum(grid.shifts + np.uint32(shift), np.uint32(OCTAVE_SHIFT))[octave]
     parent = cells.base >> own << own
     first = np.flatnonzero(np.append(True, parent[1:] != parent[:-1]))[: parent.size]
     counts, sums, squares = (np.add.reduceat(part, first) for part in (cells.counts, cells.sums, cells.squares))
