@@ -61,7 +61,9 @@ NOT_IN_GGUF = {
     "BitNetForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM", "Olmo3ForCausalLM", "GraniteMoeHybridForCausalLM",
     "Ministral3ForCausalLM", "GptOssForCausalLM", "Qwen3NextForCausalLM", "Qwen3_5ForCausalLM",
     "Qwen3_5MoeForCausalLM", "Lfm2ForCausalLM", "Qwen2MoeForCausalLM", "OlmoeForCausalLM",
-    "Lfm2MoeForCausalLM", "CwmForCausalLM", "GemmaForCausalLM", "SeedOssForCausalLM",
+    "Lfm2MoeForCausalLM", "CwmForCausalLM", "GemmaForCausalLM", "SeedOssForCausalLM", "Ernie4_5ForCausalLM",
+    "Exaone4ForCausalLM", "GlmForCausalLM", "Glm4ForCausalLM", "Glm4MoeForCausalLM", "GraniteMoeForCausalLM",
+    "HeliumForCausalLM", "IQuestCoderForCausalLM", "InternLM3ForCausalLM", "MiniMaxM2ForCausalLM",
 }  # fmt: skip
 FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
 

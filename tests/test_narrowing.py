@@ -25,7 +25,8 @@ _MAGNITUDE = np.uint32(0x7FFFFFFF)
 def cell_of(keys: NDArray[np.uint32], grid: Grid) -> NDArray[np.int64]:
     """Return the numbers of the cells that magnitudes are in."""
     octave = keys >> np.uint32(23)
-    return (grid.first[octave] + (keys >> grid.shifts[octave])).astype(np.int64)
+    cells: NDArray[np.int64] = (grid.first[octave] + (keys >> grid.shifts[octave])).astype(np.int64)
+    return cells
 
 
 def patterns(seed: int, size: int) -> NDArray[np.uint32]:

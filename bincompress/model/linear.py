@@ -69,14 +69,9 @@ class DenseLinear:
 
     def __call__(self, x: Floats) -> Floats:
         """Return x (n, cols) times the transposed matrix, (n, rows)."""
-        if self._weight.dtype == np.uint16 and len(x) <= FEW_TOKENS:
+        if self._weight.dtype == np.uint16 and len(x) <= FEW_TOKENS:  # no BLAS: to bound its threads takes time
             return multiply_bfloat16(self._weight, x, self._workers)
         result = np.empty((len(x), self.rows), np.float32)
-        if self._weight.dtype == np.uint16 and len(x) <= FEW_TOKENS:  # no BLAS: to bound its threads takes time
-            over_ranges(
-                self._workers, lambda start, stop, _: self._few(x, start, stop, result), self.rows, _ROWS_PER_THREAD
-            )
-            return result
         tile = max(1, _WIDENED_AT_ONCE // self.cols)
 
         def work(start: int, stop: int, _: int) -> None:

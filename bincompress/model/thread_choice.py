@@ -5,12 +5,8 @@ The system takes a thread off its core for milliseconds, and all others wait for
 
 import time
 
+from bincompress.process import systems
 from cpu_kernels.parallel.workers import Workers
-
-try:
-    import resource
-except ImportError:  # on Windows, where threads that were put off are not counted: there all are used always
-    resource = None  # type: ignore[assignment]
 
 WINDOW = 0.08  # seconds of work that one measurement takes: several turns of two programs on one core
 _LAPS = 2  # and so many laps at least
@@ -109,14 +105,15 @@ class Adapting:
     def begin(self, tokens: int) -> None:
         """Begin a pass of so many tokens."""
         self._choice = None
-        if self._workers.threads == 1 or resource is None:
+        put_off = systems.times_put_off() if self._workers.threads > 1 else None
+        if put_off is None:  # one thread, or Windows, which does not count: all threads are used always
             return
         kind = min(tokens, FEW_TOKENS + 1)
         if (choice := self._choices.get(kind)) is None:
             choice = self._choices[kind] = ThreadChoice(self._workers.threads)
         self._choice, self._by_layer = choice, tokens > FEW_TOKENS
         self._workers.active = choice.threads
-        self._put_off = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        self._put_off = put_off
         self._begun = time.perf_counter()
 
     def layer_done(self, work: int) -> None:
@@ -131,7 +128,7 @@ class Adapting:
             self._record(choice, 1)
 
     def _record(self, choice: ThreadChoice, work: int) -> None:
-        now, put_off = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        now, put_off = time.perf_counter(), systems.times_put_off() or 0
         choice.record(now, now - self._begun, work, put_off - self._put_off)
         self._workers.active = choice.threads
         self._begun, self._put_off = now, put_off
