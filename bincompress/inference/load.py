@@ -91,9 +91,8 @@ def load(
 ) -> Model:
     """Load a finished store as a model.
 
-    threads: so many are used (all usable CPUs if not given), and fewer while other programs hold one of them up, which
-    changes no number. activation_bits: 8 or 6, or 16 for float32 activations on
-    decoded weights. activation_scale: one per "token" or per token and "segment" of 128 columns.
+    threads: exactly this many are used (all usable CPUs if not given). activation_bits: 8 or 6, or 16 for float32
+    activations on decoded weights. activation_scale: one per "token" or per token and "segment" of 128 columns.
     kernel: "lookup", "lookup-avx2", "popcount", ... (the best of this CPU if not given).
 
     Several threads may use the model at once, in any mixture of generations and evaluations: each gets what it gets

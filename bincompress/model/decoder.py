@@ -17,7 +17,6 @@ from bincompress.model.recurrent import read_recurrent_layer
 from bincompress.model.residents import Residents
 from bincompress.model.rounded_linear import rounding
 from bincompress.model.steps import NO_MATRIX, NO_NORM, Buffers, Layer, Part, Steps
-from bincompress.model.thread_choice import Adapting
 from bincompress.model.threads import in_turn
 from cpu_kernels.parallel.workers import Workers
 
@@ -51,8 +50,6 @@ class Decoder:
         self.layers, self.embedding, self.head = _read(config, source, self.workers, residents)
         self.norm = read_norm(config, source, names.norm)
         self._steps = Steps(config, self.workers)
-        self._adapting = Adapting(self.workers)
-        self._layer_work = [weights_a_token(layer) for layer in self.layers]
         self._buffers = Buffers.for_tokens(config, 1)
 
     def new_cache(self, capacity: int | None = None, kind: CacheType = "float32") -> KvCache:
@@ -121,7 +118,6 @@ class Decoder:
             workers.busy = True
             try:
                 found = self.head(states)
-                self._adapting.pass_done()
             finally:
                 workers.busy = False
         found = finished_logits(self.config, found)
@@ -172,7 +168,6 @@ class Decoder:
             self._buffers = Buffers.for_tokens(self.config, n)
         work, steps = self._buffers.first(n), self._steps
         steps.take(parts)
-        self._adapting.begin(n)
         steps.begin(work, vectors, self.layers[0].input_norm)
         for number, layer in enumerate(self.layers):
             following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
@@ -186,7 +181,6 @@ class Decoder:
             else:
                 made = layer.experts(work.normed)
             steps.add(work, made, layer.down_bias, layer.down_norm, following)
-            self._adapting.layer_done(n * self._layer_work[number])
         for part in parts:
             part.cache.advance(part.stop - part.start)
         return work
@@ -227,12 +221,6 @@ def finished_logits(config: ModelConfig, found: Floats) -> Floats:
         return found
     cap = np.float32(config.logit_cap)
     return np.asarray(np.tanh(found / cap) * cap)
-
-
-def weights_a_token(layer: Layer) -> int:
-    """Return about how many weights a token is multiplied with in a layer."""
-    of_experts = 0 if layer.experts is None else layer.experts.weights_a_token
-    return of_experts + sum(matrix.rows * matrix.cols for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down))
 
 
 def read_norm(config: ModelConfig, source: WeightSource, name: str) -> Floats:

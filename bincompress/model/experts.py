@@ -64,11 +64,6 @@ class ExpertLayer:
             result += self.shared.down(self.shared.gated(x), x)
         return result
 
-    @property
-    def weights_a_token(self) -> int:
-        """Return how many weights of chosen experts a token is multiplied with."""
-        return 3 * self._experts.chosen * self.hidden * self.inner
-
     def choose(self, x: Floats) -> tuple[Numbers, Floats]:
         """Return each token's experts (n, chosen), by ascending number, and their weights."""
         logits = self.router(x)

@@ -1,4 +1,4 @@
-"""Ranges of work over threads; kernels release the GIL meanwhile."""
+"""Ranges of work over an exact number of threads; kernels release the GIL meanwhile."""
 
 import collections
 import threading
@@ -11,16 +11,13 @@ Task = Callable[[int, int, int], object]  # start, stop, number of the range
 
 
 def over_ranges(workers: Workers, task: Task, items: int, at_least: int = 1) -> None:
-    """Call task(start, stop, number) over 0..items in at most one range per thread, each of `at_least` items.
-
-    The ranges are the same while fewer threads are active, so that sums which depend on them are, too.
-    """
+    """Call task(start, stop, number) over 0..items in at most one range per thread, each of `at_least` items."""
     if items < 2 * at_least or workers.threads == 1:  # most calls, of a single token: as little as can be
         task(0, items, 0)
         return
     parts = min(workers.threads, items // at_least)
     bounds = [items * part // parts for part in range(parts + 1)]
-    workers.run_parts([partial(task, bounds[part], bounds[part + 1], part) for part in range(parts)])
+    workers.run([partial(task, bounds[part], bounds[part + 1], part) for part in range(parts)])
 
 
 def in_turn(workers: Workers, task: Callable[[int], object], items: int) -> None:
@@ -44,4 +41,4 @@ def in_turn(workers: Workers, task: Callable[[int], object], items: int) -> None
                     collections.deque(left, 0)  # the others find nothing more to do
                 raise
 
-    workers.run([work] * min(workers.active, items))
+    workers.run([work] * min(workers.threads, items))

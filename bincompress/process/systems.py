@@ -21,10 +21,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 # Windows locks bytes, and nobody else can read them meanwhile: one that no file of ours comes to.
 _LOCKED_BYTE = 1 << 43
@@ -147,11 +143,6 @@ def prefer_large_pages(mapped: Any) -> None:
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
         with contextlib.suppress(OSError):
             mapped.madvise(mmap.MADV_HUGEPAGE)
-
-
-def times_put_off() -> int | None:
-    """Return how often the system took a thread of this process off its core; None where it does not say."""
-    return None if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def give_back_freed_memory() -> None:

@@ -1,7 +1,7 @@
 """Handing native work to threads that wait in native code: about a microsecond, where waking a thread takes 24.
 
 Each worker has a slot, whose first word is its state; the worker and the calling thread set it by slots. A worker that
-has spun to its limit parks, which is to say that it returns to Python. The calling thread does the share of a worker
+has spun to its limit parks, which is to say that it reslots to Python. The calling thread does the share of a worker
 that is parked, and of one that has not begun when its own is done, because another program has the core.
 A job is a kernel's address (see addresses.py) with one block of int64 arguments per thread.
 """
@@ -22,8 +22,7 @@ IDLE, SUBMITTED, RUNNING, PARKED, STOP = range(5)  # a worker's states; STOP ask
 SLOT_WORDS = 8  # so that no two slots share a cache line
 YIELD_LIMIT = 1_000  # spins before the core is offered to other threads, which a busy machine has: 50 microseconds
 SPIN_LIMIT = 3_000  # spins before a worker parks: 1 or 2 milliseconds, longer than most sampling takes
-# Words of a job, of which THREADS share the items; then whether each worker was given it.
-_FUNCTION, _BLOCKS, _STRIDE, _ITEMS, _THREADS, _GIVEN = range(6)
+_FUNCTION, _BLOCKS, _STRIDE, _ITEMS, _GIVEN = range(5)  # words of a job; then whether each worker was given it
 
 
 def job_words(threads: int) -> int:
@@ -100,14 +99,14 @@ def _spin(spins: Any) -> None:
 
 @kernel(types.intp(out(types.int64, 1), out(types.int64, 1), *[types.intp] * 4))
 def run_shared(slots: Any, job: Any, function: Any, blocks: Any, stride: Any, items: Any) -> Any:
-    """Share items 0 .. items - 1 of a job among this thread and the first workers; return how many of them were parked.
+    """Share items 0 .. items - 1 of a job among this thread and the workers; return how many workers were parked.
 
-    slots int64 (workers * SLOT_WORDS,) of those that share it, job int64 (job_words(threads),); thread k's arguments
-    lie at blocks + k * stride. The job must not raise.
+    slots int64 (workers * SLOT_WORDS,), job int64 (job_words(threads),); thread k's arguments lie at
+    blocks + k * stride. The job must not raise.
     """
     workers = slots.size // SLOT_WORDS
     threads = workers + 1
-    job[_FUNCTION], job[_BLOCKS], job[_STRIDE], job[_ITEMS], job[_THREADS] = function, blocks, stride, items, threads
+    job[_FUNCTION], job[_BLOCKS], job[_STRIDE], job[_ITEMS] = function, blocks, stride, items
     parked = 0
     for k in range(workers):
         job[_GIVEN + k] = _exchange(slots, k * SLOT_WORDS, IDLE, SUBMITTED)
@@ -127,13 +126,14 @@ def run_shared(slots: Any, job: Any, function: Any, blocks: Any, stride: Any, it
 @kernel(types.void(out(types.int64, 1), out(types.int64, 1), types.intp))
 def work(slots: Any, job: Any, number: Any) -> None:
     """Do worker `number`'s share of every job that `run_shared` submits, until none came for a while or STOP."""
+    threads = slots.size // SLOT_WORDS + 1
     place = number * SLOT_WORDS
     spins = 0
     while spins < SPIN_LIMIT or not _exchange(slots, place, IDLE, PARKED):
         state: Any = _state(slots, place)
         if state == SUBMITTED and _exchange(slots, place, SUBMITTED, RUNNING):
-            first = job[_ITEMS] * (number + 1) // job[_THREADS]
-            last = job[_ITEMS] * (number + 2) // job[_THREADS]
+            first = job[_ITEMS] * (number + 1) // threads
+            last = job[_ITEMS] * (number + 2) // threads
             call(job[_FUNCTION], job[_BLOCKS] + (number + 1) * job[_STRIDE], first, last)
             _set_state(slots, place, IDLE)
             spins = 0

@@ -33,7 +33,6 @@ class Workers:
         if threads < 1:
             raise ValueError(f"threads: {threads}; expected at least 1")
         self.threads = threads
-        self.active = threads  # of them work; the holder of the lock may let fewer do so, which changes no result
         self._tasks: list[queue.SimpleQueue[tuple[Callable[[], object], Done] | None]] = []
         # Whoever uses `scratch` in several jobs holds this meanwhile; jobs take it, too.
         self.lock = threading.RLock()
@@ -63,23 +62,6 @@ class Workers:
         self._tasks.clear()
         self._slots.fill(spin_wait.PARKED)
         self._waiting, self._parked, self._unsettled, self.busy = False, True, False, False
-
-    def run_parts(self, parts: Sequence[Callable[[], object]]) -> None:
-        """Run at most `threads` parts on the active threads, and return when all have ended.
-
-        Who shares work by `threads` and runs the parts here does the same work with any number of active threads.
-        """
-        active = min(self.active, len(parts))
-        if active == len(parts):
-            self.run(parts)
-            return
-        edges = itertools.pairwise(len(parts) * k // active for k in range(active + 1))
-        shares = [functools.partial(_in_order, parts[start:stop]) for start, stop in edges]
-        if active == 1:
-            with self.lock:
-                shares[0]()
-            return
-        self.run(shares)
 
     def run(self, tasks: Sequence[Callable[[], object]]) -> None:
         """Run at most `threads` tasks, the first in the calling thread, and return when all have ended."""
@@ -128,19 +110,18 @@ class Workers:
     def run_kernel(
         self, kernel: "Kernel | Callable[[int, int, int], object]", blocks: int, step: int, items: int
     ) -> None:
-        """Share items 0 .. items - 1 of a kernel's work among the active threads, of which thread k is given block k.
+        """Share items 0 .. items - 1 of a kernel's work among the threads, of which thread k is given block k.
 
         `blocks` is the address of the first of them and `step` the bytes to the next; the kernel takes (address of
         its block, first item, item after the last), and must not raise. A Python function will do in its place where
         there are no NATIVE_CALLS.
         """
-        active = self.active
-        if not NATIVE_CALLS and active > 1:
-            edges = itertools.pairwise(items * k // active for k in range(active + 1))
+        if not NATIVE_CALLS and self.threads > 1:
+            edges = itertools.pairwise(items * k // self.threads for k in range(self.threads + 1))
             self.run([functools.partial(kernel, blocks + k * step, *edge) for k, edge in enumerate(edges)])
             return
         with self.lock:
-            if active == 1:
+            if self.threads == 1:
                 kernel(blocks, 0, items)
                 return
             assert isinstance(kernel, Kernel)
@@ -148,14 +129,13 @@ class Workers:
             function = address(kernel)
             if self._parked:
                 self._wake()
-            slots = self._slots if active == self.threads else self._slots[: (active - 1) * spin_wait.SLOT_WORDS]
-            parked = spin_wait.run_shared(slots, self._job, function, blocks, step, items)
+            parked = spin_wait.run_shared(self._slots, self._job, function, blocks, step, items)
             self._parked = parked > 0
 
     def _wake(self) -> None:
         spin_wait.compile_all()  # here, so that no worker keeps a job waiting meanwhile
         self._start()
-        for number, tasks in enumerate(self._tasks[: self.active - 1]):
+        for number, tasks in enumerate(self._tasks):
             place = number * spin_wait.SLOT_WORDS
             if self._slots[place] == spin_wait.PARKED:
                 self._slots[place] = spin_wait.IDLE
@@ -167,7 +147,7 @@ class Workers:
         self._end()
         self._tasks.clear()
         self._slots = self._slots[:0]
-        self.threads = self.active = 1
+        self.threads = 1
 
     def __enter__(self) -> "Workers":
         return self
@@ -205,11 +185,6 @@ def _end(threads: "list[queue.SimpleQueue[tuple[Callable[[], object], Done] | No
         tasks.put(None)
 
 
-def _in_order(parts: Sequence[Callable[[], object]]) -> None:
-    for part in parts:
-        part()
-
-
 def _wait_for_jobs() -> None:
     """Stand in a worker's queue for waiting in native code."""
 
@@ -244,7 +219,7 @@ def share(work: Callable[[int, int], object], first: int, last: int, pool: Pool 
         return
     edges = [first + (last - first) * k // parts for k in range(parts + 1)]
     if isinstance(pool, Workers):
-        pool.run_parts([lambda start=start, end=end: work(start, end) for start, end in itertools.pairwise(edges)])  # type: ignore[misc]
+        pool.run([lambda start=start, end=end: work(start, end) for start, end in itertools.pairwise(edges)])  # type: ignore[misc]
         return
     # The calling thread only waits, so that exactly the executor's threads work.
     waiting: list[Future[object]] = [pool.submit(work, start, end) for start, end in itertools.pairwise(edges)]
