@@ -128,3 +128,21 @@ def test_a_grammar_that_takes_memory_is_stopped_where_the_system_bounds_none(mon
     monkeypatch.setattr(constraint, "_LOOK_SECONDS", 0.01)
     with pytest.raises(SchemaError, match="too much time, memory or depth"):
         constraint._try_out("start: /a/")
+
+
+def test_only_pages_of_libraries_that_can_be_read_again_are_forgotten() -> None:
+    def mapping(begin: int, rights: str, anonymous: int, name: str) -> str:
+        return f"{begin:x}-{begin + 4096:x} {rights} 00000000 08:01 7 {name}\nRss: 4 kB\nAnonymous: {anonymous} kB\n"
+
+    smaps = (
+        mapping(0x1000, "r-xp", 0, "                   /usr/lib/libllvmlite.so")
+        + mapping(0x3000, "rw-p", 0, "                   /usr/lib/libllvmlite.so")  # writable
+        + mapping(0x5000, "r--p", 4, "                   /usr/lib/libm.so.6")  # has a page of its own
+        + mapping(0x7000, "r--s", 0, "                   /usr/lib/libm.so.6")  # shared with others
+        + mapping(0x9000, "r--p", 0, "                   /home/me/model.zip")
+        + mapping(0xB000, "r--p", 0, "                   /usr/lib/libm.so.6")
+        + mapping(0xD000, "r-xp", 0, "")
+    )
+    assert systems._read_only_libraries(smaps) == [(0x1000, 0x2000), (0xB000, 0xC000)]
+    systems.forget_library_pages()  # this process goes on
+    assert ast.literal_eval("[1]") == [1]
