@@ -178,7 +178,7 @@ def test_a_packed_file_gets_a_layout_and_a_folder_none(mixed: Path, tmp_path: Pa
     bincompress.pack(tmp_path / "plain.zip", tmp_path / "again.zip", layout=["auto"])
     content = (tmp_path / "again.zip").read_bytes()
     assert content == (mixed / "m.zip").read_bytes()
-    assert bincompress.pack(mixed / "store", tmp_path / "again.zip", layout=["auto"]).unchanged
+    assert bincompress.pack(mixed / "store", tmp_path / "again.zip", layout="auto").unchanged
     with pytest.raises(BincompressError, match="holds another packed store"):
         bincompress.pack(mixed / "store", tmp_path / "again.zip")
     code, _, errors = run("unpack", tmp_path / "again.zip", tmp_path / "back")

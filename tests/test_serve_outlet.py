@@ -1,6 +1,7 @@
 """A stream's bytes come in their order, whoever writes them: the thread that makes them, or the event loop."""
 
 import asyncio
+import errno
 import json
 import socket
 import threading
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from bincompress.serving.outlet import CONNECTION, Outlet
-from tests.serving import Running, posted, running
+from tests.serving import Running, posted, running, until
 
 ASKED = {"prompt": "A page", "max_tokens": 24, "temperature": 0, "stream": True}
 
@@ -108,27 +109,56 @@ def test_bytes_come_in_their_order_from_a_client_that_reads_slowly(version: str,
         assert transport.wrote == 2 if size == 10 else transport.wrote > 2  # 2: the end of the body
 
 
-def test_a_client_that_is_gone_is_not_written_to() -> None:
+def test_the_event_loop_is_told_of_a_client_that_is_gone() -> None:
+    """It may not read, where a next request waits in the connection: then it learns of the end by writing alone."""
     client, own = socket.socketpair()
+    own.setblocking(False)
+    transport = Transport(own)
     client.close()
 
     async def serve() -> None:
         outlet = Outlet()
-        sent: list[Any] = []
+        told = asyncio.Event()
 
         async def send(message: Any) -> None:
-            sent.append(message)
+            told.set()
+
+        sending = asyncio.ensure_future(outlet.send_to({"http_version": "1.1", CONNECTION: transport}, send))
+        await asyncio.sleep(0)
+        outlet.put(b"x")
+        outlet.put(b"y")
+        await asyncio.wait_for(told.wait(), 10)
+        sending.cancel()
+        outlet.close()
+
+    asyncio.run(serve())
+    own.close()
+    assert transport.left == b"1\r\nx\r\n"
+
+
+def test_without_a_free_descriptor_the_event_loop_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_free(*given: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(socket, "fromfd", none_free)
+    client, own = socket.socketpair()
+
+    async def serve() -> bytes:
+        outlet = Outlet()
+        sent: list[bytes] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message["body"])
 
         sending = asyncio.ensure_future(outlet.send_to({"http_version": "1.1", CONNECTION: Transport(own)}, send))
         await asyncio.sleep(0)
         outlet.put(b"x")
-        outlet.put(b"y")
-        sending.cancel()
-        outlet.close()
-        assert not sent
+        outlet.put(b"y", last=True)
+        await sending
+        return b"".join(sent)
 
-    asyncio.run(serve())
-    own.close()
+    with client, own:
+        assert asyncio.run(serve()) == b"xy"
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +202,14 @@ def test_two_streams_on_one_connection(server: Running) -> None:
             if not turn:
                 connection.sendall(request)
         assert texts[0] == texts[1] != ""
+
+
+def test_a_client_that_has_asked_again_and_is_gone_is_noticed(server: Running) -> None:
+    """uvicorn reads no more of a connection while a request waits in it; the stream's own writing finds out."""
+    request = posted("/v1/completions", {**ASKED, "max_tokens": 400})
+    connection = server.connect(request)
+    assert connection.recv(100)
+    connection.sendall(request)
+    assert connection.recv(100)
+    connection.close()  # with bytes unread: a reset
+    until(lambda: not server.server.server_state.connections)

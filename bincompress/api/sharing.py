@@ -20,13 +20,13 @@ def pack(
     store: str | Path,
     file: str | Path,
     *,
-    layout: Sequence[str] = (),
+    layout: str | Sequence[str] = (),
     overwrite: bool = False,
     progress: OnStage = untold,
 ) -> Packed:
     """Write a finished store as one file, which every function that reads a store reads as well.
 
-    file: a path or an fsspec URL that ends in ".zip". layout: kinds of CPU ("avx512", "avx2", "ssse3", "neon",
+    file: a path or an fsspec URL that ends in ".zip". layout: one CPU or several ("avx512", "avx2", "ssse3", "neon",
     "portable", or "auto" for this one) for which the file is to hold matrices laid out, too: they are then mapped where
     the file lies, which takes about as many bytes again; the store may be a packed file. overwrite: another packed
     store there is replaced; nothing else ever is. progress is called with what is being done and how much of it. Raises
@@ -36,8 +36,9 @@ def pack(
     if layout:
         from bincompress.model.laying_out import LayingOut, forms_of  # and the decoder, only where it is asked for
 
-        forms_of(layout)  # an unknown one is refused before anything is read
-        lay_out = partial(LayingOut, families=layout)
+        families = (layout,) if isinstance(layout, str) else tuple(layout)
+        forms_of(families)  # an unknown one is refused before anything is read
+        lay_out = partial(LayingOut, families=families)
     return pack_store(str(store), str(file), overwrite=overwrite, on_stage=progress, lay_out=lay_out)
 
 

@@ -50,11 +50,8 @@ class Outlet:
         """Send a part as it stands on the wire; return what is left of it."""
         try:
             return data[to.send(data) :]
-        except BlockingIOError:
+        except OSError:  # it is full; or the client is gone, which the event loop finds out when it writes
             return data
-        except OSError:  # the client is gone, which the event loop finds out by itself
-            self._ended = True
-            return b""
 
     def _by_loop(self) -> None:
         """Leave the writing to the event loop."""
@@ -93,5 +90,6 @@ class Outlet:
                 return
             if not transport.is_closing() and not transport.get_write_buffer_size():
                 own = transport.get_extra_info("socket")
-                self._socket = socket.fromfd(own.fileno(), own.family, own.type)  # a descriptor of its own
-                self._socket.setblocking(False)
+                with contextlib.suppress(OSError):  # no descriptor is free: the event loop writes
+                    self._socket = socket.fromfd(own.fileno(), own.family, own.type)  # a descriptor of its own
+                    self._socket.setblocking(False)
