@@ -13,6 +13,7 @@ from bincompress.model.cache import KvCache, cache_bytes
 from bincompress.model.config import parse
 from bincompress.model.errors import PromptError
 from cpu_kernels.decoder.attention import ATTEND, BLOCK, NO_WINDOW, padded, scratch_size, work_items
+from cpu_kernels.decoder.next_tokens import TEXT
 from cpu_kernels.decoder.norms import GATES, PLACE, PLACE_IN_PAIRS, add_norm, add_normed, norm_queries_keys, norm_rows
 from cpu_kernels.reference import attention as reference
 
@@ -252,6 +253,24 @@ def test_the_rotation_table_is_as_long_as_what_is_used() -> None:
     short = KvCache(CONFIG, 3)
     short.reach(3)
     assert len(short.rotation(0)[1]) == 3
+
+
+def test_rotation_tables_stay_whole_where_memory_ends_while_they_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = KvCache(replace(CONFIG, ropes=(CONFIG.rope, replace(CONFIG.rope, theta=7.0), CONFIG.rope)), 100)
+    calls, table = [], rope.table
+
+    def fails_at_second(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise MemoryError
+        return table(*arguments)
+
+    monkeypatch.setattr(rope, "table", fails_at_second)
+    with pytest.raises(MemoryError):
+        cache.reach(3)
+    cache.reach(3)
+    np.testing.assert_array_equal(cache.rotation(0), table(CONFIG.rope, CONFIG.head_dim, 100))
+    assert cache.places()[0, TEXT.index("cosines")] == cache.rotation(0)[0].ctypes.data
 
 
 def test_a_cache_larger_than_the_memory_is_refused_with_its_size() -> None:

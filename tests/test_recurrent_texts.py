@@ -13,7 +13,7 @@ from bincompress.inference.load import load
 from bincompress.inference.sampling import Sampling
 from bincompress.inference.scheduler import Limits, Scheduler
 from bincompress.inference.sequence import CancelledError, Request
-from bincompress.model.cache import cache_bytes
+from bincompress.model.cache import CacheType, cache_bytes
 from bincompress.model.checkpoint_source import load_checkpoint
 from bincompress.model.decoder import Decoder
 from bincompress.model.errors import NotFiniteError, UnsupportedModelError
@@ -52,6 +52,17 @@ def test_a_token_reads_the_same_whichever_tokens_share_its_pass(model: Model) ->
     decoder.states(tokens[:5], first)
     both = decoder.states_of_all([(tokens[5:], first), (tokens[:9], second)])
     assert np.array_equal(both, np.concatenate([whole[5:], whole[:9]]))
+
+
+@pytest.mark.parametrize("kind", ["float16", "int8"])
+def test_a_token_of_each_of_several_texts_reads_what_it_reads_alone(model: Model, kind: CacheType) -> None:
+    decoder = model.decoder
+    caches = [[decoder.new_cache(40, kind) for _ in range(2)] for _ in (PROMPT, OTHER)]
+    for prompt, own in zip((PROMPT, OTHER), caches, strict=True):
+        for cache in own:
+            decoder.states(prompt, cache)
+    found = decoder.states_of_all([([5], one) for one, _ in caches])
+    assert np.array_equal(found, np.concatenate([decoder.states([5], other) for _, other in caches]))
 
 
 def test_texts_are_what_they_are_alone_where_one_beside_them_is_cancelled(

@@ -148,3 +148,9 @@ def test_a_window_reads_the_same_whatever_the_block(tmp_path: Path, run: Any) ->
     model = write(tmp_path / "model", "MistralForCausalLM")
     assert run("compress", model, tmp_path / "store", "--groups", 4, "--block", 64)[0] == 0
     check(load_decoder(str(tmp_path / "store"), 1, ActivationSettings()).decoder)
+
+
+def test_caches_of_two_types_are_refused(demo_store: Path) -> None:
+    decoder = load_decoder(str(demo_store), 1, ActivationSettings()).decoder
+    with pytest.raises(ValueError, match="caches of one type"):
+        decoder.states_of_all([([5], decoder.new_cache(8, kind)) for kind in ("float16", "int8")])

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from cpu_kernels.jit import cpu_features
+from cpu_kernels.jit.addresses import NATIVE_CALLS
 from cpu_kernels.matmul import wide_lookup
 from cpu_kernels.matmul.activations import Per, quantize
+from cpu_kernels.matmul.chosen import ChosenProducts
 from cpu_kernels.matmul.prepacking import prepack
 from cpu_kernels.matmul.products import FewTokensProduct, TokenProduct, multiply
 from cpu_kernels.parallel.workers import Workers
@@ -72,3 +74,23 @@ def test_a_token_that_is_not_finite_disturbs_no_other() -> None:
     assert np.isnan(found[3]).all()
     assert np.isnan(multiply(matrix, quantize(x[3]))).all()
     assert np.array_equal(np.delete(found, 3, axis=0), np.delete(usual, 3, axis=0))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_matrices_of_other_blocks_share_a_token(threads: int) -> None:
+    """Their sums of x differ, which offsets are multiplied with; so experts of one layer may have them."""
+    random = np.random.default_rng(2)
+    x = random.standard_normal((1, 512)).astype(np.float32)
+    shared, matrices = quantize(x, 8, "segment"), []
+    with Workers(threads) as workers:
+        chosen = ChosenProducts(3, 128, 512, workers)
+        for number, block in enumerate((128, 256, 512)):
+            bits = random.integers(0, 2**64, (2, 128, 8), dtype=np.uint64)
+            scale, offset = (random.random((*shape, 128, 512 // block)).astype(np.float16) for shape in ((2,), ()))
+            matrices.append(prepack(bits, scale, block, 512, offset))
+            assert chosen.put(number, matrices[-1], 8, "segment") == NATIVE_CALLS
+        alone = [multiply(matrix, quantize(x, 8, "segment")) for matrix in matrices]
+        for matrix, expected in zip(matrices, alone, strict=True):
+            assert np.array_equal(multiply(matrix, shared), expected)
+        if NATIVE_CALLS:
+            assert np.array_equal(chosen(np.arange(3), x), np.concatenate(alone))

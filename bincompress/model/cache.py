@@ -200,10 +200,11 @@ class KvCache:
         if length <= have:
             return
         until = min(self.capacity, max(length, 2 * have, _FIRST_POSITIONS))
-        for number, (own, before) in enumerate(zip(self._ropes, self._tables, strict=True)):
+        longer = []  # of all before one counts: memory may end on the way
+        for own, before in zip(self._ropes, self._tables, strict=True):
             added = rope.table(own, self._head_dim, until, have)
-            self._tables[number] = np.concatenate([before[0], added[0]]), np.concatenate([before[1], added[1]])
-        self._reached = until
+            longer.append((np.concatenate([before[0], added[0]]), np.concatenate([before[1], added[1]])))
+        self._tables, self._reached = longer, until
 
     @property
     def free(self) -> int:

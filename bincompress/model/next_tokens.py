@@ -35,7 +35,9 @@ class NextTokens:
         self._kernel = ATTEND_NEXT[np.dtype(np.float32)]
 
     def take(self, parts: Sequence[Part]) -> bool:
-        """Prepare for a pass, whose caches are of one type; return whether it is of this kind."""
+        """Prepare for a pass; return whether it is of this kind. Raises ValueError for caches of several types."""
+        if len({part.cache.kind for part in parts}) > 1:
+            raise ValueError("texts that share a pass: expected caches of one type")
         if not self._able or len(parts) < 2 or any(part.stop - part.start != 1 for part in parts):
             return False
         for part in parts:

@@ -110,6 +110,6 @@ def put_token(key: Any, value: Any, keys: Any, values: Any, head: int, position:
 
 def set_factors(keys: NDArray[np.int8], factors: NDArray[np.float32]) -> None:
     """Write the factors (kv heads, head_dim) of a layer's columns into its keys."""
-    ends = keys[:, -1].reshape(len(keys), keys[0, -1].size)  # a view: contiguous within a head
+    ends = keys[:, -1].reshape(len(keys), keys.shape[2] * keys.shape[3])  # a view: contiguous within a head
     for end, own in zip(ends, factors, strict=True):
         end[: 4 * own.size] = np.ascontiguousarray(own, np.float32).view(np.int8)

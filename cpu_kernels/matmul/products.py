@@ -81,7 +81,7 @@ def multiply(
     run = _token_kernel(matrix, bits)
     block = min(tokens, MOST_TOKENS[bits], max(FEWEST_TOKENS, TABLES_IN_CACHE // _table_bytes(matrix, bits)))
     operands = {**matrix.operands, **quantizing(activations, "token"), "result": out.ctypes.data}
-    key = matrix.code, matrix.k_tile_words, wide_token.multiplies(matrix)
+    key = matrix.code, matrix.k_tile_words, wide_token.prepared_for(matrix)
 
     def work(first: int, last: int) -> None:
         shared = activations.prepared.get(key)
@@ -150,7 +150,7 @@ class TokenProduct:
         jobs = []
         for thread in range(workers.threads):
             # New arrays for each product would be new pages each time: 20 microseconds for 8192 columns.
-            key = thread, matrix.cols, matrix.k_tile_words, matrix.code, bits, wide_token.multiplies(matrix)
+            key = thread, matrix.cols, matrix.k_tile_words, matrix.code, bits, wide_token.prepared_for(matrix)
             if key not in workers.scratch:
                 made = empty_activations(1, matrix.cols, bits), _scratch(matrix, bits, 1), _accumulators(matrix, 1)
                 workers.scratch[key] = made

@@ -41,6 +41,14 @@ def multiplies(matrix: PackedMatrix) -> bool:
     return wide_lookup.fits(matrix) and used(matrix.code)
 
 
+def prepared_for(matrix: PackedMatrix) -> int:
+    """Return which matrices of as many columns may share what is prepared of a token: 0 where they are not of here.
+
+    The sum of x is that of a block, so they have k-tiles of one size and as many of them in a block.
+    """
+    return matrix.k_tiles_per_block if multiplies(matrix) else 0
+
+
 class Scratch:
     """What the kernel works in; threads may share what it prepares, but not `accumulators`."""
 
