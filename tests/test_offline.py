@@ -1,5 +1,6 @@
 """`bincompress run`: lines are answered as alone, resumed after an end at any moment, refused before the work."""
 
+import io
 import json
 import os
 import shutil
@@ -185,6 +186,22 @@ def test_a_file_without_prompts_and_one_that_would_be_written_over(run: Run, cha
     code, _, errors = run("run", chat_store, prompts, "--out", prompts)
     assert (code, "is the file of prompts" in errors) == (2, True)
     assert len(read(prompts)) == 5
+
+
+def test_prompts_from_standard_input(
+    run: Run, chat_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("first", "again"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "The scheduler"}\n')))
+        out = tmp_path / "out"
+        code, _, errors = run("run", chat_store, "-", "--out", out, "--max-tokens", 2, "--temperature", 0)
+        assert (code, "1 were there" in errors) == (0, name == "again")
+    assert len(read(out)) == 1
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"{")))
+    code, _, errors = run("run", chat_store, "-", "--out", out)
+    assert (code, "-, line 1: not JSON" in errors) == (2, True)
+    code, _, errors = run("run", chat_store, "-", "--out", "-")
+    assert (code, "--out -: expected a file" in errors) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from bincompress.commands.shared import decoding_announced
 
 @click.command()
 @click.argument("store")
-@click.argument("prompts", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("prompts", type=click.Path(dir_okay=False, path_type=Path, allow_dash=True))
 @click.option("--out", required=True, type=OutFile(), help="File of answers, JSON lines.")
 @click.option(
     "--parallel", type=click.IntRange(1, 256), default=4, show_default=True, help="Texts that are written at once."
@@ -24,7 +24,7 @@ from bincompress.commands.shared import decoding_announced
 @lookup_option
 @engine_options
 def command(store: str, prompts: Path, out: Path, parallel: int, context: int, **options: Any) -> None:
-    """Answer every line of PROMPTS with the model in STORE, several at once.
+    """Answer every line of PROMPTS (- is standard input) with the model in STORE, several at once.
 
     A line is a JSON object with "prompt" (a text) or "messages" (a chat), and may have "id", "max_tokens",
     "temperature", "top_p", "top_k", "min_p", "seed", "stop" and the penalties for itself, "response_format" for an
@@ -45,8 +45,10 @@ def command(store: str, prompts: Path, out: Path, parallel: int, context: int, *
     with decoding_announced():
         from bincompress.errors import BincompressError
 
+        if str(out) == "-":
+            raise BincompressError("--out -: expected a file, as a run that is interrupted resumes from its answers")
         asked = read_prompts(prompts)
-        if out.exists() and out.samefile(prompts):
+        if str(prompts) != "-" and out.exists() and out.samefile(prompts):
             raise BincompressError(f"--out {out}: is the file of prompts; give another one")
         model = load_with(store, options)
         engine = engine_of(store, int(options["activation_bits"]), options["activation_scale"], int(options["kv_bits"]))

@@ -13,6 +13,7 @@ from bincompress.errors import BincompressError
 from bincompress.inference.generate import GenerationSettings
 from bincompress.inference.request_fields import Fields
 from bincompress.inference.response_format import response_format
+from bincompress.process.streams import read_input
 from bincompress.sources.text import UTF_8
 
 _NUMBERS = (
@@ -57,9 +58,13 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def read_values(path: Path) -> list[tuple[int, Any]]:
-    """Return a file's JSON values, one a line, with the lines' numbers; raise PromptFileError for what is no JSON."""
+    """Return a file's JSON values, one a line, with the lines' numbers; raise PromptFileError for what is no JSON.
+
+    The path "-" is standard input.
+    """
     try:
-        lines = path.read_text(UTF_8).split("\n")
+        text = read_input("the file") if str(path) == "-" else path.read_text(UTF_8)
+        lines = text.split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptFileError(f"{path}: cannot be read: {error}") from None
     return [(number, _value(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
@@ -107,7 +112,7 @@ def _prompt(path: Path, number: int, given: Any) -> Prompt:
             if abs(value) > most:
                 raise refuse(f"{name}: expected at most {most:,}, found {value!r:.40}")
         else:
-            known = ", ".join(sorted((*_NUMBERS, *_WHOLE, *_FORM, "stop")))
+            known = ", ".join(sorted((*_NUMBERS, *_WHOLE, *_FORM, "stop", "id", "messages", "prompt")))
             raise refuse(f"{name!r:.40} is not supported; expected {known}")
         settings[name] = value
     made = Prompt(number, text, messages, own, settings, form)
