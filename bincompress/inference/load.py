@@ -225,13 +225,13 @@ def _take_kernels(config: ModelConfig) -> None:
     """Load the kernels that are compiled already, and give back what that takes, before the matrices take theirs.
 
     Without it the height of a process is 50 MB more. Those that are to be compiled are compiled when they are needed,
-    some of them by another process meanwhile.
+    some of them by another process meanwhile, and need what would be given back.
     """
     wanted = [*first_token_kernels(), *kernels_beside_llamas(config)]
     if all(is_compiled(kernel.name()) for kernel in wanted):
         for kernel in wanted:
             kernel.compile()
-    forget_library_pages()
+        forget_library_pages()
 
 
 def _sound_kernel(asked: str | None, settings: ActivationSettings, trial: bool) -> str | None:
