@@ -21,8 +21,9 @@ from bincompress.compression.runner import Processes
 from bincompress.methods import METHODS, make_settings
 from bincompress.process.machine import usable_cpus
 from bincompress.tensors.weight import Weight
-from tests.fake_hub import FakeHub, served
+from tests.fake_hub import FakeHub
 from tests.forked import Forked
+from tests.served import served
 
 if TYPE_CHECKING:
     import openai

@@ -1,18 +1,15 @@
 """Servers on loopback that answer as the Hugging Face Hub does: one with a model, and one to upload to."""
 
 import base64
-import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BASE = "team/base"
-_Server = TypeVar("_Server", bound=ThreadingHTTPServer)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -255,16 +252,3 @@ def oid(path: str, content: bytes | None) -> str | None:
     if path.endswith(".zip"):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-@contextlib.contextmanager
-def served(server: _Server) -> Iterator[_Server]:
-    """Let a server answer, in a thread of this process, while the block runs."""
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -1,10 +1,11 @@
 """A web server on loopback that answers requests for parts of files, and counts what it is asked for."""
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from tests.served import served
 
 
 class RangeServer(ThreadingHTTPServer):
@@ -65,11 +66,5 @@ def range_server(folder: Path) -> Iterator[RangeServer]:
     """Serve a folder."""
     server = RangeServer(("127.0.0.1", 0), _Handler)
     server.folder, server.asked = folder, []
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    with served(server):
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

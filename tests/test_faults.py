@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import ml_dtypes
@@ -21,6 +20,7 @@ from bincompress import cli
 from tests.conftest import DEMO_MODEL, Run
 from tests.forked import Forked
 from tests.s3 import s3_environment, s3_server
+from tests.served import served
 
 ROOT = Path(__file__).parents[1]
 BOUND = 120
@@ -187,13 +187,8 @@ for _method in ("HEAD", "PUT", "POST", "DELETE"):
 
 @pytest.fixture
 def faulty() -> Iterator[Faulty]:
-    server = Faulty(("127.0.0.1", 0), Refusal)
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with served(Faulty(("127.0.0.1", 0), Refusal)) as server:
+        yield server
 
 
 def keys(url: str) -> dict[str, str]:

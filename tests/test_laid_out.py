@@ -24,7 +24,7 @@ from bincompress.sources.checkpoint import open_checkpoint
 from bincompress.store.pack_files import PackFiles
 from bincompress.store.store import Store, open_store
 from cpu_kernels.jit import cpu_features
-from cpu_kernels.matmul.prepacking import FAMILIES, Part, form_of, from_stream, prepack_rows
+from cpu_kernels.matmul.prepacking import FAMILIES, Part, described, form_of, from_stream, prepack_rows
 from cpu_kernels.matmul.tiling import Shape
 from tests.conftest import Run, tiny_config, tiny_tensors, write_model
 from tests.packs import everything
@@ -154,7 +154,7 @@ def test_every_family_is_made_on_every_machine(mixed: Path, tmp_path: Path, fami
     found = loaded(tmp_path / "m.zip", kernel=kernel)
     assert np.array_equal(logits(found), logits(loaded(mixed / "store", kernel=kernel)))
     assert [note.split(": ")[1] for note in found.notes] == (
-        [] if form_of(kernel) == form else [f"holds matrices that are laid out for {form}"]
+        [] if form_of(kernel) == form else [f"holds matrices that are laid out for {described(form)}"]
     )
 
 
@@ -162,7 +162,8 @@ def test_several_families_in_one_file_in_any_order(mixed: Path, tmp_path: Path, 
     options = [("--layout", family) for family in ("portable", "neon", "avx2", "avx512")]
     for name, chosen in (("a", options), ("b", options[::-1])):
         code, out, _ = run("pack", mixed / "store", tmp_path / f"{name}.zip", *(part for one in chosen for part in one))
-        assert (code, "holds matrices laid out for lookup32, lookup64, popcount32, too" in out) == (0, True)
+        forms = "lookup32 (ssse3, neon), lookup64 (avx512, avx2), popcount32 (portable)"
+        assert (code, f"holds matrices laid out for {forms}, too" in out) == (0, True)
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
     inspected = bincompress.inspect(tmp_path / "a.zip")["total"]
     assert list(inspected["laid_out"]) == ["lookup32", "lookup64", "popcount32"]

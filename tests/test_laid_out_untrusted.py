@@ -18,7 +18,7 @@ from bincompress.store.layout import array_hash, group_node, sealed
 from bincompress.store.pack_files import PackFiles
 from bincompress.store.store import open_store
 from bincompress.store.zip_format import in_order
-from cpu_kernels.matmul.prepacking import form_of
+from cpu_kernels.matmul.prepacking import described, form_of
 from tests.conftest import Run
 from tests.packs import logits, write_zip
 
@@ -113,7 +113,7 @@ def test_another_version_is_left_alone_with_a_note(file: Path, tiny_pack: Path, 
     edit_root(file, lambda root: root.update(version=2))
     found = loaded(file)
     assert found.notes == (
-        f"{file}: holds matrices laid out by version 2, not 1: matrices are laid out anew for {form_of()}; "
+        f"{file}: holds matrices laid out by version 2, not 1: matrices are laid out anew for {described(form_of())}; "
         "`bincompress pack --layout auto` makes a file for this CPU",
     )
     assert np.array_equal(logits(file), logits(tiny_pack / "store"))

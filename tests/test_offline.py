@@ -199,7 +199,7 @@ def test_prompts_from_standard_input(
     assert len(read(out)) == 1
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"{")))
     code, _, errors = run("run", chat_store, "-", "--out", out)
-    assert (code, "-, line 1: not JSON" in errors) == (2, True)
+    assert (code, "standard input, line 1: not JSON" in errors) == (2, True)
     code, _, errors = run("run", chat_store, "-", "--out", "-")
     assert (code, "--out -: expected a file" in errors) == (2, True)
 

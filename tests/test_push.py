@@ -19,8 +19,9 @@ from bincompress.reporting.card import read_evaluation, recipe_toml
 from bincompress.store.hub import CARD, FILE, _check, located, upload
 from bincompress.store.store import open_store
 from tests.conftest import RunWithHub, tiny_config, tiny_tensors, write_model
-from tests.fake_hub import BASE, UploadHub, served
+from tests.fake_hub import BASE, UploadHub
 from tests.hostile_packs import hostile_packs
+from tests.served import served
 
 
 @pytest.fixture

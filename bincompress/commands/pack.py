@@ -49,4 +49,6 @@ def say_packed(done: object) -> None:
     what = "holds this store already, and is sound" if done.unchanged else "written and read back"
     click.echo(f"{done.file}: {what}, {done.entries:,} entries of {done.nbytes:,} bytes")
     if done.laid_out:
-        click.echo(f"{done.file}: holds matrices laid out for {', '.join(done.laid_out)}, too")
+        from cpu_kernels.matmul.prepacking import described
+
+        click.echo(f"{done.file}: holds matrices laid out for {', '.join(map(described, done.laid_out))}, too")

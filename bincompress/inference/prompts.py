@@ -51,9 +51,9 @@ class Prompt:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Return a file's prompts, JSON objects one a line; raise PromptFileError naming the line and what is wrong."""
-    found = [_prompt(path, number, given) for number, given in read_values(path)]
+    found = [_prompt(named(path), number, given) for number, given in read_values(path)]
     if not found:
-        raise PromptFileError(f'{path}: holds no prompt; expected lines such as {{"prompt": "The scheduler"}}')
+        raise PromptFileError(f'{named(path)}: holds no prompt; expected lines such as {{"prompt": "The scheduler"}}')
     return found
 
 
@@ -67,10 +67,15 @@ def read_values(path: Path) -> list[tuple[int, Any]]:
         lines = text.split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptFileError(f"{path}: cannot be read: {error}") from None
-    return [(number, _value(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
+    return [(number, _value(named(path), number, line)) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _value(path: Path, number: int, line: str) -> Any:
+def named(path: Path) -> str:
+    """Return what messages call a file: "-" is standard input."""
+    return "standard input" if str(path) == "-" else str(path)
+
+
+def _value(path: str, number: int, line: str) -> Any:
     try:
         given = json.loads(line, parse_constant=_no_number, object_pairs_hook=_once_each)
         problem = _unwritable(given)
@@ -83,7 +88,7 @@ def _value(path: Path, number: int, line: str) -> Any:
     return given
 
 
-def _prompt(path: Path, number: int, given: Any) -> Prompt:
+def _prompt(path: str, number: int, given: Any) -> Prompt:
     def refuse(what: str) -> PromptFileError:
         return PromptFileError(f"{path}, line {number}: {what}")
 

@@ -165,13 +165,13 @@ class _Names:
 
 
 class _Unread:
-    """A matrix of which only the shape is known."""
+    """A matrix of which only the shape is known; a decoder that is made, and not run, asks for no more."""
 
     def __init__(self, rows: int, cols: int) -> None:
         self.rows, self.cols = rows, cols
 
     def __call__(self, x: Floats) -> Floats:
-        raise NotImplementedError
+        raise TypeError("a matrix of which only the shape is known multiplies nothing")
 
     def rows_of(self, ids: NDArray[np.int64]) -> Floats:
         return np.zeros((len(ids), self.cols), np.float32)

@@ -10,7 +10,7 @@ from bincompress.model.low_rank_linear import Factors, LowRankLinear
 from bincompress.model.packed_linear import ActivationSettings, Listed, PackedLinear, ScaledLinear
 from bincompress.store.laid_out import VERSION, LaidOut, Record, forms_in
 from bincompress.store.store import Store
-from cpu_kernels.matmul.prepacking import PackedMatrix, form_of, from_stream
+from cpu_kernels.matmul.prepacking import PackedMatrix, described, form_of, from_stream
 from cpu_kernels.parallel.workers import Workers
 
 
@@ -106,9 +106,11 @@ def mapped_matrices(
     if not forms:
         return None, ()
     form = form_of(kernel)
-    again = f"matrices are laid out anew for {form}; `bincompress pack --layout auto` makes a file for this CPU"
+    again = (
+        f"matrices are laid out anew for {described(form)}; `bincompress pack --layout auto` makes a file for this CPU"
+    )
     if form not in forms:
-        return None, (f"{store.url}: holds matrices that are laid out for {', '.join(forms)}: {again}",)
+        return None, (f"{store.url}: holds matrices that are laid out for {', '.join(map(described, forms))}: {again}",)
     found = LaidOut(store, form)
     if found.version != VERSION:
         note = f"{store.url}: holds matrices laid out by version {found.version!r:.40}, not {VERSION}: {again}"

@@ -225,10 +225,13 @@ def totals(total: dict[str, Any]) -> list[str]:
         f"stored {total['stored_bits']:.3f} bits, "
         f"embeddings, norms and head as stored; {total['store_bytes']:,} bytes in the store"
     )
-    lines += [
-        f"laid out       for the kernels that read {form}, too: {nbytes:,} bytes more in the file"
-        for form, nbytes in total["laid_out"].items()
-    ]
+    if total["laid_out"]:
+        from cpu_kernels.matmul.prepacking import described
+
+        lines += [
+            f"laid out       for {described(form)}, too: {nbytes:,} bytes more in the file"
+            for form, nbytes in total["laid_out"].items()
+        ]
     lines += _lossless_lines(total)
     if total["status"] != "complete":
         missing = total["tensors"] - total["complete"]

@@ -127,6 +127,12 @@ def form_of(kernel: str | None = None, family: str | None = None) -> str:
     return f"{name}{cpu_features.tile_rows(code)}"
 
 
+def described(form: str) -> str:
+    """Return a form's name with the families that read it, as "lookup64 (avx512, avx2)"; unknown ones as they are."""
+    families = [family for family in FAMILIES if form_of(family=family) == form]
+    return f"{form} ({', '.join(families)})" if families else form
+
+
 def prepack(
     planes: NDArray[np.uint64],
     scale: NDArray[Any],
